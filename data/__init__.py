@@ -1,0 +1,1 @@
+"""Images in, tensors out: sources, crop protocols, shards, streams and token shards. Knows nothing of models."""

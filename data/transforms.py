@@ -1,0 +1,129 @@
+"""The crop and resize protocols, by name, and the one way from anything Pillow opens to 8-bit RGB.
+
+FID compares images pixel statistics with pixel statistics, so the protocol is part of every published number. Each
+protocol here is written down with the code it reproduces and is recorded in the manifest of every packed set.
+"""
+
+import io
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data.errors import BadImage, DataError
+
+WHITE = (255, 255, 255, 255)
+
+
+class Protocol(NamedTuple):
+    """A named crop and resize: what the manifest says of it, and the function (RGB image, size) -> RGB image."""
+
+    description: str
+    apply: Callable[[Image.Image, int | None], Image.Image]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turns any image Pillow opens into upright 8-bit RGB.
+
+    EXIF rotation is applied; transparency (alpha channel, or a palette's or colour's transparency) is composited on
+    white; 16-bit greyscale is scaled by 1/257, so that 65535 becomes 255 where Pillow alone would clip it.
+    Of an animation the first frame counts.
+
+    Raises BadImage for 32-bit float samples, whose range no file format states; OSError and its kin for pixels that
+    cannot be decoded.
+    """
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImage("32-bit float samples have no stated range; convert the image to 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow opens 16-bit PGM, and before version 11 also 16-bit PNG, as the 32-bit mode "I".
+        samples = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode(encoded: bytes | Image.Image) -> Image.Image:
+    """Encoded bytes (or an open image) -> upright 8-bit RGB image. Raises BadImage with the decoder's reason."""
+    try:
+        image = Image.open(io.BytesIO(encoded)) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
+        return to_rgb(image)
+    except (BadImage, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"not an image Pillow can identify ({len(encoded)} bytes)") from None
+    except Exception as error:
+        # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on broken files;
+        # whatever the decoder says, the image is bad and that is its reason.
+        raise BadImage(f"cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def require_at_least(image: Image.Image, size: int) -> None:
+    """Raises BadImage if a side is shorter than size (pixels): enlarging silently would change the data."""
+    if min(image.size) < size:
+        raise BadImage(f"smaller than the crop: {image.width}x{image.height} < {size}x{size}")
+
+
+def centre_box(width: int, height: int, side: int) -> tuple[int, int, int, int]:
+    """The (left, top, right, bottom) box of the central square of the given side, in pixels."""
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def lsun_ldm(image: Image.Image, size: int) -> Image.Image:
+    """Centre-crops to the shorter side, then bicubic (antialiased). Source: latent-diffusion, ldm/data/lsun.py."""
+    require_at_least(image, size)
+    image = image.crop(centre_box(*image.size, min(image.size)))
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def lsun_adm(image: Image.Image, size: int) -> Image.Image:
+    """Box-resizes the shorter side to size, then centre-crops. Source: guided-diffusion, datasets/lsun_bedroom.py."""
+    require_at_least(image, size)
+    scale = size / min(image.size)
+    image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BOX)
+    return image.crop(centre_box(*image.size, size))
+
+
+def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to size with antialiased bicubic, then centre-crops the longer side."""
+    require_at_least(image, size)
+    scale = size / min(image.size)
+    image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
+    return image.crop(centre_box(*image.size, size))
+
+
+def stretch(image: Image.Image, size: int) -> Image.Image:
+    """Resizes to size x size with antialiased bicubic whatever the shape, up or down: for cut-outs like GTSRB."""
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def none(image: Image.Image, size: int | None) -> Image.Image:
+    """Keeps the pixels as they are; where a size is named, the image must already have it."""
+    if size is not None and image.size != (size, size):
+        raise BadImage(f"is {image.width}x{image.height}, not {size}x{size} (crop protocol 'none' does not resize)")
+    return image
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "lsun-ldm": Protocol("centre crop to the shorter side, then antialiased bicubic (latent-diffusion)", lsun_ldm),
+    "lsun-adm": Protocol("box resize of the shorter side, then centre crop (guided-diffusion)", lsun_adm),
+    "resize-shorter": Protocol("bicubic antialiased resize of the shorter side, then centre crop", resize_shorter),
+    "stretch": Protocol("bicubic antialiased resize of both sides, shape not kept, enlarging allowed", stretch),
+    "none": Protocol("pixels as they are", none),
+}
+
+
+def get_protocol(name: str, size: int | None) -> Protocol:
+    """The protocol of that name. Raises DataError if there is none or the size (pixels) is missing or below 1."""
+    if name not in PROTOCOLS:
+        raise DataError(f"unknown crop protocol '{name}'; there are: {', '.join(PROTOCOLS)}")
+    if size is None and name != "none":
+        raise DataError(f"crop protocol '{name}' needs an image size (--size N); only 'none' keeps the source's")
+    if size is not None and size < 1:
+        raise DataError(f"image size must be at least 1 pixel, not {size}")
+    return PROTOCOLS[name]

@@ -1,0 +1,316 @@
+"""Packing: what comes out, that nothing is lost, and that nothing but the source and the settings matters."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from data_samples import encoded, photo, pixels, tree_bytes, write_folder, write_lmdb
+from PIL import Image
+
+from data.errors import DataError
+from data.pack import check, pack, preview
+from data.shards import ShardSet, key_of, member_name
+from data.transforms import PROTOCOLS, decode
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "photos", 41)
+
+
+def packed(source, out, **settings):
+    defaults = {"format": "folder", "size": 32, "images_per_shard": 16, "workers": 0}
+    return pack(source, out, **{**defaults, **settings})
+
+
+def test_manifest_says_what_lies_there(folder, tmp_path):
+    seen = []
+    manifest = packed(folder, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    assert manifest == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["num_images"], manifest["image_size"]) == (41, 32)
+    assert [shard["images"] for shard in manifest["shards"]] == [16, 16, 9]
+    assert manifest["class_names"] == ["cats", "dogs"]
+    assert manifest["source"] == {"format": "folder", "path": str(folder), "split": None, "images": 41}
+    assert manifest["protocol"]["crop"] == "resize-shorter"
+    assert manifest["bytes"] == sum((tmp_path / "out" / s["name"]).stat().st_size for s in manifest["shards"])
+    assert seen[-1] == (41, 41)
+    assert sorted(seen) == seen
+    assert check(tmp_path / "out") == []
+
+
+def test_pixels_keys_and_labels_survive(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    opened = ShardSet(tmp_path / "out")
+    files = sorted(folder.rglob("*.*"))
+    for i, file in enumerate(files):
+        expected = PROTOCOLS["resize-shorter"].apply(decode(file.read_bytes()), 32)
+        assert np.array_equal(decode(opened.read(i)), expected)
+        assert opened.key(i) == file.relative_to(folder).as_posix()
+        assert opened.rows["label"][i] == ["cats", "dogs"].index(file.parent.name)
+
+
+def test_webdataset_reads_the_shards(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    shards = sorted(map(str, (tmp_path / "out").glob("*.tar")))
+    dataset = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("__key__", "png", "cls")
+    samples = list(dataset)
+    assert [key_of(key + ".png") for key, _, _ in samples][:2] == ["cats/photo.0000.jpg", "cats/photo.0002.webp"]
+    assert len(samples) == 41
+    assert all(image.size == (32, 32) for _, image, _ in samples)
+    assert [label for _, _, label in samples] == [0] * 21 + [1] * 20
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_bytes_do_not_depend_on_workers(folder, tmp_path, workers):
+    packed(folder, tmp_path / "a")
+    packed(folder, tmp_path / "b", workers=workers)
+    assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
+
+
+def test_packing_again_returns_what_is_there(folder, tmp_path):
+    first = packed(folder, tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    assert packed(folder, tmp_path / "out") == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(DataError, match=r"already holds another set .*size was 32, now 24"):
+        packed(folder, tmp_path / "out", size=24)
+
+
+KILLED = """
+import sys
+from data.pack import pack
+pack(sys.argv[1], sys.argv[2], format="folder", size=32, images_per_shard=16, workers=int(sys.argv[3]),
+     progress=lambda done, total: print(done, flush=True))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_9_and_again_gives_the_same_bytes(tmp_path, workers):
+    folder = write_folder(tmp_path / "photos", 150, side=200)
+    packed(folder, tmp_path / "whole")
+    out = tmp_path / "killed"
+    deaths = 0
+    for when in (20, 60, 100, 1000):
+        command = [sys.executable, "-c", KILLED, str(folder), str(out), str(workers)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        for line in process.stdout:
+            if int(line) >= when:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        deaths += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    assert deaths == 3
+    assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
+
+
+def test_an_interrupted_pack_goes_on_after_the_last_complete_shard(folder, tmp_path):
+    packed(folder, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        if done >= 35:
+            raise Stop
+
+    with pytest.raises(Stop):
+        packed(folder, tmp_path / "out", images_per_shard=8, progress=stop)
+    complete = {name: stat for name, stat in tree_bytes(tmp_path / "out").items() if name.endswith(".tar")}
+    assert sorted(complete) == [f"shard-{i:06d}.tar" for i in range(5)]
+    with pytest.raises(DataError, match="the pack was interrupted, run it again"):
+        ShardSet(tmp_path / "out")
+    with pytest.raises(DataError, match=r"unfinished pack with other settings .*images_per_shard was 8, now 16"):
+        packed(folder, tmp_path / "out")
+    journal = tmp_path / "out" / "pack.jsonl"
+    journal.write_bytes(journal.read_bytes() + b'{"name": "shard-0000')  # the kill came in the middle of a line
+    seen = []
+    packed(folder, tmp_path / "out", images_per_shard=8, progress=lambda done, total: seen.append(done))
+    assert min(seen) > 40
+    packed(folder, tmp_path / "straight", images_per_shard=8)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "straight")
+
+
+def test_two_packs_at_once_are_refused(folder, tmp_path):
+    def again(done, total):
+        packed(folder, tmp_path / "out")
+
+    with pytest.raises(DataError, match="another process is packing into"):
+        packed(folder, tmp_path / "out", progress=again)
+
+
+def spoil(folder):
+    """Four bad files of 41: truncated, no image, empty, too small; returns key -> part of the reason."""
+    files = sorted(folder.rglob("*.*"))
+    files[3].write_bytes(files[3].read_bytes()[:400])
+    files[10].write_text("this is no image")
+    files[20].write_bytes(b"")
+    files[30].write_bytes(encoded(photo(1, 40, 20), "PNG"))
+    reasons = ("cannot be decoded", "not an image", "not an image", "smaller than the crop: 40x20 < 32x32")
+    return {files[i].relative_to(folder).as_posix(): r for i, r in zip((3, 10, 20, 30), reasons, strict=True)}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_skipped_counted_and_named(folder, tmp_path, workers):
+    bad = spoil(folder)
+    manifest = packed(folder, tmp_path / "out", max_bad=0.1, workers=workers)
+    assert manifest["num_images"] == 37
+    assert manifest["source"]["images"] == 41
+    assert {image["key"]: image["reason"] for image in manifest["skipped"]}.keys() == bad.keys()
+    for image in manifest["skipped"]:
+        assert bad[image["key"]] in image["reason"]
+    assert check(tmp_path / "out") == []
+
+
+def test_too_many_bad_images_fail_and_are_named(folder, tmp_path):
+    bad = spoil(folder)
+    with pytest.raises(DataError) as caught:
+        packed(folder, tmp_path / "out")
+    message = str(caught.value)
+    assert "at most 0 may be bad" in message
+    assert next(iter(bad)) in message
+    assert "\n" not in message
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert packed(folder, tmp_path / "out", max_bad=0.1)["num_images"] == 37  # nothing done before is lost
+
+
+def test_one_image_smaller_than_the_crop_gives_one_clear_line(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "tiny.png").write_bytes(encoded(photo(1, 20, 30), "PNG"))
+    with pytest.raises(DataError, match=r"'tiny.png' smaller than the crop: 20x30 < 64x64") as caught:
+        packed(tmp_path / "photos", tmp_path / "out", size=64)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_settings_are_named(folder, tmp_path):
+    for settings, message in (
+        ({"crop": "lsun"}, "unknown crop protocol 'lsun'"),
+        ({"size": None}, "needs an image size"),
+        ({"keep_encoded": True}, "needs crop protocol 'none'"),
+        ({"images_per_shard": 0}, "at least 1, not 0"),
+        ({"max_bad": 3.0}, "0..1, not 3.0"),
+        ({"format": "png"}, "unknown source format 'png'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            packed(folder, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keep_encoded_stores_the_original_bytes(tmp_path):
+    folder = write_folder(tmp_path / "photos", 9)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "cats" / "rotated.jpg").write_bytes(encoded(photo(1, 80, 72), "JPEG", exif=exif))
+    (folder / "dogs" / "old.bmp").write_bytes(encoded(photo(1, 80, 72), "BMP"))
+    manifest = packed(folder, tmp_path / "out", size=None, crop="none", keep_encoded=True)
+    opened = ShardSet(tmp_path / "out")
+    files = sorted(folder.rglob("*.*"))
+    assert [opened.read(i) for i in range(len(files))] == [file.read_bytes() for file in files]
+    assert [int(label) for label in opened.rows["label"]] == [int(file.parent.name == "dogs") for file in files]
+    assert manifest["image_size"] is None
+    assert manifest["protocol"]["encoding"] == "original bytes"
+    suffixes = {name.rsplit(".", 1)[1] for name in tar_names(tmp_path / "out")}
+    assert suffixes == {"jpg", "png", "webp", "bmp", "cls"}
+
+
+def tar_names(out):
+    import tarfile
+
+    return [name for path in sorted(out.glob("*.tar")) for name in tarfile.open(path).getnames()]
+
+
+def test_nothing_in_a_shard_points_outside(tmp_path):
+    values = {key: encoded(photo(1), "PNG") for key in (b"/etc/passwd", b"../../up", b"a.b/..", b"~root/x", b"plain")}
+    write_lmdb(tmp_path / "odd_train_lmdb", values)
+    packed(tmp_path, tmp_path / "out", format="lsun")
+    names = tar_names(tmp_path / "out")
+    assert len(names) == 10
+    for name in names:
+        assert not name.startswith(("/", "~"))
+        assert ".." not in Path(name).parts
+    opened = ShardSet(tmp_path / "out")
+    assert {opened.key(i).encode() for i in range(5)} == set(values)
+
+
+@pytest.mark.parametrize("key", ["a/b.jpg", "/x", "..", "ä/ü ö.png", "100%.tar", "\udce4.jpg", "x" * 300 + ".jpg"])
+def test_member_names_are_reversible(key):
+    assert key_of(member_name(key) + ".png") == key
+    assert member_name(key).isascii()
+
+
+def test_long_and_strange_file_names(tmp_path):
+    folder = tmp_path / "photos"
+    names = ["x" * 200 + ".png", "ä ö%.v2.png", "[1].png"]
+    for name in names:
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(encoded(photo(1), "PNG"))
+    packed(folder, tmp_path / "out")
+    opened = ShardSet(tmp_path / "out")
+    assert sorted(opened.key(i) for i in range(3)) == sorted(names)
+    assert check(tmp_path / "out") == []
+
+
+def test_check_names_every_damage(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    out = tmp_path / "out"
+    first, second, third = sorted(out.glob("*.tar"))
+    data = bytearray(first.read_bytes())
+    data[2000] ^= 1
+    first.write_bytes(data)
+    second.write_bytes(second.read_bytes()[:-512])
+    third.unlink()
+    shutil.copy(first, out / "stranger.tar")
+    problems = check(out)
+    assert len(problems) == 4
+    for problem, words in zip(
+        problems,
+        ("000000.tar was changed", "000001.tar has", "000002.tar is missing", "stranger.tar is not"),
+        strict=True,
+    ):
+        assert words in problem
+    with pytest.raises(DataError, match="no packed images at"):
+        check(tmp_path)
+
+
+def test_preview_shows_the_images(folder, tmp_path):
+    packed(folder, tmp_path / "out")
+    preview(tmp_path / "out", tmp_path / "deep" / "sheet.png", columns=5, rows=3)
+    sheet = Image.open(tmp_path / "deep" / "sheet.png")
+    assert sheet.size == (5 * 66 + 2, 3 * 66 + 2)
+    first = decode(ShardSet(tmp_path / "out").read(0)).resize((64, 64), Image.Resampling.NEAREST)
+    assert np.array_equal(pixels(sheet)[2:66, 2:66], pixels(first))
+
+
+SCENES = Path(__file__).parents[2] / "shared" / "data" / "scenes_val_lmdb"
+
+
+@pytest.mark.skipif(not SCENES.is_dir(), reason="the photographs of ../shared/data are not on this machine")
+def test_real_photographs_are_packed_without_one_lost(tmp_path):
+    manifest = pack(SCENES, tmp_path / "out", format="lsun", size=64, workers=2, images_per_shard=100)
+    assert (manifest["num_images"], manifest["skipped"], manifest["protocol"]["crop"]) == (300, [], "lsun-ldm")
+    image = Image.open(io.BytesIO(ShardSet(tmp_path / "out").read(299)))
+    assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+def test_no_worker_survives_its_killed_parent(tmp_path):
+    folder = write_folder(tmp_path / "photos", 150, side=200)
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)

@@ -1,0 +1,237 @@
+"""The stream: one global order, whatever the processes, workers and the point of resuming."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from data_samples import write_folder
+
+from data.errors import DataError
+from data.order import EpochOrder, flips
+from data.pack import pack
+from data.shards import ShardSet
+from data.stream import ImageStream, iterate_once
+from data.transforms import decode
+
+NUM_IMAGES = 41
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stream")
+    pack(
+        write_folder(root / "photos", NUM_IMAGES),
+        root / "out",
+        format="folder",
+        size=16,
+        images_per_shard=10,
+        workers=0,
+    )
+    return root / "out"
+
+
+def take(stream, batches, start=0):
+    return list(itertools.islice(stream.iterate(start), batches))
+
+
+def join(batches):
+    return [torch.cat(column) for column in zip(*batches, strict=True)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_batches_carry_the_packed_images(shards):
+    opened = ShardSet(shards)
+    order = EpochOrder(NUM_IMAGES, 5).images(np.arange(12))
+    batch = next(ImageStream(shards, batch_size=12, seed=5).iterate())
+    assert (batch.images.dtype, tuple(batch.images.shape)) == (torch.uint8, (12, 3, 16, 16))
+    assert batch.labels.dtype == batch.positions.dtype == torch.int64
+    assert batch.positions.tolist() == list(range(12))
+    for i, image in enumerate(order):
+        assert np.array_equal(batch.images[i].permute(1, 2, 0), np.asarray(decode(opened.read(int(image)))))
+        assert batch.labels[i] == (0 if opened.key(int(image)).startswith("cats") else 1)
+
+
+def test_every_image_exactly_once_in_each_epoch():
+    order = EpochOrder(NUM_IMAGES, 3)
+    epochs = [order.images(np.arange(e * NUM_IMAGES, (e + 1) * NUM_IMAGES)) for e in range(4)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(NUM_IMAGES))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert not np.array_equal(epochs[0], EpochOrder(NUM_IMAGES, 4).images(np.arange(NUM_IMAGES)))
+    assert np.array_equal(epochs[2], EpochOrder(NUM_IMAGES, 3).images(np.arange(2 * NUM_IMAGES, 3 * NUM_IMAGES)))
+
+
+def test_batches_run_across_epoch_ends_and_drop_nothing(shards):
+    by_8 = join(take(ImageStream(shards, batch_size=8), 20))
+    by_20 = join(take(ImageStream(shards, batch_size=20), 8))
+    assert same(by_8, by_20)
+    assert by_8[2].tolist() == list(range(160))
+
+
+def test_without_shuffle_the_order_is_the_shards(shards):
+    images = join(take(ImageStream(shards, batch_size=10, shuffle=False), 5))[0]
+    once = join(list(iterate_once(shards, 10)))[0]
+    assert torch.equal(images[:NUM_IMAGES], once)
+    assert torch.equal(images[NUM_IMAGES:], once[:9])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_each_global_batch_in_contiguous_parts(shards, world_size):
+    whole = take(ImageStream(shards, batch_size=8, seed=1, flip=True), 12)
+    ranks = [
+        take(ImageStream(shards, batch_size=8, seed=1, flip=True, rank=r, world_size=world_size), 12)
+        for r in range(world_size)
+    ]
+    for t in range(12):
+        assert same(whole[t], join([rank[t] for rank in ranks]))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_do_not_change_the_sequence(shards, workers):
+    alone = take(ImageStream(shards, batch_size=8, seed=2, flip=True), 14, start=5)
+    helped = take(ImageStream(shards, batch_size=8, seed=2, flip=True, workers=workers), 14, start=5)
+    assert same(join(alone), join(helped))
+
+
+def test_resume_goes_on_at_the_very_next_image(shards):
+    whole = join(take(ImageStream(shards, batch_size=6, seed=9, flip=True), 20))
+    first = ImageStream(shards, batch_size=6, seed=9, flip=True)
+    head = list(itertools.islice(first, 7))
+    second = ImageStream(shards, batch_size=6, seed=9, flip=True)
+    second.load_state_dict(first.state_dict())
+    assert second.images_seen == 42
+    assert same(whole, join(head + list(itertools.islice(second, 13))))
+
+
+def test_resume_may_change_batch_size_and_processes(shards):
+    whole = join(take(ImageStream(shards, batch_size=6, seed=9), 20))
+    parts = [take(ImageStream(shards, batch_size=26, seed=9, rank=r, world_size=2), 3, start=42) for r in range(2)]
+    rest = join([batch for pair in zip(*parts, strict=True) for batch in pair])
+    assert same([column[42:] for column in whole], rest)
+
+
+def test_resume_refuses_another_seed_or_other_shards(shards):
+    state = ImageStream(shards, batch_size=4, seed=1).state_dict()
+    with pytest.raises(DataError, match="its seed was 1, now it is 2"):
+        ImageStream(shards, batch_size=4, seed=2).load_state_dict(state)
+    with pytest.raises(DataError, match="its fingerprint was 0, now it is"):
+        ImageStream(shards, batch_size=4, seed=1).load_state_dict({**state, "fingerprint": "0"})
+
+
+def test_state_counts_only_what_was_handed_out(shards):
+    stream = ImageStream(shards, batch_size=4, workers=2)
+    iterator = iter(stream)
+    for _ in range(3):
+        next(iterator)
+    assert stream.state_dict()["images_seen"] == 12  # not what the workers have prefetched
+
+
+def test_flip_is_a_fair_coin_of_seed_and_position(shards):
+    coins = flips(0, np.arange(10_000))
+    assert 0.48 < coins.mean() < 0.52
+    assert abs(np.corrcoef(coins[1:], coins[:-1])[0, 1]) < 0.05
+    assert np.array_equal(coins[777:800], flips(0, np.arange(777, 800)))
+    assert 0.45 < (coins != flips(1, np.arange(10_000))).mean() < 0.55
+    plain, flipped = (take(ImageStream(shards, batch_size=NUM_IMAGES, flip=f), 1)[0].images for f in (False, True))
+    for i in range(NUM_IMAGES):
+        assert torch.equal(flipped[i], plain[i].flip(-1) if coins[i] else plain[i])
+
+
+def test_flipping_leaves_the_images_in_memory_alone(shards):
+    stream = ImageStream(shards, batch_size=NUM_IMAGES, flip=True)
+    assert same(take(stream, 2)[1], take(stream, 2)[1])
+    assert torch.equal(
+        take(stream, 1)[0].images, take(ImageStream(shards, batch_size=NUM_IMAGES, flip=True), 1)[0].images
+    )
+
+
+def test_reading_draws_nothing_from_the_global_generator(shards):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        take(ImageStream(shards, batch_size=4, flip=True, workers=workers), 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_more_processes_than_shards(shards):
+    parts = [join(take(ImageStream(shards, batch_size=32, rank=r, world_size=32), 2)) for r in range(32)]
+    positions = torch.cat([part[2] for part in parts]).sort().values
+    assert positions.tolist() == list(range(64))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(shards):
+    with pytest.raises(DataError, match="batch size 10 cannot be divided among 4 processes"):
+        ImageStream(shards, batch_size=10, world_size=4)
+    with pytest.raises(DataError, match="rank 4 is not one of 4"):
+        ImageStream(shards, batch_size=8, rank=4, world_size=4)
+    with pytest.raises(DataError, match="at least 1, not 0"):
+        ImageStream(shards, batch_size=0)
+
+
+def test_missing_set_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no packed images at .*manifest.json is missing"):
+        ImageStream(tmp_path, batch_size=4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_iterate_once_reads_each_image_once_in_order(shards, world_size):
+    parts = [list(iterate_once(shards, 7, rank=r, world_size=world_size)) for r in range(world_size)]
+    positions = torch.cat([batch.positions for part in parts for batch in part])
+    assert positions.tolist() == list(range(NUM_IMAGES))
+    assert all(len(batch.images) <= 7 for part in parts for batch in part)
+
+
+def test_iterate_once_limit_and_start(shards):
+    whole = join(list(iterate_once(shards, 7)))
+    assert same([c[:20] for c in whole], join(list(iterate_once(shards, 7, limit=20))))
+    assert same([c[13:] for c in whole], join(list(iterate_once(shards, 7, start=13))))
+    assert len(join(list(iterate_once(shards, 7, limit=1000)))[0]) == NUM_IMAGES
+    assert list(iterate_once(shards, 7, start=NUM_IMAGES)) == []
+
+
+def test_images_of_different_sizes_are_named(tmp_path):
+    folder = write_folder(tmp_path / "photos", 4, classes=("a",))
+    from data_samples import encoded, photo
+
+    (folder / "a" / "photo.0002.webp").write_bytes(encoded(photo(1, 50, 40), "WEBP"))
+    pack(folder, tmp_path / "out", format="folder", crop="none", workers=0)
+    stream = ImageStream(tmp_path / "out", batch_size=4, shuffle=False)
+    assert stream.image_size is None
+    with pytest.raises(
+        DataError, match=r"'a/photo.0000.jpg' is 80x72, 'a/photo.0002.webp' is 50x40; pack the set with"
+    ):
+        next(stream.iterate())
+    assert len(next(iterate_once(tmp_path / "out", 2, limit=2)).images) == 2
+
+
+def test_a_missing_index_is_built_again_and_a_stale_one_is_not_used(shards, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    (index,) = copy.glob("index-*.npy")
+    expected = take(ImageStream(shards, batch_size=8), 3)
+    index.rename(copy / "index-0123456789abcdef.npy")
+    assert same(join(expected), join(take(ImageStream(copy, batch_size=8), 3)))
+    assert index.is_file()
+    index.write_bytes(index.read_bytes()[:-24])
+    with pytest.raises(DataError, match="delete it, it is built again"):
+        ImageStream(copy, batch_size=8)
+
+
+def test_a_damaged_image_is_named(shards, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    row, key = ShardSet(copy).rows[3], ShardSet(copy).key(3)
+    shard = copy / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[int(row["offset"]) + 60 : int(row["offset"]) + 200] = bytes(140)
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=f"image '{key}' of .* cannot be decoded"):
+        list(iterate_once(copy, 4))

@@ -1,0 +1,160 @@
+"""Token shards: what is written is read back, by any number of processes, from any interruption."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from data.errors import DataError
+from data.order import EpochOrder
+from data.tokens import TokenDataset, TokenStream, TokenWriter
+
+GRID, CODES, COUNT = (2, 3), 1000, 23
+
+
+def tokens(count=COUNT, views=1, codes=CODES):
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(codes, (count, views, *GRID), generator=generator)
+
+
+def writer(out, **settings):
+    defaults = {"grid": GRID, "codebook_size": CODES, "fingerprint": "f00d", "source": {"set": "a"}, "num_classes": 3}
+    return TokenWriter(out, **{**defaults, "images_per_shard": 5, **settings})
+
+
+def write_all(target, indices, first=0):
+    for begin in range(first, len(indices), 4):
+        part = indices[begin : begin + 4]
+        numbers = range(begin, begin + len(part))
+        target.write(part, torch.tensor([n % 3 for n in numbers]), [f"key {n}" for n in numbers])
+
+
+@pytest.mark.parametrize(("codes", "dtype"), [(1000, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_written_tokens_are_read_back(tmp_path, codes, dtype):
+    indices = tokens(codes=codes)
+    indices[0, 0, 0, 0] = codes - 1
+    target = writer(tmp_path, codebook_size=codes)
+    write_all(target, indices[:, 0])
+    target.close()
+    dataset = TokenDataset(tmp_path)
+    assert dataset.manifest["dtype"] == dtype
+    assert (dataset.fingerprint, dataset.codebook_size, dataset.grid) == ("f00d", codes, GRID)
+    assert len(dataset) == COUNT
+    everything = np.arange(COUNT)
+    assert torch.equal(dataset.read(everything, everything * 0), indices[:, 0])
+    shuffled = np.random.default_rng(0).permutation(COUNT)
+    assert torch.equal(dataset.read(shuffled, shuffled * 0), indices[shuffled, 0])
+    assert dataset.labels.tolist() == [n % 3 for n in range(COUNT)]
+    assert list(dataset.keys()) == [f"key {n}" for n in range(COUNT)]
+    assert isinstance(dataset._indices[0], np.memmap)
+
+
+def test_processes_write_parts_that_join_in_order(tmp_path):
+    indices = tokens()[:, 0]
+    for rank in (2, 0, 1):
+        first, last = (COUNT * r // 3 for r in (rank, rank + 1))
+        target = writer(tmp_path, rank=rank, world_size=3)
+        write_all(target, indices[:last], first)
+        target.close()
+        assert (tmp_path / "manifest.json").is_file() == (rank == 1)
+    assert torch.equal(TokenDataset(tmp_path).read(np.arange(COUNT), np.zeros(COUNT, int)), indices)
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    indices = tokens()[:, 0]
+    write_all(writer(tmp_path), indices[:12])  # no close: the process was killed
+    with pytest.raises(DataError, match="no tokens at"):
+        TokenDataset(tmp_path)
+    (tmp_path / ".tokens-0000-000002.npy.tmp99").write_bytes(b"half")
+    again = writer(tmp_path)
+    assert again.num_written == 10
+    assert not again.complete
+    write_all(again, indices, again.num_written)
+    again.close()
+    assert torch.equal(TokenDataset(tmp_path).read(np.arange(COUNT), np.zeros(COUNT, int)), indices)
+    assert not list(tmp_path.glob(".*"))
+    assert writer(tmp_path).complete
+
+
+def test_tokens_of_another_tokenizer_are_refused_by_name(tmp_path):
+    target = writer(tmp_path)
+    write_all(target, tokens()[:, 0])
+    target.close()
+    with pytest.raises(DataError, match="fingerprint was 'f00d', now 'beef'"):
+        writer(tmp_path, fingerprint="beef")
+    with pytest.raises(DataError, match="grid was"):
+        writer(tmp_path, grid=(4, 4))
+
+
+def test_another_number_of_processes_is_refused_while_unfinished(tmp_path):
+    target = writer(tmp_path, world_size=2)
+    write_all(target, tokens()[:, 0])
+    with pytest.raises(DataError, match="another number of processes"):
+        writer(tmp_path)
+
+
+def test_wrong_tokens_are_refused(tmp_path):
+    target = writer(tmp_path)
+    labels = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(DataError, match="lies outside the codebook of 1000"):
+        target.write(torch.full((2, *GRID), 1000), labels, ["a", "b"])
+    with pytest.raises(DataError, match="do not fit 1 views of 2x3"):
+        target.write(torch.zeros(2, 3, 3, dtype=torch.int64), labels, ["a", "b"])
+    with pytest.raises(DataError, match="1 keys"):
+        target.write(torch.zeros(2, *GRID, dtype=torch.int64), labels, ["a"])
+
+
+@pytest.fixture
+def written(tmp_path):
+    target = writer(tmp_path, views=4)
+    indices = tokens(views=4)
+    write_all(target, indices)
+    target.close()
+    return tmp_path, indices
+
+
+def take(stream, count, start=0):
+    return [torch.cat(c) for c in zip(*itertools.islice(stream.iterate(start), count), strict=True)]
+
+
+def test_stream_follows_the_global_order_and_draws_views(written):
+    path, indices = written
+    stream = TokenStream(path, batch_size=COUNT, seed=4)
+    drawn, labels, positions = take(stream, 8)
+    assert drawn.dtype == torch.int64
+    images = EpochOrder(COUNT, 4).images(positions.numpy())
+    views = [(indices[i] == drawn[n]).flatten(1).all(1).nonzero()[0].item() for n, i in enumerate(images)]
+    assert {0, 1, 2, 3} == set(views)
+    assert labels.tolist() == [i % 3 for i in images]
+
+
+def test_stream_ranks_and_resume(written):
+    path, _ = written
+    whole = take(TokenStream(path, batch_size=6, seed=4), 10)
+    ranks = [
+        list(itertools.islice(TokenStream(path, batch_size=6, seed=4, rank=r, world_size=3), 10)) for r in range(3)
+    ]
+    joined = [torch.cat([getattr(rank[t], f) for t in range(10) for rank in ranks]) for f in whole_fields()]
+    assert all(torch.equal(a, b) for a, b in zip(whole, joined, strict=True))
+    first = TokenStream(path, batch_size=6, seed=4)
+    list(itertools.islice(first, 4))
+    second = TokenStream(path, batch_size=6, seed=4)
+    second.load_state_dict(first.state_dict())
+    rest = next(iter(second))
+    assert torch.equal(rest.indices, whole[0][24:30])
+    with pytest.raises(DataError, match="its seed was 4"):
+        TokenStream(path, batch_size=6, seed=5).load_state_dict(first.state_dict())
+
+
+def whole_fields():
+    return ("indices", "labels", "positions")
+
+
+def test_a_truncated_shard_is_named(written):
+    path, _ = written
+    shard = sorted(path.glob("tokens-*.npy"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(DataError, match=shard.name):
+        TokenDataset(path)
