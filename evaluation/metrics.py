@@ -46,7 +46,7 @@ def fid(real: FeatureSet, fake: FeatureSet) -> FrechetDistance:
     FID from N images is biased upward by about C/N, C depending on the model (Chong & Forsyth 2020): compare values
     only at the same N. Raises UserError for sets of different networks or with fewer than 2 images.
     """
-    _check_comparable(real, fake, at_least=2)
+    check_comparable(real, fake, at_least=2)
     num_features = real.features.shape[1]
     # Distributed processes hold the gathered set each: torchmetrics must not add it up once more.
     metric = FrechetInceptionDistance(feature=_Given(num_features), sync_on_compute=False)
@@ -86,9 +86,12 @@ def kid(
     that of the whole estimate (the delete-(n-m) jackknife, Shao & Wu 1989), which gives `error`; when the sets' sizes
     differ, n is the smaller and the error is on the wide side. The same seed gives the same subsets.
 
+    For reconstructions against their own originals the value is low by about 2 / n (k(x, x) - mean k): each image meets
+    its twin. Compare such values with each other only.
+
     Raises UserError for sets of different networks or a subset that is not smaller than the smaller set.
     """
-    _check_comparable(real, fake, at_least=4)
+    check_comparable(real, fake, at_least=4)
     smallest = min(real.count, fake.count)
     size = subset_size or min(1000, smallest // 2)
     if not 2 <= size < smallest:
@@ -124,7 +127,7 @@ def precision_recall(
     A set's manifold is the union of balls around its points that reach to the k-th nearest other point. Both depend on
     the counts: compare at equal counts. Raises UserError for sets of different networks or of at most k images.
     """
-    _check_comparable(real, fake, at_least=neighbors + 1)
+    check_comparable(real, fake, at_least=neighbors + 1)
 
     def share_inside(points: Tensor, manifold: Tensor) -> float:
         # k + 1, because each point is its own nearest.
@@ -136,7 +139,8 @@ def precision_recall(
     return PrecisionRecall(share_inside(fake_points, real_points), share_inside(real_points, fake_points))
 
 
-def _check_comparable(real: FeatureSet, fake: FeatureSet, at_least: int) -> None:
+def check_comparable(real: FeatureSet, fake: FeatureSet, at_least: int) -> None:
+    """Raises UserError for sets of different networks, or with fewer images than `at_least`."""
     if real.network != fake.network:
         raise UserError(
             f"{real.name!r} and {fake.name!r} have features of different networks "
