@@ -1,0 +1,110 @@
+"""What every quantizer is: latents in, quantized latents and dominant codes out."""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What a quantizer makes of latents z (B, F, h, w)."""
+
+    z_q: Tensor  # (B, F, h, w) float32, what the decoder sees
+    indices: Tensor  # (B, h, w) int64, the dominant code of each latent: what the prior learns
+    loss: Tensor  # () codebook and commitment terms, already weighted
+    stats: dict[str, Tensor]  # name -> 0-dim tensor, detached
+
+
+class Quantizer(nn.Module):
+    """Base of all quantizers.
+
+    Attributes:
+        codebook_size: K, the number of codes; indices are in [0, K).
+        dim: F, the channels of a latent.
+    """
+
+    codebook_size: int
+    dim: int
+
+    def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
+        """Quantize latents.
+
+        Args:
+            z: (B, F, h, w) latents of any floating type; the arithmetic is float32 whatever the autocast outside.
+            image_noise: (B,) uniform numbers in [0, 1), the randomness of each image, or None to draw them from torch's
+                global generator. Quantizers without randomness ignore it. Nothing is random in eval mode.
+        """
+        raise NotImplementedError
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (B, F, h, w) of indices (B, h, w)."""
+        raise NotImplementedError
+
+
+_REGISTRY: dict[str, Callable[..., Quantizer]] = {}
+
+
+def register_quantizer(name: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
+    """Class decorator: make a quantizer available to `create_quantizer` under a plain name."""
+
+    def add(cls: type[Quantizer]) -> type[Quantizer]:
+        if name in _REGISTRY:
+            raise ValueError(f"quantizer {name!r} is registered twice")
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def quantizer_names() -> list[str]:
+    """Names that `create_quantizer` knows, sorted."""
+    return sorted(_REGISTRY)
+
+
+def create_quantizer(name: str, *, codebook_size: int, dim: int, **options) -> Quantizer:
+    """Build a quantizer by name.
+
+    Args:
+        name: one of `quantizer_names()`.
+        codebook_size: K >= 1.
+        dim: F >= 1, the channels of a latent.
+        options: further arguments of that quantizer's constructor.
+
+    Raises:
+        ValueError: unknown name or option (the message lists those that exist), or a value out of its range.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"no quantizer is named {name!r}; there are: {', '.join(quantizer_names())}")
+    cls = _REGISTRY[name]
+    known = [p for p in signature(cls).parameters if p not in ("codebook_size", "dim")]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"quantizer {name!r} has no option {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    return cls(codebook_size=codebook_size, dim=dim, **options)
+
+
+def check_codebook_shape(codebook_size: int, dim: int) -> None:
+    """Raise ValueError unless both sizes are positive integers."""
+    for name, value in (("codebook_size", codebook_size), ("dim", dim)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+
+
+def check_latents(z: Tensor, dim: int) -> None:
+    """Raise ValueError unless z is (B, dim, h, w), floating and not empty."""
+    if z.ndim != 4 or z.shape[1] != dim:
+        raise ValueError(f"z must be (B, {dim}, h, w), not {tuple(z.shape)}")
+    if not z.is_floating_point():
+        raise ValueError(f"z must be floating point, not {z.dtype}")
+    if z.numel() == 0:
+        raise ValueError(f"z is empty: its shape is {tuple(z.shape)}")
+
+
+def check_indices(indices: Tensor, codebook_size: int) -> None:
+    """Raise ValueError unless indices are (B, h, w) integers in [0, codebook_size)."""
+    if indices.ndim != 3 or indices.is_floating_point():
+        raise ValueError(f"indices must be integers (B, h, w), not {tuple(indices.shape)} {indices.dtype}")
+    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= codebook_size):
+        low, high = int(indices.min()), int(indices.max())
+        raise ValueError(f"indices must be in [0, {codebook_size}), but span [{low}, {high}]")

@@ -1,0 +1,40 @@
+"""Problem (1) over the m nearest codes of each latent only: one round, no proof about the other codes."""
+
+import torch
+from torch import Tensor
+
+from stage1_tokenizer.quantizers.dual_newton import solve_dual
+from stage1_tokenizer.quantizers.pricing import Codebook
+from stage1_tokenizer.quantizers.working_set import WorkingSolution, nearest_first, row_chunks, stack
+
+
+def solve_local(
+    book: Codebook, z: Tensor, reg: Tensor, *, neighbours: int, tol: float, max_iter: int
+) -> tuple[WorkingSolution, Tensor]:
+    """Solve (1) over the ``neighbours`` nearest codes of latents z (n, F), centred as the codebook is; reg (n, 1).
+
+    Returns:
+        The solution, whose residual is against all K codes, and the nearest codes (n,).
+    """
+    count = min(neighbours, book.size)
+    parts, nearests = [], []
+    for rows in row_chunks(book, len(z), count):
+        nearest, candidates = _nearest_codes(book, z[rows], count)
+        codes = book.codes[candidates] - book.codes[nearest].unsqueeze(1)  # (n, m, F)
+        target = z[rows] - book.codes[nearest]
+        point = solve_dual(codes, target, reg[rows], torch.zeros_like(target), tol=tol, max_iter=max_iter)
+        excess = book.highest_price(point.y) - point.threshold.squeeze(1) - (book.codes[nearest] * point.y).sum(1)
+        residual = torch.maximum(point.step, excess)
+        parts.append(WorkingSolution(candidates, point.weights, residual, point.iterations))
+        nearests.append(nearest)
+    return stack(parts, nearests)
+
+
+def _nearest_codes(book: Codebook, z: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The nearest code (n,) and the ``count`` nearest codes (n, count), the nearest one first."""
+    nearest, candidates = [], []
+    for rows in book.blocks(len(z)):
+        block = book.nearness(z[rows])
+        nearest.append(book.argmax(block))
+        candidates.append(block.topk(count, dim=1, sorted=False).indices)
+    return torch.cat(nearest), nearest_first(torch.cat(nearest), torch.cat(candidates))

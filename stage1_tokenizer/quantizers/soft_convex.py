@@ -1,0 +1,267 @@
+"""The soft convex quantizer as a layer: a drop-in for a vector quantizer in a VQGAN.
+
+Gautam et al., "Soft Convex Quantization" (arXiv 2310.03004), with what training it needs beside the solver: a lambda
+that follows the latents' scale, VQ's terms on the nearest code, and dominant dropout (docs/quantizer.md says why).
+"""
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from stage1_tokenizer.quantizers.baselines import flatten_latents, perplexity, unflatten_latents
+from stage1_tokenizer.quantizers.codebook import (
+    draw_rows,
+    gather_rows,
+    kmeans,
+    kmeans_step,
+    same_everywhere,
+    sum_across_processes,
+)
+from stage1_tokenizer.quantizers.convex_solver import METHODS, ConvexSolution, check_finite, soft_convex_solve
+from stage1_tokenizer.quantizers.interface import (
+    Quantized,
+    Quantizer,
+    check_codebook_shape,
+    check_indices,
+    check_latents,
+    register_quantizer,
+)
+from stage1_tokenizer.quantizers.pricing import Codebook
+
+
+@register_quantizer("scq")
+class SoftConvexQuantizer(Quantizer):
+    """Every latent becomes the convex combination of codes that eq. (1) of docs/quantizer.md asks for.
+
+    ``forward`` returns the combinations z_q and, as indices, the codes of largest weight. In eval mode it is
+    deterministic, changes no buffer and always returns the soft z_q.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        method: str = "exact",
+        neighbours: int = 16,
+        rho: float = 0.3,
+        rho_end: float | None = None,
+        rho_steps: int = 0,
+        dominant_dropout: float = 0.5,
+        commitment: float = 0.25,
+        codebook_weight: float = 1.0,
+        kmeans_batches: int = 8,
+        revive: bool = True,
+        projection_dim: int | None = None,
+        momentum: float = 0.95,
+        window: int = 2048,
+    ):
+        """
+        Args:
+            codebook_size: K, the number of codes.
+            dim: F, the channels of a latent.
+            method: "exact", "local" or "relaxed", see `soft_convex_solve`.
+            neighbours: codes per latent that "local" looks at.
+            rho: lambda as a multiple of the running mean of the squared distance to the nearest code, > 0.
+            rho_end: if given, rho moves geometrically to this value over ``rho_steps`` training steps; as it does, the
+                straight-through gradient is blended in, because dz_q/dz vanishes when lambda grows.
+            rho_steps: length of that move, >= 1 with ``rho_end``.
+            dominant_dropout: share of images, in [0, 1], decoded from dominant codes alone in training, so that they
+                learn to stand alone: a prior can emit nothing else.
+            commitment: weight of |z - sg(nearest code)|^2, >= 0.
+            codebook_weight: weight of |sg(z) - nearest code|^2, >= 0.
+            kmeans_batches: the first training batches over which codes are placed by k-means; 0: random codes.
+            revive: replace codes that dominated no latent over a whole window by latents far from their codes.
+            projection_dim: if given, latents are projected to this many channels and codes and latents are
+                l2-normalised; z_q is projected back.
+            momentum: of the running mean of the nearest distance, in [0, 1).
+            window: images over which usage and perplexity are counted in training, >= 1.
+        """
+        super().__init__()
+        check_codebook_shape(codebook_size, dim)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        for name, value, good, what in (
+            ("rho", rho, rho > 0, "positive"),
+            ("rho_end", rho_end, rho_end is None or rho_end > 0, "positive or None"),
+            ("rho_steps", rho_steps, rho_steps >= (rho_end is not None), "at least 1 with rho_end, else at least 0"),
+            ("dominant_dropout", dominant_dropout, 0 <= dominant_dropout <= 1, "in [0, 1]"),
+            ("commitment", commitment, commitment >= 0, "at least 0"),
+            ("codebook_weight", codebook_weight, codebook_weight >= 0, "at least 0"),
+            ("kmeans_batches", kmeans_batches, kmeans_batches >= 0, "at least 0"),
+            ("projection_dim", projection_dim, projection_dim is None or projection_dim >= 1, "at least 1 or None"),
+            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
+            ("neighbours", neighbours, neighbours >= 1, "at least 1"),
+            ("window", window, window >= 1, "at least 1"),
+        ):
+            if not good:
+                raise ValueError(f"{name} must be {what}, not {value!r}")
+        self.codebook_size, self.dim, self.method, self.neighbours = codebook_size, dim, method, neighbours
+        self.rho, self.rho_end, self.rho_steps = rho, rho_end, rho_steps
+        self.dominant_dropout, self.commitment, self.codebook_weight = dominant_dropout, commitment, codebook_weight
+        self.kmeans_batches, self.revive, self.momentum, self.window = kmeans_batches, revive, momentum, window
+        self.projection_dim = projection_dim
+        inner = dim if projection_dim is None else projection_dim
+        self.down = None if projection_dim is None else nn.Linear(dim, inner)
+        self.up = None if projection_dim is None else nn.Linear(inner, dim)
+        self.codebook = nn.Parameter(torch.randn(codebook_size, inner) / inner**0.5)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training forwards seen
+        self.register_buffer("mean_distance", torch.zeros(()))  # running mean of min_k |z - c_k|^2; 0: none yet
+        self.register_buffer("kmeans_counts", torch.zeros(codebook_size))
+        self.register_buffer("counts", torch.zeros(codebook_size))  # dominant codes in the window being filled
+        self.register_buffer("last_counts", torch.zeros(codebook_size))  # in the last full window
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64))  # in the window being filled
+
+    def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
+        """See `Quantizer.forward`.
+
+        Raises:
+            ValueError: z is misshapen or has an entry that is not finite (nothing has changed by then), or image_noise
+                is not (B,).
+        """
+        check_latents(z, self.dim)
+        check_finite("z", z)
+        if image_noise is not None and image_noise.shape != z.shape[:1]:
+            raise ValueError(f"image_noise must be ({z.shape[0]},), one per image, not {tuple(image_noise.shape)}")
+        with torch.autocast(z.device.type, enabled=False):
+            rows = self._rows(z)  # (N, F)
+            if self.training:
+                self._prepare(rows.detach())
+            codes = self._codes()  # (K, F)
+            solution = soft_convex_solve(
+                rows, codes, self._reg(rows, codes), method=self.method, neighbours=self.neighbours
+            )
+            nearest = codes[solution.nearest]  # (N, F)
+            loss = self.codebook_weight * nnf.mse_loss(nearest, rows.detach())
+            loss = loss + self.commitment * nnf.mse_loss(rows, nearest.detach())
+            stats = self._stats(rows.detach(), nearest.detach(), solution)
+            z_q = solution.z_q
+            if self.training:
+                z_q = self._harden(rows, codes, solution, z.shape, image_noise)
+                stats |= self._record(rows.detach(), stats["hard_error"], solution.dominant, z.shape[0])
+            z_q = unflatten_latents(z_q if self.up is None else self.up(z_q), z)
+        return Quantized(z_q, solution.dominant.view(z.shape[0], *z.shape[2:]), loss, stats)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Codes (B, F, h, w) float32 of indices (B, h, w); ValueError where they are out of range."""
+        check_indices(indices, self.codebook_size)
+        with torch.autocast(indices.device.type, enabled=False):
+            codes = self._codes() if self.up is None else self.up(self._codes())
+        return codes[indices].permute(0, 3, 1, 2).contiguous()
+
+    def solve(self, z: Tensor) -> ConvexSolution:
+        """Which codes each latent of z (B, F, h, w) mixes and with which weights, rows ordered (B, h, w)."""
+        check_latents(z, self.dim)
+        with torch.autocast(z.device.type, enabled=False):
+            rows, codes = self._rows(z), self._codes()
+            reg = self._reg(rows, codes)
+            return soft_convex_solve(rows, codes, reg, method=self.method, neighbours=self.neighbours)
+
+    def current_rho(self) -> float:
+        """rho at the present training step."""
+        if self.rho_end is None:
+            return self.rho
+        return self.rho * (self.rho_end / self.rho) ** self._progress()
+
+    def _progress(self) -> float:
+        """Share of the annealing of rho that is done."""
+        return 0.0 if self.rho_end is None else min(1.0, int(self.steps) / self.rho_steps)
+
+    def _rows(self, z: Tensor) -> Tensor:
+        rows = flatten_latents(z)
+        return rows if self.down is None else nnf.normalize(self.down(rows), dim=1)
+
+    def _codes(self) -> Tensor:
+        codes = self.codebook.float()
+        return codes if self.down is None else nnf.normalize(codes, dim=1)
+
+    @torch.no_grad()
+    def _reg(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Lambda (): it lags one step behind, so that the nearest codes need not be found twice."""
+        mean = self.mean_distance
+        if not mean > 0:
+            book = Codebook(codes)
+            mean = (rows - codes[book.nearest(rows - book.centre)]).square().sum(1).mean()
+            mean = sum_across_processes(mean) / sum_across_processes(torch.ones_like(mean)) if self.training else mean
+        # Latents that all sit on their codes still need a positive lambda; any will do, the solution is the code.
+        return (self.current_rho() * mean).clamp_min(torch.finfo(torch.float32).tiny * 1e6)
+
+    def _harden(
+        self, rows: Tensor, codes: Tensor, solution: ConvexSolution, shape: torch.Size, image_noise: Tensor | None
+    ) -> Tensor:
+        """z_q (N, F) as training decodes it: some images from their dominant codes alone."""
+        z_q = solution.z_q
+        progress = self._progress()
+        if progress > 0:
+            z_q = (1 - progress) * z_q + progress * (z_q.detach() + rows - rows.detach())
+        if self.dominant_dropout == 0:
+            return z_q
+        if image_noise is None:
+            image_noise = torch.rand(shape[0], device=rows.device)
+        hard = (image_noise.to(rows.device) < self.dominant_dropout).repeat_interleave(shape[2] * shape[3])
+        # The straight-through gradient goes to z, not through z_q: a dominant code alone is VQ, dz_q/dz would lose the
+        # directions that the support does not span, and dz_q/dc_k would move codes that were not decoded.
+        dominant = rows + (codes[solution.dominant] - rows).detach()
+        return torch.where(hard.unsqueeze(1), dominant, z_q)
+
+    @torch.no_grad()
+    def _prepare(self, rows: Tensor) -> None:
+        """K-means over the first batches, on all processes' latents."""
+        step = int(self.steps)
+        if step >= self.kmeans_batches:
+            return
+        everywhere = gather_rows(rows)
+        if step == 0:
+            codes, counts = kmeans(everywhere, self.codebook_size)
+        else:
+            codes, counts = kmeans_step(self._codes(), self.kmeans_counts, everywhere)
+        self.codebook.copy_(same_everywhere(codes))
+        self.kmeans_counts.copy_(same_everywhere(counts))
+
+    @torch.no_grad()
+    def _record(self, rows: Tensor, hard_error: Tensor, dominant: Tensor, images: int) -> dict[str, Tensor]:
+        """Advance the running statistics, the same in all processes, and revive dead codes when a window ends."""
+        counts = torch.bincount(dominant, minlength=self.codebook_size).float()
+        here = torch.stack([hard_error * len(rows), hard_error.new_tensor(len(rows)), hard_error.new_tensor(images)])
+        summed = sum_across_processes(torch.cat([here.double(), counts.double()]))
+        mean = (summed[0] / summed[1]).float()
+        self.mean_distance.copy_(torch.where(self.steps == 0, mean, mean.lerp(self.mean_distance, self.momentum)))
+        self.counts += summed[3:].float()
+        self.images += summed[2].long()
+        self.steps += 1
+        seen = self.counts + self.last_counts
+        if int(self.images) >= self.window:
+            if self.revive:
+                self._revive(rows)
+            self.last_counts.copy_(self.counts)
+            self.counts.zero_()
+            self.images.zero_()
+        return {"usage": (seen > 0).float().mean(), "perplexity": perplexity(seen)}
+
+    def _revive(self, rows: Tensor) -> None:
+        """Move codes that dominated nothing in the window onto latents drawn by squared distance to their codes."""
+        dead = (self.counts == 0).nonzero().squeeze(1)
+        if dead.numel() == 0:
+            return
+        everywhere = gather_rows(rows)
+        codes = self._codes()
+        book = Codebook(codes)
+        distance = (everywhere - codes[book.nearest(everywhere - book.centre)]).square().sum(1)
+        codes = self.codebook.detach().clone()
+        codes[dead] = draw_rows(everywhere, len(dead), int(self.steps), distance)
+        self.codebook.copy_(same_everywhere(codes))
+
+    @torch.no_grad()
+    def _stats(self, rows: Tensor, nearest: Tensor, solution: ConvexSolution) -> dict[str, Tensor]:
+        """Statistics of this batch; `_record` replaces usage and perplexity by the window's in training."""
+        counts = torch.bincount(solution.dominant, minlength=self.codebook_size).float()
+        return {
+            "usage": (counts > 0).float().mean(),
+            "perplexity": perplexity(counts),
+            "support_size": (solution.weights > 0).sum(1).float().mean(),
+            "dominant_weight": solution.weights.amax(1).mean(),
+            "dominant_is_nearest": (solution.dominant == solution.nearest).float().mean(),
+            "soft_error": (rows - solution.z_q.detach()).square().sum(1).mean(),
+            "hard_error": (rows - nearest).square().sum(1).mean(),
+            "residual": solution.residual.amax(),
+            "rho": rows.new_tensor(self.current_rho()),
+        }
