@@ -1,0 +1,82 @@
+"""Checkpoints that are whole or absent, and hold everything a run needs to go on bit for bit.
+
+A checkpoint is a folder ``step_00001000`` with one safetensors file for every module (and ``ema``), the optimizers'
+state, and ``state.json``. The learning rate, the data position and all random numbers are pure functions of the step
+(:mod:`engine.schedules`, :mod:`data.stream`, :mod:`engine.randomness`), so the step is all there is to save of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from engine.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last.
+
+    Args:
+        folder: where they live; made when the first one is written.
+        keep: how many of the newest to keep.
+        modules: what to save and restore, by name.
+        optimizers: likewise.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, modules: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+    ):
+        self.folder, self.keep, self.modules, self.optimizers = folder, max(1, keep), modules, optimizers
+
+    def all(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob("step_*") if (p / "state.json").is_file())
+
+    def latest(self) -> Path | None:
+        return self.all()[-1] if self.all() else None
+
+    def save(self, step: int, **state: float | dict) -> Path:
+        """Write the state after ``step`` steps; the folder appears under its final name when it is complete."""
+        final = self.folder / f"step_{step:08d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
+        for name, module in self.modules.items():
+            save_model(module, str(temporary / f"{name}.safetensors"))
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        torch.save(optimizers, temporary / "optimizers.pt")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def restore(self) -> dict:
+        """Load the newest checkpoint into the modules and optimizers; ``{"step": 0}`` where there is none.
+
+        Raises:
+            UserError: a file of the checkpoint is missing, damaged, or of another architecture.
+        """
+        path = self.latest()
+        if path is None:
+            return {"step": 0}
+        try:
+            for name, module in self.modules.items():
+                load_model(module, str(path / f"{name}.safetensors"))
+            # weights_only: tensors and plain containers, nothing that could run code is unpickled.
+            saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(saved[name])
+            return json.loads((path / "state.json").read_text())
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"checkpoint {path} cannot be restored ({reason}); delete that folder to go on from the one before it"
+            ) from error

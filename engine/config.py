@@ -1,0 +1,155 @@
+"""Experiments as YAML over typed dataclasses.
+
+A config file holds only what differs from the dataclass defaults. It may name another file with ``base: other.yaml``
+(relative to itself) and then holds only what differs from that one, so that two arms of an experiment share everything
+that is not written down as different. The command line overrides with ``section.key=value``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from engine.errors import UserError
+
+Schema = TypeVar("Schema")
+CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, built by timm's optimizer factory (no weight decay on biases, norms and codebooks)."""
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    warmup_steps: int = 100
+    schedule: str = "cosine"  # constant | cosine, after a linear warm-up
+    final_share: float = 0.05  # cosine ends at this share of learning_rate
+    clip_norm: float = 1.0  # largest gradient norm; 0 switches clipping off
+
+
+@dataclass
+class LoopConfig:
+    """The training loop that both stages share."""
+
+    steps: int = 1000
+    batch_size: int = 64  # images per step over all processes together
+    seed: int = 0
+    precision: str = "auto"  # auto | no | bf16 | fp16; auto is bf16 where the hardware computes it natively
+    compile: bool = False
+    ema_decay: float = 0.999
+    log_every: int = 20
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    images_every: int = 500  # a picture in the run folder, 0 for none
+    tracker: str = "none"  # none | tensorboard | wandb, beside metrics.jsonl
+
+
+@dataclass
+class DataConfig:
+    train: str = "shards/train"  # a folder of shards
+    validation: str = ""  # a folder of shards held out from training; empty for none
+    flip: bool = True  # horizontal flips with probability 1/2
+    workers: int = 0  # decoding processes per training process
+
+
+def load_config(schema: type[Schema], path: Path | str | None = None, overrides: list[str] | None = None) -> Schema:
+    """Read ``path`` over the defaults of ``schema``, then apply ``section.key=value`` overrides.
+
+    Raises:
+        UserError: the file is missing or no YAML mapping, a key is unknown or a value has the wrong type; the message
+            names the key and, for files, the file.
+    """
+    config = OmegaConf.structured(schema)
+    for source in _chain(Path(path)) if path else []:
+        config = _merge(config, _read_yaml(source), f"{source}")
+    for override in overrides or []:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"override {override!r} is not of the form section.key=value")
+        try:
+            parsed = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise UserError(f"override {override!r} cannot be read: {_first_line(error)}") from error
+        config = _merge(config, parsed, f"override {override!r}")
+    return OmegaConf.to_object(config)
+
+
+def save_config(config: object, path: Path) -> None:
+    """Write the resolved config, headed by the git revision of the code that resolved it."""
+    text = f"# resolved by scq at git revision {git_revision()}\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
+    write_atomically(path, text)
+
+
+def as_dict(config: object) -> dict:
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+
+
+def git_revision() -> str:
+    """The commit of the source tree, 'unknown' where the package was installed without one."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=CONFIG_ROOT.parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() or "unknown"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write to a temporary name beside ``path``, then rename: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
+def _chain(path: Path) -> list[Path]:
+    """The file and all it is based on, the base first."""
+    chain: list[Path] = []
+    while path is not None:
+        if path.resolve() in [p.resolve() for p in chain]:
+            raise UserError(f"config {path} is based on itself")
+        chain.insert(0, path)
+        base = _read_yaml(path, keep_base=True).get("base")
+        path = path.parent / base if base else None
+    return chain
+
+
+def _read_yaml(path: Path, keep_base: bool = False) -> DictConfig:
+    if not path.is_file():
+        raise UserError(f"config {path} does not exist; the ready ones are in configs/")
+    try:
+        config = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {_first_line(error)}") from error
+    if not isinstance(config, DictConfig):
+        raise UserError(f"config {path} must hold a mapping of keys to values")
+    if not keep_base:
+        config.pop("base", None)
+    return config
+
+
+def _merge(config: DictConfig, other: DictConfig, source: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(config, other)
+    except OmegaConfBaseException as error:
+        key = error.full_key or error.key or "?"
+        kind = "unknown key" if "not in" in str(error) else "wrong value for"
+        raise UserError(f"{source}: {kind} {key!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,179 @@
+"""The one training loop, shared by both stages.
+
+A stage gives a :class:`Task`: its modules, its optimizers and one training step. The loop owns everything else:
+learning rates, the exponential moving average, logging, the guard against divergence, checkpoints and exact resume.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from engine.checkpoint import Checkpoints
+from engine.config import LoopConfig, OptimizerConfig
+from engine.errors import UserError
+from engine.progress import progress_bar
+from engine.randomness import step_seed
+from engine.schedules import learning_rate_share
+from engine.tracking import RunFolder
+
+
+class Task(Protocol):
+    """What one stage trains."""
+
+    modules: dict[str, nn.Module]  # saved and restored by name
+    optimizers: dict[str, torch.optim.Optimizer]
+    average: ModelEmaV3  # of modules["model"]; copied before accelerate wraps that model's forward in autocast
+
+    def training_step(self, batch: Any, step: int) -> dict[str, torch.Tensor]:
+        """Take one optimizer step; return 0-dim tensors to log, gradient norms among them."""
+
+    def picture(self, averaged: nn.Module) -> Image.Image | None:
+        """Something to look at, drawn with the averaged weights."""
+
+
+@dataclass
+class Trained:
+    """What a finished training hands on."""
+
+    averaged: nn.Module  # the model with averaged weights, in eval mode
+    steps: int
+    seconds: float  # of training, over all interruptions
+
+
+def make_accelerator(config: LoopConfig) -> Accelerator:
+    """Devices, processes and mixed precision, as ``accelerate launch`` or the machine decides."""
+    tracker = None if config.tracker == "none" else config.tracker
+    return Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
+
+
+def resolve_precision(precision: str) -> str:
+    """``auto`` becomes bf16 where the hardware multiplies bf16 natively; elsewhere emulation would only be slower."""
+    if precision not in ("auto", "no", "bf16", "fp16"):
+        raise UserError(f"training.precision is {precision!r}; it must be auto, no, bf16 or fp16")
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "no"
+
+
+def train(
+    task: Task,
+    stream: Any,
+    config: LoopConfig,
+    optimizer: OptimizerConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+    title: str,
+    after_log: Callable[[int], None] | None = None,
+) -> Trained:
+    """Train until ``config.steps``, going on from the newest checkpoint of ``run`` where there is one.
+
+    Args:
+        stream: yields this process's share of every batch, and knows its place (data.stream, data.tokens).
+        title: what the progress bar says.
+        after_log: called with the step after each logging point.
+
+    Raises:
+        UserError: a loss or gradient became non-finite; the message names the step, the terms and the last good
+            checkpoint, which is left untouched.
+        DataError: the run was trained on other data.
+    """
+    model, average = task.modules["model"], task.average
+    modules = {**task.modules, "ema": average.module}
+    checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints, modules, task.optimizers)
+    state = checkpoints.restore()
+    first, spent = state["step"], state.get("seconds", 0.0)
+    if first:
+        stream.load_state_dict(state["stream"])
+    run.forget_after(first)
+    base_rates = {name: [group["initial_lr"] for group in o.param_groups] for name, o in task.optimizers.items()}
+    meter = _Meter(checkpoints)
+    started = time.monotonic()
+    with progress_bar(title, quiet=not run.is_main) as progress:
+        batches = iter(stream)
+        progress(first, config.steps)
+        for step in range(first, config.steps):
+            waiting = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - waiting
+            share = learning_rate_share(
+                step, config.steps, optimizer.warmup_steps, optimizer.schedule, optimizer.final_share
+            )
+            for name, each in task.optimizers.items():
+                for group, rate in zip(each.param_groups, base_rates[name], strict=True):
+                    group["lr"] = rate * share
+            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
+            meter.add(step, task.training_step(batch, step), waited)
+            average.update(model, step=step)
+
+            done = step + 1
+            last = done == config.steps
+            if done % config.log_every == 0 or done % config.checkpoint_every == 0 or last:
+                values = meter.flush(config.batch_size)
+                run.log(done, {**values, "learning_rate": optimizer.learning_rate * share})
+                speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+                progress(done, config.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
+                if after_log is not None:
+                    after_log(done)
+            else:
+                progress(done, config.steps)
+            if config.images_every and (done % config.images_every == 0 or last) and run.is_main:
+                average.module.eval()
+                picture = task.picture(average.module)
+                if picture is not None:
+                    run.picture(f"step_{done:08d}", picture)
+            if done % config.checkpoint_every == 0 or last:
+                if run.is_main:
+                    checkpoints.save(done, seconds=spent + time.monotonic() - started, stream=stream.state_dict())
+                accelerator.wait_for_everyone()
+    accelerator.end_training()
+    seconds = spent + time.monotonic() - started if first < config.steps else spent
+    return Trained(average.module.eval(), config.steps, seconds)
+
+
+class _Meter:
+    """Means over the steps since the last flush, kept on the device so that no step waits for the host."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps: list[int] = []
+        self.rows: list[dict[str, torch.Tensor]] = []
+        self.waited, self.started = 0.0, time.monotonic()
+
+    def add(self, step: int, terms: dict[str, torch.Tensor], waited: float) -> None:
+        self.steps.append(step)
+        self.rows.append(terms)
+        self.waited += waited
+
+    def flush(self, batch_size: int) -> dict[str, float]:
+        names = list(self.rows[-1])
+        table = torch.stack([torch.stack([row[name].detach().float() for name in names]) for row in self.rows]).cpu()
+        finite = table.isfinite().all(1)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
+            terms = ", ".join(f"{name}={value:.4g}" for name, value in zip(names, table[bad].tolist(), strict=True))
+            good = self.checkpoints.latest()
+            raise UserError(
+                f"training diverged at step {self.steps[bad]}: {terms}. "
+                f"Last good checkpoint: {good or 'none yet'}. "
+                "Lower optimizer.learning_rate, or use training.precision=no"
+            )
+        elapsed = max(1e-9, time.monotonic() - self.started)
+        means = dict(zip(names, table.mean(0).tolist(), strict=True))
+        means["images_per_second"] = batch_size * len(self.steps) / elapsed
+        means["data_wait_share"] = self.waited / elapsed
+        self._reset()
+        return means

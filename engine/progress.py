@@ -1,0 +1,66 @@
+"""Progress that a person can read: live bars on a terminal, a plain line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+console = Console(stderr=True, highlight=False)
+
+
+class Bar:
+    """One running task: call it with (done, total) and, if there is more to say, a short text."""
+
+    def __init__(self, title: str, progress: Progress | None):
+        self.title = title
+        self.progress = progress
+        self.task = progress.add_task(title, total=None, info="") if progress else None
+        self.started = self.last_line = time.monotonic()
+        self.first_done: int | None = None
+
+    def __call__(self, done: int, total: int, info: str = "") -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, total=total, info=info)
+            return
+        now = time.monotonic()
+        if self.first_done is None:
+            self.first_done = done
+        if now - self.last_line < SECONDS_BETWEEN_LINES and done < total:
+            return
+        self.last_line = now
+        fresh = max(1, done - self.first_done)
+        left = (now - self.started) / fresh * (total - done)
+        print(f"{self.title}: {done}/{total}, {left:.0f} s left {info}".rstrip(), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress_bar(title: str, quiet: bool = False) -> Iterator[Bar]:
+    """A bar for the body of the ``with`` statement; ``quiet`` for processes that are not the main one."""
+    if quiet:
+        yield lambda done, total, info="": None
+        return
+    if not console.is_terminal:
+        yield Bar(title, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}", style="dim"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield Bar(title, progress)
+
+
+def say(text: str) -> None:
+    """A line for the person at the keyboard, on standard error so that standard output stays for results."""
+    console.print(text, markup=False, soft_wrap=True)

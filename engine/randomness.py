@@ -1,0 +1,64 @@
+"""Random numbers as a pure function of who asks.
+
+Training and sampling never draw from a global generator whose state would have to be saved and divided among
+processes. Every image has its own stream of numbers, addressed by (key of the image, counter): the same image gets the
+same numbers whatever the batch size, the number of processes, the device, or how often the run was resumed.
+
+The generator is the finaliser of SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014) applied to a Weyl sequence, in wrapping 64-bit integer arithmetic that torch computes alike on every
+device.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MULTIPLIER_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MULTIPLIER_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts signed integers arithmetically
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MULTIPLIER_1
+    x = (x ^ _shift_right(x, 27)) * _MULTIPLIER_2
+    return x ^ _shift_right(x, 31)
+
+
+def image_uniform(keys: torch.Tensor, *shape: int, seed: int = 0, purpose: str = "") -> torch.Tensor:
+    """Uniform numbers in (0, 1), one block of ``shape`` for each image.
+
+    Args:
+        keys: (B,) int64, what tells the images apart: their positions in the training sequence, or sampling seeds.
+        shape: size of the block each image gets; none for one number.
+        seed: the experiment's seed.
+        purpose: separates streams that the same image needs for different things.
+
+    Returns:
+        (B, *shape) float32 on the device of ``keys``.
+    """
+    purpose_key = zlib.crc32(purpose.encode()) + (seed << 32)
+    base = torch.tensor(purpose_key, dtype=torch.int64, device=keys.device)
+    streams = _mix(_mix(keys.to(torch.int64) * _GOLDEN + base) + base)  # (B,)
+    counters = torch.arange(1, math.prod(shape) + 1, device=keys.device) * _GOLDEN  # (prod(shape),)
+    bits = _mix(streams[:, None] + counters)
+    # 23 bits and a half step fill a float32 mantissa exactly and keep 0 and 1 out, so that logarithms stay finite.
+    uniform = (_shift_right(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
+    return uniform.view(len(keys), *shape)
+
+
+def image_gumbel(keys: torch.Tensor, *shape: int, seed: int = 0, purpose: str = "") -> torch.Tensor:
+    """Standard Gumbel numbers, addressed like :func:`image_uniform`. Returns (B, *shape) float32."""
+    return -torch.log(-torch.log(image_uniform(keys, *shape, seed=seed, purpose=purpose)))
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """A seed for torch's own generator in one training step, for the few modules that draw from it (dropout)."""
+    key = torch.tensor([step * 4096 + rank])
+    return int(image_uniform(key, 2, seed=seed, purpose="step").mul(2**23).long()[0] @ torch.tensor([1, 2**23]))

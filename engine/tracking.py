@@ -1,0 +1,110 @@
+"""The run folder: resolved config, metrics, pictures, checkpoints, and the model at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from accelerate import Accelerator
+from PIL import Image
+
+from engine.config import as_dict, load_config, save_config, write_atomically
+from engine.errors import UserError
+
+# What may differ between the run that wrote a folder and the one that goes on in it. Where the data lies may change;
+# whether it is the same data is checked by its fingerprint when a checkpoint is restored.
+_FREE_KEYS = frozenset(
+    ["out", "tokenizer", "data.train", "data.validation", "data.workers", "training.steps", "training.log_every"]
+    + ["training.checkpoint_every", "training.keep_checkpoints", "training.images_every", "training.tracker"]
+)
+
+
+class RunFolder:
+    """One training run on disk. Only the main process writes.
+
+    Raises:
+        UserError: the folder holds a run with other settings.
+    """
+
+    def __init__(self, path: Path | str, config: object, accelerator: Accelerator):
+        self.path = Path(path)
+        self.accelerator = accelerator
+        self.is_main = accelerator.is_main_process
+        self._refuse_other_settings(config)
+        accelerator.wait_for_everyone()
+        if self.is_main:
+            (self.path / "images").mkdir(parents=True, exist_ok=True)
+            save_config(config, self.path / "config.yaml")
+        tracker = config.training.tracker
+        if tracker != "none":
+            _require_tracker(tracker)
+            accelerator.init_trackers("scq", init_kwargs={"wandb": {"dir": str(self.path)}})
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and pass the values to the tracker, if one is on."""
+        self.accelerator.log(values, step=step)
+        if self.is_main:
+            with (self.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a killed run logged after the checkpoint that is resumed, so that no step stands twice."""
+        if not self.is_main or not (self.path / "metrics.jsonl").is_file():
+            return
+        kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
+
+    def picture(self, name: str, image: Image.Image) -> None:
+        if self.is_main:
+            temporary = self.path / "images" / f".{name}.tmp.png"
+            image.save(temporary)
+            temporary.rename(self.path / "images" / f"{name}.png")
+
+    def _refuse_other_settings(self, config: object) -> None:
+        saved_path = self.path / "config.yaml"
+        if not saved_path.is_file():
+            return
+        saved = _flatten(as_dict(load_config(type(config), saved_path)))
+        asked = _flatten(as_dict(config))
+        for key in sorted(saved.keys() | asked.keys()):
+            if key not in _FREE_KEYS and saved.get(key) != asked.get(key):
+                raise UserError(
+                    f"{self.path} holds a run with {key}={saved.get(key)!r}, this one asks for {asked.get(key)!r}; "
+                    "choose another out=... or delete that folder"
+                )
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    path = run / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _require_tracker(tracker: str) -> None:
+    from accelerate.tracking import is_tensorboard_available, is_wandb_available
+
+    available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if tracker not in available:
+        raise UserError(f"training.tracker is {tracker!r}; it must be none, tensorboard or wandb")
+    if not available[tracker]():
+        raise UserError(f"training.tracker={tracker} needs the logging extra: pip install 'scq[logging]'")

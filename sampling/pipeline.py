@@ -1,0 +1,188 @@
+"""Both stages as one diffusers pipeline: ``SoftConvexPipeline.from_pretrained(folder)(num_images=16)``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+
+from engine.config import write_atomically
+from engine.errors import UserError
+from sampling.samplers import Step, guided, maskgit
+from stage1_tokenizer.autoencoder import ImageTokenizer, to_uint8
+from stage1_tokenizer.train import load_tokenizer
+from stage2_prior.transformer import MaskedTransformer
+
+
+@dataclass
+class SamplingConfig:
+    """How images are drawn; saved with the model as its defaults."""
+
+    steps: int = 12  # 1 .. number of tokens
+    temperature: float = 1.0
+    choice_temperature: float = 4.5
+    guidance_scale: float = 0.0
+    schedule: str = "cosine"
+
+
+@dataclass
+class ImageOutput(BaseOutput):
+    """images: PIL images or a uint8 tensor (N, 3, H, W); tokens: (N, h, w) int64."""
+
+    images: list[Image.Image] | torch.Tensor
+    tokens: torch.Tensor
+
+
+class SoftConvexPipeline(DiffusionPipeline):
+    """Draws images: the prior fills a grid of dominant codes, the tokenizer decodes it.
+
+    Args:
+        tokenizer: of stage 1.
+        prior: of stage 2, trained on the codes of that very tokenizer.
+
+    Raises:
+        UserError: the prior belongs to another tokenizer.
+    """
+
+    def __init__(self, tokenizer: ImageTokenizer, prior: MaskedTransformer):
+        super().__init__()
+        wanted, found = prior.config.tokenizer_fingerprint, tokenizer.fingerprint()
+        if wanted and wanted != found:
+            raise UserError(f"the prior was trained on tokens of tokenizer {wanted}, but this is tokenizer {found}")
+        self.register_modules(tokenizer=tokenizer.eval(), prior=prior.eval())
+        self.sampling = SamplingConfig()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_images: int = 16,
+        seed: int = 0,
+        class_labels: list[int] | None = None,
+        steps: int | None = None,
+        temperature: float | None = None,
+        choice_temperature: float | None = None,
+        guidance_scale: float | None = None,
+        batch_size: int = 16,
+        output_type: str = "pil",
+        callback: Callable[[Step], None] | None = None,
+    ) -> ImageOutput:
+        """Draw images.
+
+        Args:
+            num_images: how many.
+            seed: of the first image; image i has seed + i, so any of them can be drawn again alone.
+            class_labels: one for each image, for a class-conditional prior.
+            steps, temperature, choice_temperature, guidance_scale: see sampling.samplers; None takes the model's own.
+            batch_size: images drawn together; changes the time, never the images.
+            output_type: ``pil`` or ``pt`` (uint8).
+            callback: called after each step of each batch.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        if num_images < 1 or batch_size < 1:
+            raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1")
+        labels = self._labels(class_labels, num_images)
+        images, grids = [], []
+        for start in range(0, num_images, batch_size):
+            stop = min(start + batch_size, num_images)
+            tokens = self.draw_tokens(
+                torch.arange(seed + start, seed + stop),
+                None if labels is None else labels[start:stop],
+                steps=steps,
+                temperature=temperature,
+                choice_temperature=choice_temperature,
+                guidance_scale=guidance_scale,
+                callback=callback,
+            )
+            grids.append(tokens.cpu())
+            images.append(self.decode_tokens(tokens).cpu())
+        pixels = torch.cat(images)
+        shown = pixels if output_type == "pt" else [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
+        return ImageOutput(images=shown, tokens=torch.cat(grids))
+
+    def draw_tokens(
+        self,
+        seeds: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        *,
+        callback: Callable[[Step], None] | None = None,
+        **overrides: float | None,
+    ) -> torch.Tensor:
+        """Grids of codes (B, h, w) for these seeds (B,); ``overrides`` replace fields of ``self.sampling``."""
+        chosen = {**vars(self.sampling), **{k: v for k, v in overrides.items() if v is not None}}
+        guidance_scale = chosen.pop("guidance_scale")
+        prior = self.prior
+        predict = guided(
+            prior, None if labels is None else labels.to(self.device), guidance_scale, prior.config.num_classes
+        )
+        tokens = maskgit(predict, seeds.to(self.device), prior.length, prior.mask_token, callback=callback, **chosen)
+        return tokens.view(-1, *prior.config.grid)
+
+    def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W)."""
+        return to_uint8(self.tokenizer.decode_indices(tokens.to(self.device)))
+
+    def stream(self, num_images: int, seed: int = 0, batch_size: int = 16) -> Iterator[torch.Tensor]:
+        """Images as uint8 batches (b, 3, H, W), drawn as they are consumed: what metrics want. Classes take turns."""
+        classes = self.prior.config.num_classes
+        for start in range(0, num_images, batch_size):
+            count = min(batch_size, num_images - start)
+            labels = [i % classes for i in range(start, start + count)] if classes else None
+            yield self(count, seed + start, class_labels=labels, batch_size=batch_size, output_type="pt").images
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Write tokenizer/, prior/, model_index.json and sampling.json; the folder appears when it is complete."""
+        folder = Path(save_directory)
+        temporary = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        super().save_pretrained(temporary, **kwargs)
+        write_atomically(temporary / "sampling.json", json.dumps(vars(self.sampling), indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> SoftConvexPipeline:
+        """The pipeline in ``folder``: one that ``save_pretrained`` wrote, or a run folder of a prior.
+
+        Raises:
+            UserError: nothing there is a pipeline, or a part of it cannot be loaded.
+        """
+        for root in (Path(folder), Path(folder) / "model"):
+            if (root / "model_index.json").is_file():
+                break
+        else:
+            raise UserError(
+                f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote "
+                "(with model_index.json)"
+            )
+        tokenizer = load_tokenizer(root / "tokenizer")
+        try:
+            prior = MaskedTransformer.from_pretrained(root / "prior", local_files_only=True)
+            saved = json.loads((root / "sampling.json").read_text())
+            sampling = SamplingConfig(**saved)
+        except (OSError, ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{root} cannot be loaded: {str(error).splitlines()[0]}") from error
+        pipeline = cls(tokenizer, prior)
+        pipeline.sampling = sampling
+        return pipeline.to(device) if device is not None else pipeline
+
+    def _labels(self, class_labels: list[int] | None, num_images: int) -> torch.Tensor | None:
+        classes = self.prior.config.num_classes
+        if class_labels is None:
+            return None
+        if not classes:
+            raise ValueError("class_labels were given, but this prior was trained without classes")
+        if len(class_labels) != num_images:
+            raise ValueError(f"{len(class_labels)} class_labels for {num_images} images; give one for each")
+        bad = [label for label in class_labels if not 0 <= label < classes]
+        if bad:
+            raise ValueError(f"class label {bad[0]} is not one of the {classes} classes 0 .. {classes - 1}")
+        return torch.tensor(class_labels)

@@ -1,0 +1,139 @@
+"""Image <-> tokens: VQGAN's encoder and decoder (Esser, Rombach, Ommer, CVPR 2021) around any quantizer of this project."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import Decoder, Encoder
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from stage1_tokenizer.quantizers import Quantized, create_quantizer
+
+
+class Encoding(NamedTuple):
+    """What an image becomes. The prior sees ``indices`` only; the decoder was trained on both."""
+
+    z_q: torch.Tensor  # (B, F, h, w) quantized latents; for soft convex quantization the convex combinations
+    indices: torch.Tensor  # (B, h, w) int64, the dominant codes
+
+
+class ImageTokenizer(ModelMixin, ConfigMixin):
+    """An autoencoder whose latents are quantized; a diffusers model with ``from_pretrained`` and ``save_pretrained``.
+
+    Args:
+        image_size: side of the square training images, in pixels.
+        channels: width of the encoder at each resolution, finest first; every entry after the first halves the side.
+        layers_per_block: residual blocks at each resolution (the decoder has one more, as in VQGAN).
+        patch_size: pixels folded into channels before the first convolution. 2 quarters the work at the finest
+            resolution, which on a CPU is most of it. The side shrinks by patch_size * 2 ** (len(channels) - 1) in all.
+        attention: self-attention at the coarsest resolution.
+        latent_dim: F, the size of a code.
+        codebook_size: K.
+        quantizer_name: one known to ``create_quantizer``.
+        quantizer_options: its further options.
+
+    Raises:
+        ValueError: the image size is not a multiple of the factor; an unknown quantizer or option.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 32,
+        channels: tuple[int, ...] = (64, 128),
+        layers_per_block: int = 1,
+        patch_size: int = 2,
+        attention: bool = False,
+        latent_dim: int = 8,
+        codebook_size: int = 512,
+        quantizer_name: str = "scq",
+        quantizer_options: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        factor = patch_size * 2 ** (len(channels) - 1)
+        if image_size % factor:
+            raise ValueError(f"image_size={image_size} is not a multiple of the factor {factor} of this architecture")
+        patch_channels = 3 * patch_size**2
+        shared = {
+            "block_out_channels": tuple(channels),
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": _norm_groups(channels),
+            "mid_block_add_attention": attention,
+        }
+        down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
+        self.encoder = Encoder(patch_channels, latent_dim, down_block_types=down, double_z=False, **shared)
+        self.before_quantizer = nn.Conv2d(latent_dim, latent_dim, 1)
+        self.quantizer = create_quantizer(
+            quantizer_name, codebook_size=codebook_size, dim=latent_dim, **(quantizer_options or {})
+        )
+        self.after_quantizer = nn.Conv2d(latent_dim, latent_dim, 1)
+        self.decoder = Decoder(latent_dim, patch_channels, up_block_types=up, **shared)
+        self.factor = factor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the token grid of a training image."""
+        return (self.config.image_size // self.factor,) * 2
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Where VQGAN balances the gradients of its losses."""
+        return self.decoder.conv_out.weight
+
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> latents before quantization (B, F, H / factor, W / factor)."""
+        return self.before_quantizer(self.encoder(F.pixel_unshuffle(images, self.config.patch_size)))
+
+    def encode(self, images: torch.Tensor) -> Encoding:
+        """Images (B, 3, H, W) in [-1, 1] -> quantized latents and dominant codes."""
+        quantized = self.quantizer(self.latents(images))
+        return Encoding(quantized.z_q, quantized.indices)
+
+    def decode(self, z_q: torch.Tensor) -> torch.Tensor:
+        """Quantized latents (B, F, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        return F.pixel_shuffle(self.decoder(self.after_quantizer(z_q)), self.config.patch_size)
+
+    def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
+        """Codes (B, h, w) -> images (B, 3, H, W), each latent being the code alone."""
+        return self.decode(self.quantizer.lookup(indices).to(self.after_quantizer.weight.dtype))
+
+    def forward(self, images: torch.Tensor, image_noise: torch.Tensor | None = None) -> tuple[torch.Tensor, Quantized]:
+        """One training pass.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            image_noise: (B,) uniform in [0, 1), each image's own randomness for the quantizer.
+
+        Returns:
+            the reconstruction (B, 3, H, W) and what the quantizer returned.
+        """
+        quantized = self.quantizer(self.latents(images), image_noise)
+        return self.decode(quantized.z_q), quantized
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of all weights: tokens carry it, and a prior refuses tokens of another tokenizer."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images about [-1, 1] -> rounded uint8 pixels."""
+    return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def _norm_groups(channels: tuple[int, ...]) -> int:
+    """VQGAN's 32 groups, fewer where a width is not a multiple of 32."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in channels))

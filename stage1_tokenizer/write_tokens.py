@@ -1,0 +1,60 @@
+"""Image shards -> token shards: ``scq tokenize``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from data.shards import ShardSet
+from data.stream import iterate_once
+from data.tokens import TokenDataset, TokenWriter
+from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
+
+
+@torch.no_grad()
+def write_tokens(
+    tokenizer: ImageTokenizer,
+    shards: Path | str,
+    out: Path | str,
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenDataset:
+    """Write the dominant codes of every image once, in the order of the shards.
+
+    Under ``accelerate launch`` each process writes its part. An interrupted run goes on where it stopped.
+
+    Raises:
+        DataError: the shards are unfit, or ``out`` holds tokens of another tokenizer.
+    """
+    state = PartialState()
+    source = ShardSet(shards)
+    mine = len(source) * (state.process_index + 1) // state.num_processes
+    mine -= len(source) * state.process_index // state.num_processes
+    writer = TokenWriter(
+        out,
+        grid=tokenizer.grid,
+        codebook_size=tokenizer.quantizer.codebook_size,
+        fingerprint=tokenizer.fingerprint(),
+        source={"fingerprint": source.fingerprint, "split": source.manifest.get("split")},
+        num_classes=len(source.manifest["class_names"]),
+        rank=state.process_index,
+        world_size=state.num_processes,
+    )
+    tokenizer = tokenizer.to(state.device).eval()
+    done = writer.num_written
+    if not writer.complete:
+        batches = iterate_once(
+            shards, batch_size, rank=state.process_index, world_size=state.num_processes, start=writer.num_written
+        )
+        for batch in batches:
+            indices = tokenizer.encode(to_float(batch.images.to(state.device))).indices
+            writer.write(indices, batch.labels, [source.key(int(i)) for i in batch.positions])
+            done += len(indices)
+            if progress is not None:
+                progress(done, mine)
+        writer.close()
+    state.wait_for_everyone()
+    return TokenDataset(out)

@@ -1,0 +1,195 @@
+"""Train a prior over the dominant codes of a tokenizer: ``scq train prior --config FILE``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from data.tokens import TokenBatch, TokenDataset, TokenStream
+from engine.config import LoopConfig, OptimizerConfig
+from engine.errors import UserError
+from engine.loop import Trained, make_accelerator, train
+from engine.optimizers import create_optimizer, optimizer_step
+from engine.progress import say
+from engine.randomness import image_uniform
+from engine.tracking import RunFolder
+from stage2_prior.masking import mask_share, mask_tokens
+from stage2_prior.transformer import MaskedTransformer
+
+
+@dataclass
+class TokenDataConfig:
+    train: str = "tokens/train"  # a folder that `scq tokenize` wrote
+    validation: str = ""  # tokens held out from training; empty for none
+
+
+@dataclass
+class PriorArchitectureConfig:
+    """See MaskedTransformer."""
+
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    dropout: float = 0.0
+    class_conditional: bool = False
+
+
+@dataclass
+class MaskingConfig:
+    schedule: str = "cosine"  # cosine | linear | arccos: how much of an image a training step hides
+    label_smoothing: float = 0.1
+    class_dropout: float = 0.1  # share of images trained without their class, for classifier-free guidance
+
+
+@dataclass
+class PriorExperiment:
+    """Everything that decides a prior."""
+
+    out: str = ""  # the run folder
+    tokenizer: str = ""  # the tokenizer that wrote the tokens; exported together with the prior
+    data: TokenDataConfig = field(default_factory=TokenDataConfig)
+    architecture: PriorArchitectureConfig = field(default_factory=PriorArchitectureConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: LoopConfig = field(default_factory=LoopConfig)
+
+
+def build_prior(config: PriorExperiment, tokens: TokenDataset) -> MaskedTransformer:
+    architecture = config.architecture
+    if architecture.class_conditional and not tokens.num_classes:
+        raise UserError(f"architecture.class_conditional=true, but {config.data.train} holds no classes")
+    if architecture.width % architecture.heads:
+        raise UserError(
+            f"architecture.width={architecture.width} is not a multiple of architecture.heads={architecture.heads}"
+        )
+    return MaskedTransformer(
+        codebook_size=tokens.codebook_size,
+        grid=tokens.grid,
+        width=architecture.width,
+        depth=architecture.depth,
+        heads=architecture.heads,
+        dropout=architecture.dropout,
+        num_classes=tokens.num_classes if architecture.class_conditional else 0,
+        tokenizer_fingerprint=tokens.fingerprint,
+    )
+
+
+class PriorTask:
+    """One training step of the prior (the loop is engine.loop.train).
+
+    Args:
+        draw: makes a picture of samples from the averaged prior, for the run folder.
+    """
+
+    def __init__(
+        self,
+        config: PriorExperiment,
+        accelerator: Accelerator,
+        tokens: TokenDataset,
+        draw: Callable[[MaskedTransformer], Image.Image] | None = None,
+    ):
+        self.config, self.accelerator, self.draw = config, accelerator, draw
+        torch.manual_seed(config.training.seed)  # the same initial weights in every process
+        prior = build_prior(config, tokens).to(accelerator.device)
+        mask_share(torch.zeros(1), config.masking.schedule)
+        self.average = ModelEmaV3(prior, decay=config.training.ema_decay, use_warmup=True)
+        self.modules: dict[str, nn.Module] = {"model": prior}
+        self.prior = accelerator.prepare(_LossOfPrior(prior, config, compiled=config.training.compile))
+        self.optimizers = {
+            "prior": accelerator.prepare(create_optimizer(prior, config.optimizer, exclude=("embedding",)))
+        }
+
+    def training_step(self, batch: TokenBatch, step: int) -> dict[str, torch.Tensor]:
+        device = self.accelerator.device
+        self.prior.train()
+        with self.accelerator.autocast():
+            loss, accuracy = self.prior(
+                batch.indices.to(device).flatten(1), batch.labels.to(device), batch.positions.to(device)
+            )
+        norm = optimizer_step(
+            loss, self.prior, self.optimizers["prior"], self.accelerator, self.config.optimizer.clip_norm
+        )
+        return {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
+
+    def picture(self, averaged: MaskedTransformer) -> Image.Image | None:
+        return self.draw(averaged) if self.draw is not None else None
+
+
+class _LossOfPrior(nn.Module):
+    """Masking and loss as one forward pass, which is what distributed training has to wrap."""
+
+    def __init__(self, prior: MaskedTransformer, config: PriorExperiment, compiled: bool):
+        super().__init__()
+        self.prior, self.masking, self.seed = prior, config.masking, config.training.seed
+        self.run = torch.compile(prior) if compiled else prior
+
+    def forward(
+        self, codes: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        progress = image_uniform(positions, seed=self.seed, purpose="mask progress")  # (B,)
+        order = image_uniform(positions, codes.shape[1], seed=self.seed, purpose="mask order")  # (B, L)
+        masked = mask_tokens(codes, self.prior.mask_token, progress, order, self.masking.schedule)
+        num_classes = self.prior.config.num_classes
+        if num_classes:
+            dropped = image_uniform(positions, seed=self.seed, purpose="class dropout") < self.masking.class_dropout
+            labels = torch.where(dropped, num_classes, labels)
+        return masked_cross_entropy(
+            self.run(masked.tokens, labels if num_classes else None), masked.mask, codes, self.masking.label_smoothing
+        )
+
+
+def masked_cross_entropy(
+    logits: torch.Tensor, mask: torch.Tensor, codes: torch.Tensor, label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy over the masked places (MaskGIT, eq. 1), and the share of them predicted rightly. Both 0-dim.
+
+    Args:
+        logits: (B, L, K).
+        mask: (B, L) bool, True where the code was hidden.
+        codes: (B, L) int64, the truth.
+    """
+    hidden, wanted = logits[mask].float(), codes[mask]  # (masked, K), (masked,)
+    loss = nn.functional.cross_entropy(hidden, wanted, label_smoothing=label_smoothing)
+    return loss, (hidden.argmax(1) == wanted).float().mean().detach()
+
+
+def train_prior(
+    config: PriorExperiment, fingerprint: str, draw: Callable[[MaskedTransformer], Image.Image] | None = None
+) -> Trained:
+    """Train, or go on with, the prior of ``config``. The caller exports it together with its tokenizer.
+
+    Args:
+        fingerprint: of the tokenizer that will decode what this prior draws.
+        draw: see PriorTask.
+
+    Raises:
+        UserError, DataError: the config or the tokens are unfit, the tokens are another tokenizer's, or training
+            diverged.
+    """
+    if not config.out:
+        raise UserError("out is empty: say where the run goes, for example out=runs/prior")
+    accelerator = make_accelerator(config.training)
+    stream = TokenStream(
+        config.data.train,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    if stream.fingerprint != fingerprint:
+        raise UserError(
+            f"{config.data.train} was written by tokenizer {stream.fingerprint}, but {config.tokenizer} is tokenizer "
+            f"{fingerprint}; run `scq tokenize` with it again"
+        )
+    task = PriorTask(config, accelerator, stream.dataset, draw)
+    run = RunFolder(config.out, config, accelerator)
+    if run.is_main:
+        size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
+        say(f"prior: {size:.1f}M parameters, {stream.num_images} token grids, {run.path}")
+    return train(task, stream, config.training, config.optimizer, run, accelerator, "train prior")
