@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.dual_newton import solve_dual
+from stage1_tokenizer.quantizers.active_set import solve_small
 from stage1_tokenizer.quantizers.pricing import Codebook, compact, compact_values
 
 # Codes gathered at once, times F: bounds the memory of a round whatever N is.
@@ -88,7 +88,7 @@ def _generate_columns(
     for round_number in range(1, _MAX_ROUNDS + 1):
         anchor = nearest[rows]
         codes = book.codes[working] - book.codes[anchor].unsqueeze(1)  # (n', m, F)
-        point = solve_dual(codes, target[rows], reg[rows], y[rows], tol=tol, max_iter=max_iter)
+        point = solve_small(codes, target[rows], reg[rows], y[rows], tol=tol, max_iter=max_iter)
         iterations += point.iterations
         y[rows] = point.y
         excess, found = _missing_codes(book, working, anchor, point.y, point.threshold)
