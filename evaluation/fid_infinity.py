@@ -1,8 +1,8 @@
 """FID extrapolated to infinitely many generated images, with an interval.
 
-FID from N images is biased by about C / N, and C differs between models, so that even at equal N the order of two models
-can be wrong (Chong & Forsyth 2020, "Effectively Unbiased FID and Inception Score and Where to Find Them"). A straight
-line through FID over 1 / N, at several N, meets 1 / N = 0 at the value without that bias.
+FID from N images is biased by about C / N, and C differs between models, so that even at equal N the order of two
+models can be wrong (Chong & Forsyth 2020, "Effectively Unbiased FID and Inception Score and Where to Find Them"). A
+straight line through FID over 1 / N, at several N, meets 1 / N = 0 at the value without that bias.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
 from evaluation.features import FeatureSet
 from evaluation.metrics import check_comparable
 

@@ -6,13 +6,13 @@ draws, error bars, and a word of warning where a number is known to be off.
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanSquaredError, SumMetric
+from torchmetrics import MeanMetric, MeanSquaredError, SumMetric
 from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance, StructuralSimilarityIndexMeasure
 
 from engine.errors import UserError
@@ -139,6 +139,34 @@ def precision_recall(
     return PrecisionRecall(share_inside(fake_points, real_points), share_inside(real_points, fake_points))
 
 
+class Neighbors(NamedTuple):
+    """For each of M images, its nearest ones in another set, nearest first."""
+
+    distances: Tensor
+    """(M, k) float32, Euclidean in features."""
+    positions: Tensor
+    """(M, k) int64, the neighbours' positions in their set."""
+
+
+def nearest_neighbors(
+    fake: FeatureSet, real: FeatureSet, *, count: int = 1, device: str | torch.device = "cpu"
+) -> Neighbors:
+    """The `count` training images nearest to each generated one: shown side by side, they tell what was memorised.
+
+    Raises UserError for sets of different networks or fewer than `count` real images.
+    """
+    check_comparable(real, fake, at_least=1)
+    if real.count < count:
+        raise UserError(f"{real.name!r} has {real.count} images, fewer than the {count} neighbours asked for")
+    manifold = real.features.to(device)  # (N, D)
+    nearest = [
+        torch.cdist(chunk.to(device), manifold).topk(count, largest=False) for chunk in fake.features.split(1024)
+    ]
+    distances = torch.cat([found.values for found in nearest]).cpu()  # (M, k)
+    indices = torch.cat([found.indices for found in nearest]).cpu()  # (M, k)
+    return Neighbors(distances, real.positions[indices])
+
+
 def check_comparable(real: FeatureSet, fake: FeatureSet, at_least: int) -> None:
     """Raises UserError for sets of different networks, or with fewer images than `at_least`."""
     if real.network != fake.network:
@@ -162,15 +190,28 @@ class Reconstruction(NamedTuple):
     ssim: float
     """Mean over images of SSIM (Wang et al. 2004): RGB, Gaussian 11x11 window, sigma 1.5; 1 is identical."""
     count: int
+    lpips: float | None = None
+    """Mean perceptual distance, lower is better; None when no network was given."""
 
 
 class ReconstructionMetrics:
-    """Accumulates MSE, PSNR and SSIM over batches of image pairs.
+    """Accumulates MSE, PSNR, SSIM and, given a network, LPIPS over batches of image pairs.
+
+    `perceptual` maps two batches (b, 3, H, W) in [-1, 1] to their mean distance, such as
+    `stage1_tokenizer.losses.PerceptualLoss`. A network that a model was trained on flatters that model.
 
     With `across_processes`, `compute` adds the sums of all distributed processes, and every one of them must call it.
     """
 
-    def __init__(self, device: str | torch.device = "cpu", across_processes: bool = False):
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        across_processes: bool = False,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self._perceptual = perceptual
+        self._lpips = MeanMetric(sync_on_compute=across_processes).set_dtype(torch.float64).to(device)
+        self._lpips.update(0, weight=0)  # as for the images below
         self._mse = MeanSquaredError(sync_on_compute=across_processes).set_dtype(torch.float64).to(device)
         ssim = StructuralSimilarityIndexMeasure(data_range=1.0, sync_on_compute=across_processes)
         # In float32 the variance of flat areas cancels: identical emoji on white would get 0.9999.
@@ -193,6 +234,10 @@ class ReconstructionMetrics:
         a, b = (images.to(self._mse.device).double() / 255 for images in (originals, reconstructions))
         self._mse.update(b.flatten(), a.flatten())
         self._ssim.update(b, a)
+        if self._perceptual is not None:
+            with torch.no_grad():
+                distance = self._perceptual(a.float() * 2 - 1, b.float() * 2 - 1)
+            self._lpips.update(distance, weight=len(originals))
 
     def compute(self) -> Reconstruction:
         """The measures over every pair seen. Raises UserError when there was none."""
@@ -202,7 +247,8 @@ class ReconstructionMetrics:
         mse = float(self._mse.compute())
         psnr = -10 * math.log10(mse) if mse > 0 else math.inf
         ssim = float(self._ssim.compute())
-        return Reconstruction(mse, psnr, ssim, count)
+        lpips = float(self._lpips.compute()) if self._perceptual is not None else None
+        return Reconstruction(mse, psnr, ssim, count, lpips)
 
 
 @dataclass(frozen=True, eq=False)

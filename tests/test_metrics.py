@@ -19,7 +19,7 @@ from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
 
 from engine.errors import UserError
 from evaluation.features import FeatureSet, RealSet, cached_features, extract_features
-from evaluation.metrics import ReconstructionMetrics, codebook_usage, fid, kid, precision_recall
+from evaluation.metrics import ReconstructionMetrics, codebook_usage, fid, kid, nearest_neighbors, precision_recall
 
 
 class PixelMoments(nn.Module):
@@ -117,7 +117,8 @@ def test_gathered_features_are_those_of_one_process(tmp_path):
             features, positions = torch.randn(101, 8, generator=generator), torch.arange(101)
             sets.append(FeatureSet(features[rank::2], positions[rank::2], name, "test").gather())
         pairs = torch.randint(0, 256, (2, 6, 3, 16, 16), generator=generator, dtype=torch.uint8)
-        measure = ReconstructionMetrics(across_processes=True)
+        perceptual = lambda a, b: (a - b).abs().mean()
+        measure = ReconstructionMetrics(across_processes=True, perceptual=perceptual)
         measure.update(pairs[0][rank::2], pairs[1][rank::2])
         result = (fid(*sets).value, kid(*sets).value, *measure.compute())
         torch.save(result, f"{sys.argv[2]}/{rank}.pt")
@@ -132,7 +133,7 @@ def test_gathered_features_are_those_of_one_process(tmp_path):
     generator = torch.Generator().manual_seed(0)
     alone = [feature_set(torch.randn(101, 8, generator=generator), name) for name in ("real", "fake")]
     pairs = torch.randint(0, 256, (2, 6, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    measure = ReconstructionMetrics()
+    measure = ReconstructionMetrics(perceptual=lambda a, b: (a - b).abs().mean())
     measure.update(*pairs)
     expected = (fid(*alone).value, kid(*alone).value, *measure.compute())
     for rank in (0, 1):
@@ -293,6 +294,17 @@ def test_precision_recall_against_torch_fidelity_and_the_extremes():
     assert precision_recall(real, half).recall < 0.8
 
 
+def test_nearest_neighbors_finds_the_copied_image():
+    real = feature_set(gaussians(1500), "real")
+    copies = FeatureSet(real.features[[7, 1203, 9]] + 1e-3, torch.arange(3), "samples", "test")
+    found = nearest_neighbors(copies, FeatureSet(real.features, real.positions + 100, "real", "test"), count=2)
+    assert found.positions[:, 0].tolist() == [107, 1303, 109]
+    assert (found.distances[:, 0] < 0.01).all()
+    assert (found.distances[:, 1] > 0.1).all()
+    with pytest.raises(UserError, match="fewer than the 4 neighbours"):
+        nearest_neighbors(real, copies, count=4)
+
+
 # ---- reconstruction -------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +323,15 @@ def test_reconstruction_against_the_direct_formula(emoji):
     assert result.psnr == pytest.approx(float(theirs), rel=1e-5)
     assert result.count == 50
     assert 0 < result.ssim < 1
+    assert result.lpips is None
+
+
+def test_perceptual_distance_is_the_mean_over_images(emoji):
+    measure = ReconstructionMetrics(perceptual=lambda a, b: (a - b).abs().mean())
+    for part in (slice(0, 8), slice(8, 11)):
+        measure.update(emoji[part], 255 - emoji[part])
+    expected = (2 * emoji[:11].double() - 255).abs().mean() / 255 * 2
+    assert measure.compute().lpips == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_reconstruction_extremes(emoji):
