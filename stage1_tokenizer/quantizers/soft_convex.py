@@ -205,8 +205,14 @@ class SoftConvexQuantizer(Quantizer):
 
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> None:
-        """K-means over the first batches, on all processes' latents."""
+        """Before the codes enter the graph: k-means over the first batches, and a full window's revival of codes."""
         step = int(self.steps)
+        if int(self.images) >= self.window:
+            if self.revive:
+                self._revive(rows)
+            self.last_counts.copy_(self.counts)
+            self.counts.zero_()
+            self.images.zero_()
         if step >= self.kmeans_batches:
             return
         everywhere = gather_rows(rows)
@@ -219,7 +225,7 @@ class SoftConvexQuantizer(Quantizer):
 
     @torch.no_grad()
     def _record(self, rows: Tensor, hard_error: Tensor, dominant: Tensor, images: int) -> dict[str, Tensor]:
-        """Advance the running statistics, the same in all processes, and revive dead codes when a window ends."""
+        """Advance the running statistics, the same in all processes."""
         counts = torch.bincount(dominant, minlength=self.codebook_size).float()
         here = torch.stack([hard_error * len(rows), hard_error.new_tensor(len(rows)), hard_error.new_tensor(images)])
         summed = sum_across_processes(torch.cat([here.double(), counts.double()]))
@@ -229,12 +235,6 @@ class SoftConvexQuantizer(Quantizer):
         self.images += summed[2].long()
         self.steps += 1
         seen = self.counts + self.last_counts
-        if int(self.images) >= self.window:
-            if self.revive:
-                self._revive(rows)
-            self.last_counts.copy_(self.counts)
-            self.counts.zero_()
-            self.images.zero_()
         return {"usage": (seen > 0).float().mean(), "perplexity": perplexity(seen)}
 
     def _revive(self, rows: Tensor) -> None:
