@@ -48,9 +48,15 @@ def fid(real: FeatureSet, fake: FeatureSet) -> FrechetDistance:
     """
     check_comparable(real, fake, at_least=2)
     num_features = real.features.shape[1]
+    sets = [real.features, fake.features]  # (N, D), (M, D)
+    if real.count + fake.count < num_features:
+        # Few images span few dimensions, and FID does not change when the axes are turned into them: the eigenvalues
+        # of 600 x 600 instead of 2048 x 2048 matrices take a second instead of half a minute on a busy machine.
+        axes = torch.linalg.qr(torch.cat(sets).double().T).Q  # (D, N + M)
+        sets = [features.double() @ axes for features in sets]  # (N, N + M), (M, N + M)
     # Distributed processes hold the gathered set each: torchmetrics must not add it up once more.
-    metric = FrechetInceptionDistance(feature=_Given(num_features), sync_on_compute=False)
-    for features, is_real in ((real.features, True), (fake.features, False)):
+    metric = FrechetInceptionDistance(feature=_Given(sets[0].shape[1]), sync_on_compute=False)
+    for features, is_real in zip(sets, (True, False), strict=True):
         for chunk in features.split(4096):
             metric.update(chunk.double(), real=is_real)
     smallest = min(real.count, fake.count)

@@ -216,6 +216,17 @@ def test_fid_and_kid_of_features_equal_those_of_images(emoji):
     assert (ours_kid.value, ours_kid.subset_std) == pytest.approx((float(mean), float(std)), rel=1e-5)
 
 
+def test_fid_of_few_images_equals_that_of_images(emoji):
+    """Fewer images than features, some of them twice: torchmetrics in all 48 dimensions agrees."""
+    real, fake = emoji[[0, 0, *range(10)]], emoji[20:37]
+    metric = FrechetInceptionDistance(feature=PixelMoments())
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    ours = fid(*(extract_features([x], PixelMoments(), name="x") for x in (real, fake)))
+    assert ours.value == pytest.approx(float(metric.compute()), rel=1e-5)
+    assert ours.biased
+
+
 def test_small_sets_are_labelled_as_biased():
     few, many = feature_set(gaussians(8, dim=8)), feature_set(gaussians(100, dim=8, seed=1))
     assert fid(few, many).biased
