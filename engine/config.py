@@ -43,7 +43,7 @@ class LoopConfig:
     steps: int = 1000
     batch_size: int = 64  # images per step over all processes together
     seed: int = 0
-    precision: str = "auto"  # auto | no | bf16 | fp16; auto is bf16 where the hardware computes it natively
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto is bf16 where the hardware computes it natively
     compile: bool = False
     ema_decay: float = 0.999
     log_every: int = 20

@@ -56,11 +56,14 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
 
 
 def resolve_precision(precision: str) -> str:
-    """``auto`` becomes bf16 where the hardware multiplies bf16 natively; elsewhere emulation would only be slower."""
-    if precision not in ("auto", "no", "bf16", "fp16"):
-        raise UserError(f"training.precision is {precision!r}; it must be auto, no, bf16 or fp16")
+    """accelerate's word for a precision.
+
+    ``auto`` becomes bf16 where the hardware multiplies bf16 natively; elsewhere emulation would only be slower.
+    """
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise UserError(f"training.precision is {precision!r}; it must be auto, fp32, bf16 or fp16")
     if precision != "auto":
-        return precision
+        return "no" if precision == "fp32" else precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "no"
@@ -169,7 +172,7 @@ class _Meter:
             raise UserError(
                 f"training diverged at step {self.steps[bad]}: {terms}. "
                 f"Last good checkpoint: {good or 'none yet'}. "
-                "Lower optimizer.learning_rate, or use training.precision=no"
+                "Lower optimizer.learning_rate, or use training.precision=fp32"
             )
         elapsed = max(1e-9, time.monotonic() - self.started)
         means = dict(zip(names, table.mean(0).tolist(), strict=True))

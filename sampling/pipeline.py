@@ -155,10 +155,8 @@ class SoftConvexPipeline(DiffusionPipeline):
         Raises:
             UserError: nothing there is a pipeline, or a part of it cannot be loaded.
         """
-        for root in (Path(folder), Path(folder) / "model"):
-            if (root / "model_index.json").is_file():
-                break
-        else:
+        root = _root(Path(folder))
+        if root is None:
             raise UserError(
                 f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote "
                 "(with model_index.json)"
@@ -186,3 +184,12 @@ class SoftConvexPipeline(DiffusionPipeline):
         if bad:
             raise ValueError(f"class label {bad[0]} is not one of the {classes} classes 0 .. {classes - 1}")
         return torch.tensor(class_labels)
+
+
+def is_pipeline(folder: str | Path) -> bool:
+    """Whether ``folder`` holds both stages, rather than a tokenizer alone."""
+    return _root(Path(folder)) is not None
+
+
+def _root(folder: Path) -> Path | None:
+    return next((root for root in (folder, folder / "model") if (root / "model_index.json").is_file()), None)

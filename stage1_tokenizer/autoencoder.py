@@ -1,4 +1,4 @@
-"""Image <-> tokens: VQGAN's encoder and decoder (Esser, Rombach, Ommer, CVPR 2021) around any quantizer of this project."""
+"""Image <-> tokens: VQGAN's encoder and decoder (Esser, Rombach, Ommer, CVPR 2021) around any of our quantizers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         depth: number of blocks (timm's ViT block: pre-norm, query-key norm, scaled dot-product attention).
         heads: attention heads.
         num_classes: 0 for an unconditional prior; else the class 'num_classes' stands for 'no class', which training
-            shows now and then so that sampling can guide away from it (Ho and Salimans, classifier-free guidance, 2022).
+            shows now and then so that sampling can guide away from it (Ho and Salimans, 2022).
         dropout: of attention outputs and MLPs, against memorising small sets.
         tokenizer_fingerprint: of the tokenizer whose codes these are.
     """

@@ -1,0 +1,34 @@
+# Two commands do it all:  make quickstart  (the whole main job)  and  make test  (the test suite).
+# Both make .venv first, and do nothing twice.
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin
+
+.PHONY: quickstart test test-all lint format clean
+
+quickstart: $(VENV)/.quickstart
+	$(RUN)/scq quickstart $(if $(OUT),--out $(OUT))
+
+test: $(VENV)/.test
+	$(RUN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.test
+	$(RUN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+# One stamp for each set of extras, renewed when pyproject.toml changes. The test extras contain the quickstart's.
+$(VENV)/.%: pyproject.toml
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

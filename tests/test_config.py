@@ -1,0 +1,78 @@
+"""Configs: inheritance, overrides, and mistakes that are named."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import CONFIG_ROOT, as_dict, load_config, save_config
+from engine.errors import UserError
+from evaluation.benchmark import BenchmarkConfig
+from stage1_tokenizer.train import TokenizerExperiment
+from stage2_prior.train import PriorExperiment
+
+ALL_CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))
+
+
+def schema_of(path: Path) -> type:
+    if path.stem.startswith("tokenizer"):
+        return TokenizerExperiment
+    return PriorExperiment if path.stem.startswith("prior") else BenchmarkConfig
+
+
+@pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_config_loads_and_says_what_it_is_for(path: Path) -> None:
+    load_config(schema_of(path), path)
+    assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("folder", ["quickstart", "cifar10", "lsun_church", "lsun_bedroom", "gtsrb"])
+def test_arms_share_everything_but_the_quantizer(folder: str) -> None:
+    scq, vqgan = (
+        as_dict(load_config(TokenizerExperiment, CONFIG_ROOT / folder / f"tokenizer_{arm}.yaml"))
+        for arm in ("scq", "vqgan")
+    )
+    assert scq.pop("quantizer") == {"name": "scq", "codebook_size": vqgan["quantizer"]["codebook_size"], "options": {}}
+    assert vqgan.pop("quantizer")["name"] == "vq"
+    scq.pop("out"), vqgan.pop("out")
+    assert scq == vqgan
+
+
+def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("training: {steps: 10, batch_size: 8, seed: 3}\n")
+    (tmp_path / "derived.yaml").write_text("base: base.yaml\ntraining: {steps: 20, batch_size: 16}\n")
+    config = load_config(TokenizerExperiment, tmp_path / "derived.yaml", ["training.steps=30"])
+    assert (config.training.steps, config.training.batch_size, config.training.seed) == (30, 16, 3)
+
+
+def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
+    config = load_config(TokenizerExperiment, None, ["quantizer.options.rho=0.5", "architecture.channels=[8,16]"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(TokenizerExperiment, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("training.stps=3", "training.stps"),
+        ("training.steps=many", "training.steps"),
+        ("training.steps", "section.key=value"),
+        ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+    ],
+)
+def test_a_wrong_override_is_named(override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        load_config(TokenizerExperiment, None, [override])
+
+
+def test_wrong_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="missing.yaml"):
+        load_config(TokenizerExperiment, tmp_path / "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("training: {steps: [\n")
+    with pytest.raises(UserError, match=r"broken.yaml.*YAML"):
+        load_config(TokenizerExperiment, tmp_path / "broken.yaml")
+    (tmp_path / "unknown.yaml").write_text("trainnig: {steps: 3}\n")
+    with pytest.raises(UserError, match=r"unknown.yaml.*trainnig"):
+        load_config(TokenizerExperiment, tmp_path / "unknown.yaml")
+    (tmp_path / "circle.yaml").write_text("base: circle.yaml\n")
+    with pytest.raises(UserError, match="based on itself"):
+        load_config(TokenizerExperiment, tmp_path / "circle.yaml")

@@ -1,0 +1,120 @@
+"""Stage 2: masking, the transformer, and that it learns what it is shown."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokens import TokenWriter
+from engine.config import load_config
+from engine.errors import UserError
+from stage2_prior.masking import mask_share, mask_tokens
+from stage2_prior.train import PriorExperiment, masked_cross_entropy, train_prior
+from stage2_prior.transformer import MaskedTransformer
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos"])
+def test_mask_schedules_fall_from_all_to_none(schedule: str) -> None:
+    share = mask_share(torch.linspace(0, 1, 101, dtype=torch.float64), schedule)
+    assert share[0] == pytest.approx(1)
+    assert share[-1] == pytest.approx(0, abs=1e-12)
+    assert (share.diff() < 0).all()
+
+
+def test_an_unknown_schedule_is_named() -> None:
+    with pytest.raises(ValueError, match="cubic"):
+        mask_share(torch.zeros(1), "cubic")
+
+
+def test_masking_hides_the_share_the_schedule_asks_for_and_nothing_else() -> None:
+    codes = torch.randint(0, 10, (50, 64))
+    progress = torch.linspace(0, 0.999, 50)
+    masked = mask_tokens(codes, 10, progress, torch.rand(50, 64))
+    assert torch.equal(masked.mask.sum(1), (mask_share(progress) * 64).ceil().clamp(1, 64).long())
+    assert (masked.tokens[masked.mask] == 10).all()
+    assert torch.equal(masked.tokens[~masked.mask], codes[~masked.mask])
+    assert masked.mask[0].all()
+    assert masked.mask.sum(1).min() >= 1
+
+
+def test_the_loss_counts_masked_places_only() -> None:
+    logits = torch.randn(2, 6, 5, requires_grad=True)
+    codes, mask = torch.randint(0, 5, (2, 6)), torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 1] = mask[1, 4] = True
+    loss, _ = masked_cross_entropy(logits, mask, codes)
+    picked = torch.stack([logits[0, 1], logits[1, 4]]).log_softmax(-1)
+    assert torch.isclose(loss, -(picked[0, codes[0, 1]] + picked[1, codes[1, 4]]) / 2)
+    loss.backward()
+    assert (logits.grad[~mask] == 0).all()
+
+
+def test_every_place_is_predicted_from_both_sides() -> None:
+    torch.manual_seed(0)
+    prior = MaskedTransformer(codebook_size=8, grid=(3, 3), width=16, depth=2, heads=2).eval()
+    tokens = torch.randint(0, 8, (1, 9))
+    tokens[0, 4] = prior.mask_token
+    logits = prior(tokens)[0, 4]
+    for place in (0, 8):
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % 8
+        assert not torch.allclose(prior(changed)[0, 4], logits)
+
+
+def test_a_class_conditional_prior_listens_to_the_class() -> None:
+    torch.manual_seed(0)
+    prior = MaskedTransformer(codebook_size=8, grid=(2, 2), width=16, depth=1, heads=2, num_classes=3).eval()
+    tokens = torch.full((1, 4), prior.mask_token)
+    none, one, two = (prior(tokens, torch.tensor([label])) for label in (3, 0, 1))
+    assert torch.equal(prior(tokens), none)
+    assert not torch.allclose(one, two)
+
+
+def write_stripes(folder: Path, fingerprint: str = "stripes", classes: int = 0) -> Path:
+    """Grids whose rows are constant: once one token of a row is known, so are the others."""
+    writer = TokenWriter(
+        folder, grid=(4, 4), codebook_size=16, fingerprint=fingerprint, source="stripes", num_classes=classes
+    )
+    rows = torch.randint(0, 16, (400, 4, 1), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(400) % max(1, classes)
+    writer.write(rows.expand(400, 4, 4).contiguous(), labels, [str(i) for i in range(400)])
+    writer.close()
+    return folder
+
+
+def stripes_config(tokens: Path, out: Path, *overrides: str) -> PriorExperiment:
+    return load_config(
+        PriorExperiment,
+        None,
+        [f"data.train={tokens}", f"out={out}", "training.steps=250", "training.batch_size=32", "training.precision=fp32"]
+        + ["architecture.width=32", "architecture.depth=2", "architecture.heads=2", "optimizer.learning_rate=3e-3"]
+        + ["training.ema_decay=0.9", "optimizer.warmup_steps=10", "training.images_every=0"]
+        + ["masking.label_smoothing=0", *overrides],
+    )
+
+
+def test_the_prior_learns_the_structure_of_its_tokens(tmp_path: Path) -> None:
+    tokens = write_stripes(tmp_path / "tokens")
+    prior = train_prior(stripes_config(tokens, tmp_path / "run"), "stripes").averaged
+    shown = torch.full((1, 16), prior.mask_token)
+    shown[0, [0, 5, 10, 15]] = torch.tensor([3, 7, 11, 15])
+    guessed = prior(shown).argmax(-1).view(4, 4)
+    assert torch.equal(guessed, torch.tensor([3, 7, 11, 15]).view(4, 1).expand(4, 4))
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    tokens = write_stripes(tmp_path / "tokens", fingerprint="aaaa")
+    with pytest.raises(UserError, match=r"aaaa.*bbbb"):
+        train_prior(stripes_config(tokens, tmp_path / "run"), "bbbb")
+
+
+def test_a_class_conditional_prior_needs_classes(tmp_path: Path) -> None:
+    tokens = write_stripes(tmp_path / "tokens")
+    with pytest.raises(UserError, match="no classes"):
+        train_prior(stripes_config(tokens, tmp_path / "run", "architecture.class_conditional=true"), "stripes")
+
+
+def test_a_saved_prior_is_the_same_prior(tmp_path: Path) -> None:
+    prior = MaskedTransformer(codebook_size=8, grid=(3, 3), width=16, depth=1, heads=2).eval()
+    prior.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 9, (2, 9))
+    assert torch.equal(MaskedTransformer.from_pretrained(tmp_path)(tokens), prior(tokens))

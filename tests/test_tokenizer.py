@@ -1,0 +1,184 @@
+"""Stage 1: shapes, losses, and that a tokenizer learns, saves, loads and says what is wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import vgg16
+
+from data.stream import iterate_once
+from engine.config import CONFIG_ROOT, load_config
+from engine.errors import UserError
+from engine.loop import make_accelerator
+from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from stage1_tokenizer.losses import LossConfig, PerceptualLoss, TokenizerLoss, adaptive_weight
+from stage1_tokenizer.train import TokenizerExperiment, TokenizerTask, build_tokenizer, load_tokenizer, train_tokenizer
+from stage1_tokenizer.write_tokens import write_tokens
+
+
+def small(quantizer: str = "scq", **keywords) -> ImageTokenizer:
+    torch.manual_seed(0)
+    return ImageTokenizer(32, (16, 32), quantizer_name=quantizer, codebook_size=64, latent_dim=4, **keywords)
+
+
+@pytest.mark.parametrize("quantizer", ["scq", "vq"])
+def test_the_way_of_an_image(quantizer: str) -> None:
+    tokenizer = small(quantizer)
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    reconstruction, quantized = tokenizer(images)
+    assert reconstruction.shape == images.shape
+    assert quantized.z_q.shape == (3, 4, 8, 8)
+    assert quantized.indices.shape == (3, *tokenizer.grid)
+    tokenizer.eval()
+    encoding = tokenizer.encode(images)
+    decoded = tokenizer.decode_indices(encoding.indices)
+    same = torch.allclose(decoded, tokenizer.decode(encoding.z_q), atol=1e-5)
+    assert same == (quantizer == "vq"), "only a hard quantizer's z_q is its codes"
+
+
+def test_pixels_survive_the_round_trip() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_float(pixels)), pixels)
+
+
+def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path: Path) -> None:
+    tokenizer = small()
+    tokenizer.train()(torch.rand(4, 3, 32, 32) * 2 - 1)  # fills the quantizer's running statistics
+    tokenizer.eval().save_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(tmp_path)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert torch.equal(loaded.encode(images).z_q, tokenizer.encode(images).z_q)
+    assert {p.suffix for p in (tmp_path / "model").iterdir()} == {".json", ".safetensors"}
+    with torch.no_grad():
+        loaded.quantizer.codebook[0, 0] += 1
+    assert loaded.fingerprint() != tokenizer.fingerprint()
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer in"):
+        load_tokenizer(tmp_path)
+    small().save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("quantizer.name=nearest", "nearest"),
+        ("quantizer.options.roh=0.3", "roh"),
+        ("architecture.image_size=30", "30"),
+    ],
+)
+def test_a_config_that_is_no_tokenizer_is_named(override: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        build_tokenizer(load_config(TokenizerExperiment, None, [override]))
+
+
+def test_training_lowers_the_error_and_tokens_fit_the_codebook(emoji: dict[str, Path], tmp_path: Path) -> None:
+    config = load_config(
+        TokenizerExperiment,
+        CONFIG_ROOT / "quickstart" / "tokenizer_scq.yaml",
+        [f"out={tmp_path / 'run'}", f"data.train={emoji['train']}", f"data.validation={emoji['test']}"]
+        + ["training.steps=80", "training.batch_size=32", "training.precision=fp32", "training.images_every=80"]
+        + ["quantizer.codebook_size=64", "architecture.channels=[16,32]", "training.ema_decay=0.9"],
+    )
+    images = to_float(next(iterate_once(emoji["test"], 64)).images)
+    trained = train_tokenizer(config).averaged
+    encoding = trained.encode(images)
+    variance = images.var()
+    soft, dominant = trained.decode(encoding.z_q), trained.decode_indices(encoding.indices)
+    assert (soft - images).square().mean() < 0.35 * variance
+    assert (dominant - images).square().mean() < 0.5 * variance
+    assert (tmp_path / "run" / "images" / "step_00000080.png").is_file()
+
+    tokens = write_tokens(trained, emoji["test"], tmp_path / "tokens")
+    assert len(tokens) == sum(len(batch.images) for batch in iterate_once(emoji["test"], 64))
+    assert tokens.fingerprint == load_tokenizer(tmp_path / "run").fingerprint()
+    assert torch.equal(tokens.read(torch.arange(64).numpy(), torch.zeros(64, dtype=int).numpy()), encoding.indices)
+
+
+def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
+    layer = torch.nn.Parameter(torch.tensor([2.0, 0.0]))
+    x = layer * torch.tensor([3.0, 1.0])
+    assert torch.isclose(adaptive_weight(x[0] * 4, x[0], layer, 100.0), torch.tensor(4.0), rtol=1e-4)
+    assert adaptive_weight(x[0] * 1e6, x[0], layer, 10.0) == 10.0
+
+
+def test_hinge_loss() -> None:
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    assert TokenizerLoss.discriminator_loss(real, fake) == 0.5 * (0.5 + 1.0)
+
+
+@pytest.fixture(scope="session")
+def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16's layers under torchvision's names, untrained: the real code path without a download."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    state = vgg16(weights=None).state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if name.startswith("features.")}, path)
+    return path
+
+
+def test_perceptual_loss_is_a_distance_that_teaches_nothing_to_itself(vgg_weights: Path) -> None:
+    loss = PerceptualLoss(str(vgg_weights)).train()
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    near = (image + 0.05 * torch.randn_like(image)).requires_grad_()
+    far = torch.rand_like(image) * 2 - 1
+    assert loss(image, image).abs() < 1e-6
+    assert 0 < loss(image, near) < loss(image, far)
+    loss(image, near).backward()
+    assert near.grad.abs().sum() > 0
+    assert all(p.grad is None for p in loss.parameters())
+
+
+def test_perceptual_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        PerceptualLoss(str(tmp_path / "none.pth"))
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="features"):
+        PerceptualLoss(str(tmp_path / "other.pth"))
+
+
+def test_the_discriminator_learns_and_the_generator_does_not_touch_it(emoji: dict[str, Path]) -> None:
+    config = load_config(TokenizerExperiment, CONFIG_ROOT / "quickstart" / "tokenizer_vqgan.yaml")
+    config.loss = LossConfig(
+        perceptual=0.0, adversarial=0.5, adversarial_start=0, adversarial_ramp=0, discriminator_lead=0,
+        discriminator_channels=16, discriminator_layers=2,
+    )  # fmt: skip
+    config.training.precision = "fp32"
+    task = TokenizerTask(config, make_accelerator(config.training), torch.zeros(1))
+    before = {name: p.clone() for name, p in task.modules["discriminator"].named_parameters()}
+    batch = next(iterate_once(emoji["train"], 16))
+    images = to_float(batch.images)
+    reconstruction, _ = task.tokenizer(images)
+    loss, _ = task.losses.generator(images, reconstruction, task.modules["model"].last_layer, step=0)
+    loss.backward()
+    assert all(p.grad is None for p in task.modules["discriminator"].parameters())
+    terms = task.training_step(batch, step=0)
+    assert {"adversarial", "adaptive_weight", "discriminator"} <= terms.keys()
+    assert any(not torch.equal(p, before[name]) for name, p in task.modules["discriminator"].named_parameters())
+
+
+@pytest.mark.parametrize("folder", ["lsun_church", "lsun_bedroom"])
+@pytest.mark.parametrize("arm", ["scq", "vqgan"])
+def test_a_config_for_256_pixels_takes_a_real_step(folder: str, arm: str, vgg_weights: Path) -> None:
+    config = load_config(
+        TokenizerExperiment,
+        CONFIG_ROOT / folder / f"tokenizer_{arm}.yaml",
+        [f"loss.perceptual_weights={vgg_weights}", "loss.adversarial_start=0", "loss.discriminator_lead=0"]
+        + ["loss.adversarial_ramp=0", "training.batch_size=1"],
+    )
+    task = TokenizerTask(config, make_accelerator(config.training), torch.zeros(1))
+    tokenizer = task.modules["model"]
+    assert (tokenizer.config.image_size, tokenizer.grid) == (256, (16, 16))
+    before = tokenizer.last_layer.detach().clone()
+    pixels = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
+    batch = type("Batch", (), {"images": pixels, "positions": torch.arange(1)})
+    terms = task.training_step(batch, step=0)
+    assert all(value.isfinite() for value in terms.values())
+    assert {"perceptual", "adversarial", "discriminator"} <= terms.keys()
+    assert not torch.equal(tokenizer.last_layer, before)
