@@ -1,90 +1,125 @@
-"""Problem (1) over a few codes per row by a primal active-set method: slower than Newton's, and it cannot stall.
+"""Problem (1) over a few codes per row by a primal active-set method, all rows at once.
 
-Semismooth Newton takes ever shorter steps as lambda goes to zero. The objective of (1) is strictly convex, so changing
-the support one code at a time and lowering the objective at every change ends after finitely many changes for any
-lambda; rows that Newton left open come here, with the weights it reached.
+Every row keeps a support and weights on the simplex. It moves towards the optimum of its support as far as no weight
+turns negative; a weight that reaches zero leaves the support; a row at its support's optimum takes in codes whose price
+c_k.y + e_k is above the threshold tau, and is solved when there is none. The objective of (1) is strictly convex and falls
+at every move, so a row ends after finitely many moves whatever lambda is. The optimum of a support costs one linear
+system in the F unknowns of the dual, eq. (2) of docs/quantizer.md.
+
+Codes arrive centred on the row's nearest code: that code is the origin and a codebook far away keeps its digits.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.dual_newton import DualPoint, solve_dual, solve_support_system, support_spread
-from stage1_tokenizer.quantizers.simplex import simplex_threshold
+from stage1_tokenizer.quantizers.simplex import simplex_threshold, solve_positive_definite
+
+# Codes within this share of the highest excess price enter together: fewer moves, and the odd one leaves again.
+_ENTER_SHARE = 0.8
+# Rows that are solved are dropped from memory once they are this share of those at hand: dropping copies the rest.
+_DROP_SHARE = 0.2
 
 
-# Support changes that a row may take for every Newton step it may take.
-_CHANGES_PER_STEP = 10
+class SmallSolution(NamedTuple):
+    """Rows of problem (1) over m codes each."""
 
-
-def solve_small(codes: Tensor, target: Tensor, reg: Tensor, y: Tensor, *, tol: float, max_iter: int) -> DualPoint:
-    """Minimise (1) over the given codes of each row, by Newton's method and, where that stalls, by active sets.
-
-    Arguments as in `dual_newton.solve_dual`, whose ``max_iter`` the active sets take tenfold.
-    """
-    point = solve_dual(codes, target, reg, y, tol=tol, max_iter=max_iter)
-    stalled = (point.step > tol).nonzero().squeeze(1)
-    if stalled.numel() == 0:
-        return point
-    again = solve_active_set(
-        codes[stalled],
-        target[stalled],
-        reg[stalled],
-        point.weights[stalled],
-        tol=tol,
-        max_iter=_CHANGES_PER_STEP * max_iter,
-    )
-    for whole, part in zip(point[:4], again[:4], strict=True):
-        whole[stalled] = part
-    return point._replace(iterations=point.iterations + again.iterations)
+    weights: Tensor  # (n, m) on the simplex
+    y: Tensor  # (n, F) dual variable, (target - z_q) / lambda at the optimum
+    threshold: Tensor  # (n, 1) tau: a code is used when its price is above it
+    error: Tensor  # (n,) largest error of a weight, to first order, for these codes
+    iterations: int
 
 
 def solve_active_set(
     codes: Tensor, target: Tensor, reg: Tensor, weights: Tensor, *, tol: float, max_iter: int
-) -> DualPoint:
-    """Minimise (1) over the given codes of each row; arguments as in `dual_newton.solve_dual`.
+) -> SmallSolution:
+    """Minimise (1) over the given codes of each row.
 
     Args:
-        weights: (n, m) a feasible start, on the simplex.
-        max_iter: changes of a support at most.
+        codes: (n, m, F) candidate codes minus the row's nearest code; column 0 is the nearest code itself, all zeros.
+            A column that repeats column 0 never gets weight, so it serves as padding.
+        target: (n, F) latent minus its nearest code.
+        reg: (n, 1) lambda.
+        weights: (n, m) where to start, on the simplex.
+        tol: how far above the threshold a price outside the support may be.
+        max_iter: moves of a row at most.
     """
+    p, y = weights.clone(), torch.zeros_like(target)
     rows = torch.arange(len(codes), device=codes.device)
-    y, p = torch.zeros_like(target), weights.clone()
-    used = p > 0
+    c, d, lam, now, used = codes, target, reg, weights, weights > 0
     iterations = 0
-    for iterations in range(1, max_iter + 1):
-        c, s, now = codes[rows], used[rows], p[rows]
-        open_y, best, prices, tau = _best_on_support(c, target[rows], reg[rows], s)
-        # As far towards the support's own optimum as no weight turns negative; those that reach zero leave.
-        blocked = s & (best < 0)
+    while iterations < max_iter and rows.numel():
+        iterations += 1
+        y_now, price, tau = _support_optimum(c, d, lam, used)
+        best = (price - tau) * used
+        blocked = best < 0
         reach = torch.where(blocked, now / (now - best), torch.inf)
         share = reach.amin(1, keepdim=True)
         now = torch.where(share < 1, now + share.clamp_max(1) * (best - now), best)
-        leaves = blocked & (reach <= share)
-        now = now.masked_fill(leaves, 0)
-        # At the optimum of its support a row takes in the code of highest price above the threshold, if there is one.
+        leaves = reach <= share.clamp_max(1)
+        now = now.masked_fill_(leaves, 0)
+        excess = (price - tau).masked_fill_(used, -torch.inf)
+        highest = excess.amax(1, keepdim=True)
         whole = ~blocked.any(1)
-        excess, entering = torch.where(s, -torch.inf, prices - tau).max(1)
-        grows = whole & (excess > 0.1 * tol)
-        s = s & ~leaves
-        s[grows, entering[grows]] = True
-        p[rows], used[rows], y[rows] = now, s, open_y
-        rows = rows[~(whole & ~grows)]
-        if rows.numel() == 0:
-            break
-    v = (codes @ y.unsqueeze(-1)).squeeze(-1)
-    v[:, 0] += 1
+        done = whole & (highest.squeeze(1) <= tol)
+        enters = (excess >= (_ENTER_SHARE * highest).clamp_min(tol)) & whole.unsqueeze(1)
+        used = (used & ~leaves) | enters
+        solved = int(done.sum())
+        if solved > _DROP_SHARE * len(rows) or iterations == max_iter:
+            p[rows], y[rows] = now, y_now
+            left = (~done).nonzero().squeeze(1)
+            rows, c, d, lam, now, used = (x[left] for x in (rows, c, d, lam, now, used))
+    v = _prices(codes, y)
     tau = simplex_threshold(v)
-    return DualPoint(y, p, tau, ((v - tau).clamp_min_(0) - p).abs().amax(1), iterations)
+    return SmallSolution(p, y, tau, _error(codes, target, reg, p, y, (v - tau).clamp_min_(0)), iterations)
 
 
-def _best_on_support(codes: Tensor, target: Tensor, reg: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Optimum of (1) on a support without its sign constraints: y, weights, the prices of all codes and tau.
+def _error(codes: Tensor, target: Tensor, reg: Tensor, p: Tensor, y: Tensor, projected: Tensor) -> Tensor:
+    """(n,) error of the weights to first order: their distance from Proj(e + C y) plus what another step would change."""
+    spread, _ = centre_on_support(codes, p > 0)
+    step = solve_support_system(spread, reg, target - (p.unsqueeze(1) @ codes).squeeze(1) - reg * y)
+    return (projected - p).abs_().amax(1) + (spread @ step.unsqueeze(-1)).squeeze(-1).abs_().amax(1)
 
-    On the support p_k = e_k + c_k.y - tau, so J y = target - sum_k spread_k e_k with the J of Newton's step.
+
+def centre_on_support(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+    """c_k - m for the codes in use (n, m, F), zero for the others, and m (n, 1, F), the mean of the codes in use."""
+    used = used.to(codes.dtype)
+    mean = (used.unsqueeze(1) @ codes) / used.sum(1)[:, None, None]
+    return (codes - mean).mul_(used.unsqueeze(-1)), mean
+
+
+def solve_support_system(spread: Tensor, reg: Tensor, right: Tensor) -> Tensor:
+    """Solve J x = right, J = reg I + sum_k spread_k spread_k^T, in the smaller of the F and the m dimensions.
+
+    Args:
+        spread: (n, m, F), reg: (n, 1), right: (n, F).
     """
-    spread = support_spread(codes, used)
-    y = solve_support_system(spread, reg, target - spread[:, 0])
-    prices = (codes @ y.unsqueeze(-1)).squeeze(-1)
-    prices[:, 0] += 1
-    tau = ((prices * used).sum(1, keepdim=True) - 1) / used.sum(1, keepdim=True)
-    return y, (prices - tau) * used, prices, tau
+    _, m, dim = spread.shape
+    if dim <= m:
+        matrix = spread.transpose(1, 2) @ spread
+        matrix.diagonal(dim1=1, dim2=2).add_(reg)
+        return solve_positive_definite(matrix, right)
+    matrix = spread @ spread.transpose(1, 2)
+    matrix.diagonal(dim1=1, dim2=2).add_(reg)
+    inner = solve_positive_definite(matrix, (spread @ right.unsqueeze(-1)).squeeze(-1))
+    return (right - (inner.unsqueeze(1) @ spread).squeeze(1)) / reg
+
+
+def _support_optimum(codes: Tensor, target: Tensor, reg: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Optimum of (1) on a support without its sign constraints: y (n, F), the prices of all codes (n, m), tau (n, 1).
+
+    On the support p_k = e_k + c_k.y - tau, which makes (2) linear:  J y = target - m - sum_k e_k (c_k - m).
+    """
+    spread, mean = centre_on_support(codes, used)
+    y = solve_support_system(spread, reg, target - mean.squeeze(1) - spread[:, 0])
+    price = _prices(codes, y)
+    return y, price, ((price * used).sum(1, keepdim=True) - 1) / used.sum(1, keepdim=True)
+
+
+def _prices(codes: Tensor, y: Tensor) -> Tensor:
+    """e + C y (n, m)."""
+    price = (codes @ y.unsqueeze(-1)).squeeze(-1)
+    price[:, 0] += 1
+    return price

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stage1_tokenizer.quantizers.dual_newton import solve_support_system, support_spread
+from stage1_tokenizer.quantizers.active_set import centre_on_support, solve_support_system
 from stage1_tokenizer.quantizers.local import solve_local
 from stage1_tokenizer.quantizers.pricing import Codebook
 from stage1_tokenizer.quantizers.relaxation import relaxed_gradient, solve_relaxed
@@ -30,7 +30,7 @@ class ConvexSolution(NamedTuple):
     nearest: Tensor  # (N,) int64, the first code of least distance
     dominant: Tensor  # (N,) int64, the code of largest weight, the first one where several tie
     residual: Tensor  # (N,) how far the weights are from optimal for (1) over all K codes, in units of weight
-    iterations: int  # Newton steps of the slowest row; 0 for the relaxation
+    iterations: int  # moves of the support of the slowest row; 0 for the relaxation
 
 
 def soft_convex_solve(
@@ -41,7 +41,7 @@ def soft_convex_solve(
     method: str = "exact",
     neighbours: int = 16,
     tol: float | None = None,
-    max_iter: int = 30,
+    max_iter: int = 500,
 ) -> ConvexSolution:
     """Solve  min over p in the simplex of  1/2 |z - C^T p|^2 + reg/2 |p - e|^2,  e one-hot on the nearest code.
 
@@ -58,7 +58,7 @@ def soft_convex_solve(
         neighbours: how many codes "local" looks at, >= 1.
         tol: what ``residual`` is asked to stay below; None: 1e-5 in float32, 1e-10 in float64. Rows that float32
             cannot bring there (far-away latents, tiny reg) are solved again in float64.
-        max_iter: Newton steps per round at most; a row that needs more goes on with ten times as many support changes.
+        max_iter: moves of a row's support at most, per working set.
 
     Returns:
         A `ConvexSolution`. A row that did not reach ``tol`` says so in its ``residual``.
@@ -145,7 +145,7 @@ def _implicit_gradient(
     for rows in row_chunks(book, len(grad), support.shape[1]):
         codes = book.codes[support[rows]] - book.codes[nearest[rows]].unsqueeze(1)  # (n, S, F)
         p = weights[rows].unsqueeze(-1)  # (n, S, 1)
-        spread = support_spread(codes, weights[rows] > 0)
+        spread, _ = centre_on_support(codes, weights[rows] > 0)
         u = reg[rows] * solve_support_system(spread, reg[rows], grad[rows])
         y = (target[rows] - (codes * p).sum(1)) / reg[rows]
         grad_z[rows] = grad[rows] - u

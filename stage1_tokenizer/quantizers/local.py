@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.active_set import solve_small
+from stage1_tokenizer.quantizers.active_set import solve_active_set
 from stage1_tokenizer.quantizers.pricing import Codebook
 from stage1_tokenizer.quantizers.working_set import WorkingSolution, nearest_first, row_chunks, stack
 
@@ -22,9 +22,11 @@ def solve_local(
         nearest, candidates = _nearest_codes(book, z[rows], count)
         codes = book.codes[candidates] - book.codes[nearest].unsqueeze(1)  # (n, m, F)
         target = z[rows] - book.codes[nearest]
-        point = solve_small(codes, target, reg[rows], torch.zeros_like(target), tol=tol, max_iter=max_iter)
+        start = torch.zeros_like(codes[:, :, 0])
+        start[:, 0] = 1
+        point = solve_active_set(codes, target, reg[rows], start, tol=tol, max_iter=max_iter)
         excess = book.highest_price(point.y) - point.threshold.squeeze(1) - (book.codes[nearest] * point.y).sum(1)
-        residual = torch.maximum(point.step, excess)
+        residual = torch.maximum(point.error, excess)
         parts.append(WorkingSolution(candidates, point.weights, residual, point.iterations))
         nearests.append(nearest)
     return stack(parts, nearests)

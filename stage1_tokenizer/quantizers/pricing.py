@@ -11,7 +11,9 @@ from torch import Tensor
 
 # Entries of the one (chunk, K) block that is alive: 4 MB of float32 fit a core's cache; a GPU wants larger launches.
 _BLOCK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
+# A maximum over lanes runs along contiguous memory; groups of lanes are how many candidates a pass can bring.
 _LANES = 64
+_GROUPS = 8
 
 
 class Codebook:
@@ -26,19 +28,21 @@ class Codebook:
         self.size, self.dim = codes.shape
         self.centre = codes.mean(0)  # (F,)
         self.codes = codes - self.centre  # (K, F)
-        self.lanes = min(_LANES, self.size)
+        self.lanes = _LANES if self.size > _LANES else self.size
+        self.groups = _GROUPS if self.lanes % _GROUPS == 0 else self.lanes
         self.depth = -(-self.size // self.lanes)
         padded = codes.new_zeros(self.lanes * self.depth, self.dim)
         padded[: self.size] = self.codes
         self.transposed = padded.t().contiguous()  # (F, lanes * depth)
         self.half_norm = padded.square().sum(1) / 2
         self.half_norm[self.size :] = -self.lowest
-        # The place in the lane is packed into the lowest bits of a score; see `best_of_lanes`.
+        # The place in the lane is packed into the lowest bits of a score; see `candidates`.
         bits = max(self.depth - 1, 0).bit_length()
         self.integer = {4: torch.int32, 8: torch.int64}[codes.element_size()]
         self.clear = ~((1 << bits) - 1)
-        self.place = torch.arange(self.depth, device=codes.device, dtype=self.integer).view(1, -1, 1)
-        self.lane = torch.arange(self.lanes, device=codes.device)
+        place = torch.arange(self.depth, device=codes.device, dtype=self.integer)
+        self.place = place.repeat_interleave(self.lanes)  # (lanes * depth,)
+        self.first_lane = torch.arange(0, self.lanes, self.lanes // self.groups, device=codes.device)
         entries = _BLOCK_ENTRIES.get(codes.device.type, _BLOCK_ENTRIES["cuda"])
         self.rows_per_block = max(1, entries // padded.shape[0])
 
@@ -67,17 +71,23 @@ class Codebook:
         inside = groups[torch.arange(n, device=block.device), group].argmax(1)
         return group * self.depth + inside
 
-    def best_of_lanes(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """Best score (n, lanes) of every lane and its code; the block is overwritten.
+    def candidates(self, block: Tensor) -> tuple[Tensor, Tensor]:
+        """The best codes of a block of scores, one from each of `groups` interleaved parts of the codebook.
 
-        The place within the lane replaces the lowest bits of the score, so one vectorised maximum finds value and
-        index together, thirty times faster than a maximum that carries an index; scores lose at most
-        log2(K / lanes) of their bits, which a choice of candidates can spare.
+        The place of a code within its lane replaces the lowest bits of its score, so one vectorised maximum finds value
+        and index together, thirty times faster than a maximum that carries an index. Scores lose log2(K / lanes) of
+        their bits, which a choice of candidates can spare. The block is overwritten.
+
+        Returns:
+            Scores (n, groups), rounded as said, and their codes (n, groups), all different.
         """
         n = len(block)
-        block.view(self.integer).view(n, self.depth, self.lanes).bitwise_and_(self.clear).bitwise_or_(self.place)
-        best = block.view(n, self.depth, self.lanes).amax(1)
-        return best, (best.view(self.integer) & ~self.clear).long() * self.lanes + self.lane
+        block.view(self.integer).bitwise_and_(self.clear).bitwise_or_(self.place)
+        lanes = block.view(n, self.depth, self.lanes).amax(1)
+        score, member = lanes.view(n, self.groups, -1).max(2)
+        lane = member + self.first_lane
+        place = lanes.view(self.integer).gather(1, lane).bitwise_and_(~self.clear)
+        return score, place.long() * self.lanes + lane
 
     def nearest(self, z: Tensor) -> Tensor:
         """(n,) index of the nearest code of centred latents (n, F), the first one where several tie."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.active_set import solve_small
+from stage1_tokenizer.quantizers.active_set import solve_active_set
 from stage1_tokenizer.quantizers.pricing import Codebook, compact, compact_values
 
 # Codes gathered at once, times F: bounds the memory of a round whatever N is.
@@ -24,7 +24,7 @@ class WorkingSolution(NamedTuple):
     support: Tensor  # (n, S) int64, column 0 the nearest code, padded with it
     weights: Tensor  # (n, S), padded with 0
     residual: Tensor  # (n,) larger of the stationarity residual and the largest price above the threshold
-    iterations: int  # Newton steps of the row that took most, over all rounds
+    iterations: int  # moves of the support of the row that took most, over all rounds
 
 
 def solve_exact(book: Codebook, z: Tensor, reg: Tensor, *, tol: float, max_iter: int) -> tuple[WorkingSolution, Tensor]:
@@ -62,12 +62,12 @@ def stack(parts: list[WorkingSolution], nearests: list[Tensor]) -> tuple[Working
 
 
 def _first_candidates(book: Codebook, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest code (n,) and a first working set (n, m): the nearest code, then the nearest code of every other lane."""
+    """Nearest code (n,) and a first working set (n, m): the nearest code, then the nearest code of every group."""
     nearest, candidates = [], []
     for rows in book.blocks(len(z)):
         block = book.nearness(z[rows])
         nearest.append(book.argmax(block))
-        candidates.append(book.best_of_lanes(block)[1])
+        candidates.append(book.candidates(block)[1])
     nearest, candidates = torch.cat(nearest), torch.cat(candidates)
     return nearest, nearest_first(nearest, candidates)
 
@@ -82,15 +82,15 @@ def _generate_columns(
     book: Codebook, z: Tensor, reg: Tensor, nearest: Tensor, working: Tensor, tol: float, max_iter: int
 ) -> WorkingSolution:
     target = z - book.codes[nearest]  # (n, F)
-    y = torch.zeros_like(target)
     rows = torch.arange(len(z), device=z.device)
+    weights = z.new_zeros(working.shape)
+    weights[:, 0] = 1
     finished, iterations = [], 0
     for round_number in range(1, _MAX_ROUNDS + 1):
         anchor = nearest[rows]
         codes = book.codes[working] - book.codes[anchor].unsqueeze(1)  # (n', m, F)
-        point = solve_small(codes, target[rows], reg[rows], y[rows], tol=tol, max_iter=max_iter)
+        point = solve_active_set(codes, target[rows], reg[rows], weights, tol=0.1 * tol, max_iter=max_iter)
         iterations += point.iterations
-        y[rows] = point.y
         excess, found = _missing_codes(book, working, anchor, point.y, point.threshold)
         enters = excess > tol
         used = point.weights > 0
@@ -99,21 +99,15 @@ def _generate_columns(
         if round_number == _MAX_ROUNDS:
             done = torch.ones_like(done)
         if done.any():
-            residual = torch.maximum(point.step, excess.amax(1).clamp_min(0))
-            finished.append(
-                (
-                    rows[done],
-                    compact(working[done], used[done], anchor[done]),
-                    compact_values(point.weights[done], used[done]),
-                    residual[done],
-                )
-            )
+            residual = torch.maximum(point.error, excess.amax(1))[done]
+            support = compact(working[done], used[done], anchor[done])
+            finished.append((rows[done], support, compact_values(point.weights[done], used[done]), residual))
         left = (~done).nonzero().squeeze(1)
         if left.numel() == 0:
             break
-        rows = rows[left]
-        columns = torch.cat([working[left], found[left]], 1)
-        working = compact(columns, torch.cat([used[left], enters[left]], 1), anchor[left])
+        rows, keep = rows[left], torch.cat([used[left], enters[left]], 1)
+        working = compact(torch.cat([working[left], found[left]], 1), keep, anchor[left])
+        weights = compact_values(torch.cat([point.weights[left], torch.zeros_like(excess[left])], 1), keep)
     width = max(part[1].shape[1] for part in finished)
     support, weights = nearest.unsqueeze(1).repeat(1, width), z.new_zeros(len(z), width)
     residual = z.new_empty(len(z))
@@ -125,13 +119,13 @@ def _generate_columns(
 
 
 def _missing_codes(book: Codebook, working: Tensor, anchor: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Price all codes: by how much each lane's best code outside the working set is above tau (n, lanes), and which."""
+    """Price all codes: by how much the best codes outside the working set are above tau (n, groups), and which."""
     floor = tau + (book.codes[anchor] * y).sum(1, keepdim=True)  # (n, 1)
     excess, found = [], []
     for rows in book.blocks(len(y)):
         block = book.prices_above(y[rows], floor[rows])
         block.scatter_(1, working[rows], book.lowest)
-        best, index = book.best_of_lanes(block)
+        best, index = book.candidates(block)
         excess.append(best)
         found.append(index)
     return torch.cat(excess), torch.cat(found)
