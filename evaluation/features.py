@@ -66,11 +66,15 @@ class FeatureSet:
 
         Every process must call it.
         """
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        if _processes() == 1:
             return self
-        parts: list[Any] = [None] * distributed.get_world_size()
+        parts: list[Any] = [None] * _processes()
         distributed.all_gather_object(parts, self)
         return FeatureSet.merge(parts)
+
+
+def _processes() -> int:
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def extract_features(
@@ -138,18 +142,21 @@ def cached_features(
 ) -> FeatureSet:
     """The features of a real set, from the file `path`, which is written first when it is not there.
 
-    The file is safetensors whose header says what it holds. Raises UserError when it holds something else than was
-    asked for, naming each difference, and when `batches()` yields another number of images than `real_set.count`.
+    The file is safetensors whose header says what it holds. With several processes `batches()` is each one's share,
+    every one must call this, and every one gets the whole set. Raises UserError when the file holds something else than
+    was asked for, naming each difference, and when there are not `real_set.count` images.
     """
     path = Path(path)
     asked = {**asdict(real_set), "network": network.fingerprint, "protocol": network.protocol}
     if path.exists():
         return _read_cache(path, asked)
-    features = extract_features(batches(), network, name="real", limit=real_set.count, progress=progress)
+    features = extract_features(batches(), network, name="real", limit=real_set.count, progress=progress).gather()
     if features.count != real_set.count:
         raise UserError(
             f"{real_set.dataset} ({real_set.split}) gave {features.count} images, not {real_set.count} as asked"
         )
+    if _processes() > 1 and distributed.get_rank() > 0:
+        return features
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     tensors = {"features": features.features.contiguous(), "positions": features.positions.contiguous()}

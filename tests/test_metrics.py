@@ -107,8 +107,10 @@ def test_gathered_features_are_those_of_one_process(tmp_path):
     """Two real processes, each with its half; FID of the gathered sets equals that of one process."""
     program = textwrap.dedent("""
         import sys, torch, torch.distributed as distributed
-        from evaluation.features import FeatureSet
+        from pathlib import Path
+        from evaluation.features import FeatureSet, RealSet, cached_features
         from evaluation.metrics import fid, kid, ReconstructionMetrics
+        from test_metrics import Batch, PixelMoments
         rank = int(sys.argv[1])
         distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meet", rank=rank, world_size=2)
         generator = torch.Generator().manual_seed(0)
@@ -120,12 +122,16 @@ def test_gathered_features_are_those_of_one_process(tmp_path):
         perceptual = lambda a, b: (a - b).abs().mean()
         measure = ReconstructionMetrics(across_processes=True, perceptual=perceptual)
         measure.update(pairs[0][rank::2], pairs[1][rank::2])
+        numbers = torch.arange(rank, 6, 2)
+        share = [Batch(pairs[0][numbers], numbers)]
+        cache = Path(sys.argv[2]) / "real.safetensors"
+        real = cached_features(cache, RealSet("noise", "all", 6, "none"), PixelMoments(), lambda: share)
         result = (fid(*sets).value, kid(*sets).value, *measure.compute())
-        torch.save(result, f"{sys.argv[2]}/{rank}.pt")
+        torch.save((result, real.features), f"{sys.argv[2]}/{rank}.pt")
         distributed.destroy_process_group()
     """)
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(str(folder) for folder in Path(__file__).parents[:2])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)], env=environment) for rank in (0, 1)
     ]
@@ -136,8 +142,13 @@ def test_gathered_features_are_those_of_one_process(tmp_path):
     measure = ReconstructionMetrics(perceptual=lambda a, b: (a - b).abs().mean())
     measure.update(*pairs)
     expected = (fid(*alone).value, kid(*alone).value, *measure.compute())
+    whole = PixelMoments()(pairs[0])
     for rank in (0, 1):
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected, rel=1e-6)
+        result, real = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert result == pytest.approx(expected, rel=1e-6)
+        torch.testing.assert_close(real, whole)
+    cached = cached_features(tmp_path / "real.safetensors", RealSet("noise", "all", 6, "none"), PixelMoments(), list)
+    torch.testing.assert_close(cached.features, whole)
 
 
 def test_cache_is_read_back_and_refused_when_anything_differs(emoji, tmp_path):
@@ -270,6 +281,7 @@ def test_kid_error_is_the_scatter_over_independent_sets(subset_size):
             feature_set(gaussians(300, seed=2 * i)),
             feature_set(0.3 + gaussians(300, seed=2 * i + 1)),
             subset_size=subset_size,
+            subsets=40,
         )
         for i in range(60)
     ]
