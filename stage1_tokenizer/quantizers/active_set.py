@@ -33,7 +33,7 @@ class SmallSolution(NamedTuple):
 
 
 def solve_active_set(
-    codes: Tensor, target: Tensor, reg: Tensor, weights: Tensor, *, tol: float, max_iter: int
+    codes: Tensor, target: Tensor, reg: Tensor, weights: Tensor, enters: Tensor, *, tol: float, max_iter: int
 ) -> SmallSolution:
     """Minimise (1) over the given codes of each row.
 
@@ -43,31 +43,35 @@ def solve_active_set(
         target: (n, F) latent minus its nearest code.
         reg: (n, 1) lambda.
         weights: (n, m) where to start, on the simplex.
+        enters: (n, m) bool, codes without weight that join the support at the start.
         tol: how far above the threshold a price outside the support may be.
         max_iter: moves of a row at most.
     """
     p, y = weights.clone(), torch.zeros_like(target)
     rows = torch.arange(len(codes), device=codes.device)
-    c, d, lam, now, used = codes, target, reg, weights, weights > 0
+    tiny, huge = torch.finfo(codes.dtype).tiny, torch.finfo(codes.dtype).max / 4
+    # Sets are kept as 0 and 1 in floating point: arithmetic on them is vectorised, selecting by booleans is not.
+    used = ((weights > 0) | enters).to(codes.dtype)
+    c, d, lam, now = codes, target, reg, weights
     iterations = 0
     while iterations < max_iter and rows.numel():
         iterations += 1
         y_now, price, tau = _support_optimum(c, d, lam, used)
-        best = (price - tau) * used
-        blocked = best < 0
-        reach = torch.where(blocked, now / (now - best), torch.inf)
-        share = reach.amin(1, keepdim=True)
-        now = torch.where(share < 1, now + share.clamp_max(1) * (best - now), best)
-        leaves = reach <= share.clamp_max(1)
-        now = now.masked_fill_(leaves, 0)
-        excess = (price - tau).masked_fill_(used, -torch.inf)
-        highest = excess.amax(1, keepdim=True)
-        whole = ~blocked.any(1)
-        done = whole & (highest.squeeze(1) <= tol)
-        enters = (excess >= (_ENTER_SHARE * highest).clamp_min(tol)) & whole.unsqueeze(1)
-        used = (used & ~leaves) | enters
-        solved = int(done.sum())
-        if solved > _DROP_SHARE * len(rows) or iterations == max_iter:
+        above = price - tau
+        best = above * used
+        # A weight reaches zero at the share now / (now - best) of the way: the first one is where now falls fastest.
+        fall = best.neg().clamp_min_(0) / now.clamp_min(tiny)
+        steepest = fall.amax(1, keepdim=True)
+        stays = (fall < steepest.clamp_min(tiny)).to(codes.dtype)
+        now = torch.addcmul(now, best - now, 1 / (1 + steepest)) * stays
+        # A row that got there takes in the codes whose price is highest above the threshold.
+        highest = (above - huge * used).amax(1, keepdim=True)
+        blocked = steepest > 0
+        bar = (_ENTER_SHARE * highest).clamp_min(tol) + huge * blocked.to(codes.dtype)
+        enters = (above - huge * used >= bar).to(codes.dtype)
+        used = used * stays + enters
+        done = ((highest <= tol) & ~blocked).squeeze(1)
+        if int(done.sum()) > _DROP_SHARE * len(rows) or iterations == max_iter:
             p[rows], y[rows] = now, y_now
             left = (~done).nonzero().squeeze(1)
             rows, c, d, lam, now, used = (x[left] for x in (rows, c, d, lam, now, used))
@@ -78,14 +82,17 @@ def solve_active_set(
 
 def _error(codes: Tensor, target: Tensor, reg: Tensor, p: Tensor, y: Tensor, projected: Tensor) -> Tensor:
     """(n,) error of the weights to first order: their distance from Proj(e + C y) plus what another step would change."""
-    spread, _ = centre_on_support(codes, p > 0)
+    spread, _ = centre_on_support(codes, (p > 0).to(p.dtype))
     step = solve_support_system(spread, reg, target - (p.unsqueeze(1) @ codes).squeeze(1) - reg * y)
     return (projected - p).abs_().amax(1) + (spread @ step.unsqueeze(-1)).squeeze(-1).abs_().amax(1)
 
 
 def centre_on_support(codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-    """c_k - m for the codes in use (n, m, F), zero for the others, and m (n, 1, F), the mean of the codes in use."""
-    used = used.to(codes.dtype)
+    """Codes around the mean of those in use: c_k - m (n, m, F), zero for codes not in use, and m (n, 1, F).
+
+    Args:
+        codes: (n, m, F); used: (n, m), one for codes in use and zero for the others.
+    """
     mean = (used.unsqueeze(1) @ codes) / used.sum(1)[:, None, None]
     return (codes - mean).mul_(used.unsqueeze(-1)), mean
 

@@ -145,7 +145,7 @@ def _implicit_gradient(
     for rows in row_chunks(book, len(grad), support.shape[1]):
         codes = book.codes[support[rows]] - book.codes[nearest[rows]].unsqueeze(1)  # (n, S, F)
         p = weights[rows].unsqueeze(-1)  # (n, S, 1)
-        spread, _ = centre_on_support(codes, weights[rows] > 0)
+        spread, _ = centre_on_support(codes, (weights[rows] > 0).to(codes.dtype))
         u = reg[rows] * solve_support_system(spread, reg[rows], grad[rows])
         y = (target[rows] - (codes * p).sum(1)) / reg[rows]
         grad_z[rows] = grad[rows] - u

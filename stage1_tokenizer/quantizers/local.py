@@ -24,7 +24,7 @@ def solve_local(
         target = z[rows] - book.codes[nearest]
         start = torch.zeros_like(codes[:, :, 0])
         start[:, 0] = 1
-        point = solve_active_set(codes, target, reg[rows], start, tol=tol, max_iter=max_iter)
+        point = solve_active_set(codes, target, reg[rows], start, start > 1, tol=tol, max_iter=max_iter)
         excess = book.highest_price(point.y) - point.threshold.squeeze(1) - (book.codes[nearest] * point.y).sum(1)
         residual = torch.maximum(point.error, excess)
         parts.append(WorkingSolution(candidates, point.weights, residual, point.iterations))

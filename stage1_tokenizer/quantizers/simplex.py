@@ -69,4 +69,4 @@ def solve_positive_definite(matrix: Tensor, right: Tensor) -> Tensor:
     x /= a.diagonal(dim1=0, dim2=1).t()
     for j in range(size - 1, 0, -1):
         x[:j] -= a[j, :j] * x[j]
-    return x.t()
+    return x.t().contiguous()  # a strided result makes every product with it many times slower

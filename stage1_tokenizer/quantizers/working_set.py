@@ -85,17 +85,18 @@ def _generate_columns(
     rows = torch.arange(len(z), device=z.device)
     weights = z.new_zeros(working.shape)
     weights[:, 0] = 1
+    enters = torch.zeros_like(working, dtype=torch.bool)
     finished, iterations = [], 0
     for round_number in range(1, _MAX_ROUNDS + 1):
         anchor = nearest[rows]
         codes = book.codes[working] - book.codes[anchor].unsqueeze(1)  # (n', m, F)
-        point = solve_active_set(codes, target[rows], reg[rows], weights, tol=0.1 * tol, max_iter=max_iter)
+        point = solve_active_set(codes, target[rows], reg[rows], weights, enters, tol=0.1 * tol, max_iter=max_iter)
         iterations += point.iterations
         excess, found = _missing_codes(book, working, anchor, point.y, point.threshold)
-        enters = excess > tol
+        missing = excess > tol
         used = point.weights > 0
         used[:, 0] = True
-        done = ~enters.any(1)
+        done = ~missing.any(1)
         if round_number == _MAX_ROUNDS:
             done = torch.ones_like(done)
         if done.any():
@@ -105,9 +106,12 @@ def _generate_columns(
         left = (~done).nonzero().squeeze(1)
         if left.numel() == 0:
             break
-        rows, keep = rows[left], torch.cat([used[left], enters[left]], 1)
+        rows, keep = rows[left], torch.cat([used[left], missing[left]], 1)
         working = compact(torch.cat([working[left], found[left]], 1), keep, anchor[left])
+        old = torch.zeros_like(point.weights[left])
         weights = compact_values(torch.cat([point.weights[left], torch.zeros_like(excess[left])], 1), keep)
+        joins = torch.cat([old, (excess[left] >= 0.8 * excess[left].amax(1, keepdim=True)).to(old.dtype)], 1)
+        enters = compact_values(joins, keep) > 0
     width = max(part[1].shape[1] for part in finished)
     support, weights = nearest.unsqueeze(1).repeat(1, width), z.new_zeros(len(z), width)
     residual = z.new_empty(len(z))
