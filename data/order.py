@@ -8,9 +8,12 @@ import numpy as np
 
 from data.errors import DataError
 
+FULL_SHUFFLE_LIMIT = 2**27  # images; two permutations of so many fill 1 GiB
+SHARDS_PER_BLOCK = 16
+
 
 class EpochOrder:
-    """Maps positions of the endless global sequence to image numbers.
+    """Maps positions of the endless global sequence to image numbers, fully shuffled, or in order.
 
     Epoch e holds the positions [e*N, (e+1)*N) and is a permutation of all N images that depends on (seed, e) alone
     (PCG64); without shuffling it is 0..N-1. The permutations of two epochs are kept, 4 bytes per image each.
@@ -18,17 +21,8 @@ class EpochOrder:
 
     def __init__(self, num_images: int, seed: int, shuffle: bool = True):
         self.num_images, self.seed, self.shuffle = num_images, seed, shuffle
+        self.description = f"full shuffle of all {num_images:,} images in every epoch" if shuffle else "in order"
         self._permutations: dict[int, np.ndarray] = {}
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """The image numbers of one epoch, (N,)."""
-        if epoch not in self._permutations:
-            while len(self._permutations) > 1:
-                self._permutations.pop(min(self._permutations))
-            images = np.arange(self.num_images, dtype=np.uint32 if self.num_images < 2**32 else np.uint64)
-            np.random.Generator(np.random.PCG64([self.seed, epoch])).shuffle(images)
-            self._permutations[epoch] = images
-        return self._permutations[epoch]
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """Image numbers int64 (n,) at positions int64 (n,) of the global sequence."""
@@ -38,8 +32,92 @@ class EpochOrder:
         images = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            images[here] = self.permutation(int(epoch))[places[here]]
+            images[here] = self._permutation(int(epoch))[places[here]]
         return images
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._permutations:
+            forget_oldest(self._permutations, keep=1)
+            self._permutations[epoch] = permutation(self.num_images, self.seed, epoch)
+        return self._permutations[epoch]
+
+
+class BlockOrder:
+    """Maps positions to image numbers where a full shuffle is too large or reads from a distance must stay together.
+
+    In every epoch the shards are shuffled, then cut into blocks of SHARDS_PER_BLOCK; the images of a block are shuffled
+    among themselves. An image may come anywhere in the epoch, but its neighbours in time come from the same few shards:
+    the shuffle is as good as the source's own order is mixed over that many shards. Every image still comes exactly
+    once per epoch, and the order is a pure function of (seed, position) all the same.
+    """
+
+    def __init__(self, shard_sizes: list[int], seed: int):
+        self.sizes = np.array([size for size in shard_sizes if size], np.int64)  # images per shard (S,)
+        self.first = np.concatenate([[0], np.cumsum(self.sizes)])  # number of each shard's first image, and N (S + 1,)
+        self.num_images, self.seed = int(self.first[-1]), seed
+        self.description = f"shards shuffled, then images among {SHARDS_PER_BLOCK} neighbouring shards"
+        self._shards: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._blocks: dict[tuple[int, int], np.ndarray] = {}
+
+    def images(self, positions: np.ndarray) -> np.ndarray:
+        """Image numbers int64 (n,) at positions int64 (n,) of the global sequence."""
+        epochs, places = np.divmod(positions, self.num_images)
+        images = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            starts = self._shard_order(int(epoch))[1]  # place of each block's first image, and N (blocks + 1,)
+            blocks = np.searchsorted(starts, places[here], side="right") - 1
+            found = np.empty(len(blocks), np.int64)
+            for block in np.unique(blocks):
+                inside = blocks == block
+                found[inside] = self._block(int(epoch), int(block))[places[here][inside] - starts[block]]
+            images[here] = found
+        return images
+
+    def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._shards:
+            forget_oldest(self._shards, keep=1)
+            order = permutation(len(self.sizes), self.seed, epoch)
+            ends = np.cumsum(self.sizes[order])
+            starts = np.concatenate([[0], ends[SHARDS_PER_BLOCK - 1 :: SHARDS_PER_BLOCK], ends[-1:]])
+            self._shards[epoch] = (order, np.unique(starts))
+        return self._shards[epoch]
+
+    def _block(self, epoch: int, block: int) -> np.ndarray:
+        if (epoch, block) not in self._blocks:
+            forget_oldest(self._blocks, keep=1)
+            shards = self._shard_order(epoch)[0][block * SHARDS_PER_BLOCK : (block + 1) * SHARDS_PER_BLOCK]
+            images = np.concatenate([np.arange(self.first[s], self.first[s + 1]) for s in shards])
+            self._blocks[epoch, block] = images[permutation(len(images), self.seed, epoch, block)]
+        return self._blocks[epoch, block]
+
+
+def create_order(shard_sizes: list[int], seed: int, shuffle: bool | str) -> EpochOrder | BlockOrder:
+    """The order of a set with these numbers of images per shard.
+
+    shuffle: False, True (a full shuffle up to FULL_SHUFFLE_LIMIT images, blocks of shards beyond), or "blocks".
+    """
+    if shuffle not in (False, True, "blocks"):
+        raise DataError(f"shuffle is True, False or 'blocks', not {shuffle!r}")
+    if seed < 0:
+        raise DataError(f"the seed must not be negative: {seed}")
+    num_images = sum(shard_sizes)
+    if shuffle == "blocks" or (shuffle and num_images > FULL_SHUFFLE_LIMIT):
+        return BlockOrder(shard_sizes, seed)
+    return EpochOrder(num_images, seed, shuffle)
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """A permutation (count,) of 0..count-1 that depends on the key alone."""
+    numbers = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
+    np.random.Generator(np.random.PCG64(key)).shuffle(numbers)
+    return numbers
+
+
+def forget_oldest(kept: dict, keep: int) -> None:
+    """Leaves the `keep` entries that were added last: what lies behind the stream is not needed again."""
+    while len(kept) > keep:
+        del kept[next(iter(kept))]
 
 
 def random_bits(seed: int, positions: np.ndarray, purpose: int) -> np.ndarray:

@@ -21,14 +21,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import PIL
-import webdataset
 from PIL import Image
 
 from data import shards
+from data.check import check, preview
 from data.errors import BadImage, DataError
 from data.files import atomic_write, parse_manifest, remove_leftovers, sha256_of, write_json
 from data.sources import Entry, Source, open_source
 from data.transforms import PROTOCOLS, decode, get_protocol
+
+__all__ = ["check", "pack", "preview"]
 
 JOURNAL = "pack.jsonl"
 ENTRIES_PER_TASK = 16
@@ -85,9 +87,10 @@ def pack(
         "pillow": PIL.__version__,  # another version may compress to other bytes
     }
     directory = Path(out).expanduser()
+    if finished := _finished(directory, settings):
+        return finished
     with _locked_journal(directory) as journal:
-        finished = _finished(directory, settings)
-        if finished is not None:
+        if finished := _finished(directory, settings):  # by another process, just before the lock was ours
             return finished
         done = _resume(directory, journal, settings)
         bad_allowed = math.floor(max_bad * len(images) + 1e-9)
@@ -96,7 +99,7 @@ def pack(
         manifest = _manifest(settings, done, size)
         shards.build_index(directory, manifest)
         write_json(directory / shards.MANIFEST, manifest)
-        (directory / JOURNAL).unlink()
+        (directory / JOURNAL).unlink(missing_ok=True)
     return manifest
 
 
@@ -105,13 +108,13 @@ def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
     """The journal of the pack, held by this process alone; the lock goes away with the process, however it ends."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        complete = (directory / shards.MANIFEST).is_file()
-        journal = (directory / (shards.MANIFEST if complete else JOURNAL)).open("rb" if complete else "a+b")
+        journal = (directory / JOURNAL).open("a+b")
     except OSError as error:
         raise DataError(f"cannot write to '{directory}': {error.strerror}") from error
     with journal:
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A POSIX record lock: unlike flock's it does not live on in the workers of a killed process.
+            fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(
                 f"another process is packing into '{directory}': wait for it, or choose another folder"
@@ -272,6 +275,8 @@ def _write_shards(
     progress: Progress | None,
 ) -> None:
     """Writes the shards that are not done yet and appends their records to `done` and to the journal."""
+    import webdataset  # here, because it takes a second that `--help` and reading need not pay
+
     total = len(source)
     seen = min(len(done) * images_per_shard, total)
     bad = [skipped for record in done for skipped in record["skipped"]]
@@ -326,54 +331,3 @@ def _manifest(settings: dict[str, Any], done: list[dict[str, Any]], size: int | 
         "shards": [{k: record[k] for k in ("name", "images", "bytes", "sha256")} for record in done],
         "skipped": [skipped for record in done for skipped in record["skipped"]],
     }
-
-
-def check(out: str | os.PathLike) -> list[str]:
-    """Verifies a packed set against its manifest; returns the problems in words, an empty list if there are none.
-
-    Raises DataError if there is no finished set to check.
-    """
-    packed = shards.ShardSet(out)
-    directory, problems = packed.directory, []
-    for number, shard in enumerate(packed.manifest["shards"]):
-        path = directory / shard["name"]
-        if not path.is_file():
-            problems.append(f"{shard['name']} is missing")
-        elif path.stat().st_size != shard["bytes"]:
-            problems.append(f"{shard['name']} has {path.stat().st_size} bytes, the manifest says {shard['bytes']}")
-        elif sha256_of(path) != shard["sha256"]:
-            problems.append(f"{shard['name']} was changed: its sha256 is not the manifest's")
-        else:
-            images = len(shards.scan_shard(path, number))
-            if images != shard["images"]:
-                problems.append(f"{shard['name']} holds {images} images, the manifest says {shard['images']}")
-    known = {shard["name"] for shard in packed.manifest["shards"]}
-    problems += [f"{p.name} is not in the manifest" for p in sorted(directory.glob("*.tar")) if p.name not in known]
-    if (counted := sum(s["images"] for s in packed.manifest["shards"])) != len(packed):
-        problems.append(f"the manifest says {len(packed)} images, its shards hold {counted}")
-    return problems
-
-
-def preview(out: str | os.PathLike, png_path: str | os.PathLike, columns: int = 8, rows: int = 8) -> None:
-    """Writes a contact sheet PNG of images spread evenly over a packed set, in reading order.
-
-    Cells are at least 64 pixels; small images are enlarged without smoothing so that their pixels can be seen.
-    Raises DataError if there is no finished set, or if the picture cannot be written.
-    """
-    packed = shards.ShardSet(out)
-    count = min(columns * rows, len(packed))
-    images = [decode(packed.read(i * len(packed) // count)) for i in range(count)]
-    cell = min(max(64, *(max(image.size) for image in images)), 256) if count > 1 else max(64, *images[0].size)
-    sheet = Image.new("RGB", (columns * (cell + 2) + 2, -(-count // columns) * (cell + 2) + 2), "white")
-    for i, image in enumerate(images):
-        scale = cell / max(image.size)
-        smooth = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
-        image = image.resize([max(1, round(scale * side)) for side in image.size], smooth)
-        sheet.paste(image, (2 + i % columns * (cell + 2), 2 + i // columns * (cell + 2)))
-    try:
-        path = Path(png_path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            sheet.save(file, "PNG")
-    except OSError as error:
-        raise DataError(f"cannot write '{png_path}': {error.strerror}") from error

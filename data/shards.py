@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 import tarfile
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -17,10 +16,10 @@ import numpy as np
 
 from data.errors import DataError
 from data.files import atomic_write, parse_manifest
+from data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, default_cache, open_storage
 
 MANIFEST, FORMAT = "manifest.json", "scq-images-1"
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("label", "<u4")])
-OPEN_FILES = 64
 LONGEST_NAME = 16384  # bytes; no file system allows longer paths, percent-encoded
 
 
@@ -96,24 +95,35 @@ def build_index(directory: Path, manifest: dict[str, Any]) -> Path:
 
 
 class ShardSet:
-    """A packed set, opened for reading.
+    """A packed set, opened for reading from a folder or a URL.
+
+    cache: folder in which the shards of a remote set are kept once they have been fetched; without it every image of a
+    remote set is one range request. The index of a remote set is always kept (there, or in the user's cache folder).
 
     Attributes: location, manifest (dict), rows (memory-mapped index of dtype ROW, one row per image), fingerprint.
     Raises DataError if the location holds no finished set.
     """
 
-    def __init__(self, location: str | os.PathLike):
+    def __init__(self, location: str | os.PathLike, cache: str | os.PathLike | None = None):
         self.location = os.fspath(location)
-        self.directory = Path(self.location).expanduser()
-        path = self.directory / MANIFEST
-        if not path.is_file():
-            unfinished = (self.directory / "pack.jsonl").is_file()
-            hint = "the pack was interrupted, run it again" if unfinished else "write it with `scq data pack`"
-            raise DataError(f"no packed images at '{self.location}' ({MANIFEST} is missing): {hint}")
-        self.manifest = parse_manifest(path.read_bytes(), str(path), FORMAT)
+        self.storage: Storage = open_storage(location)
+        self.manifest = self._read_manifest()
         self.fingerprint = fingerprint(self.manifest)
         self._rows: np.ndarray | None = None
-        self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
+        self._kept: CachedStorage | None = None
+        if isinstance(self.storage, RemoteStorage):
+            folder = Path(cache).expanduser() if cache else default_cache()
+            digests = {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
+            self._kept = CachedStorage(self.storage, folder / self.fingerprint[:16], digests)
+            if cache:
+                self.storage = self._kept
+
+    def _read_manifest(self) -> dict[str, Any]:
+        if isinstance(self.storage, LocalStorage) and not (self.storage.directory / MANIFEST).is_file():
+            unfinished = (self.storage.directory / "pack.jsonl").is_file()
+            hint = "the pack was interrupted, run it again" if unfinished else "write it with `scq data pack`"
+            raise DataError(f"no packed images at '{self.location}' ({MANIFEST} is missing): {hint}")
+        return parse_manifest(self.storage.read(MANIFEST), self.storage.describe(MANIFEST), FORMAT)
 
     def __len__(self) -> int:
         return self.manifest["num_images"]
@@ -122,9 +132,7 @@ class ShardSet:
     def rows(self) -> np.ndarray:
         """The index (N,), memory-mapped read-only; built on first use where it is missing."""
         if self._rows is None:
-            path = self.directory / index_name(self.manifest)
-            if not path.is_file():
-                build_index(self.directory, self.manifest)
+            path = self._index_path()
             try:
                 rows = np.load(path, mmap_mode="r", allow_pickle=False)
             except (OSError, ValueError):
@@ -134,21 +142,31 @@ class ShardSet:
             self._rows = rows
         return self._rows
 
+    def _index_path(self) -> Path:
+        name = index_name(self.manifest)
+        if self._kept is not None:
+            return self._kept.fetch(name)
+        path = self.storage.directory / name
+        return path if path.is_file() else build_index(self.storage.directory, self.manifest)
+
     def read(self, image: int) -> bytes:
         """The encoded bytes of image number `image` (0 <= image < len)."""
-        row = self.rows[image]
-        data = self._read_range(int(row["shard"]), int(row["offset"]), int(row["length"]))
-        if len(data) != int(row["length"]):
-            raise DataError(f"shard '{self._shard_name(int(row['shard']))}' is truncated: run `scq data check`")
-        return data
+        return self.read_many(np.array([image]))[0]
+
+    def read_many(self, images: np.ndarray) -> list[bytes]:
+        """The encoded bytes of the images with these numbers (n,), in their order."""
+        return self.storage.read_ranges(
+            [(self._shard_name(shard), offset, length) for offset, length, shard, _ in self.rows[images].tolist()]
+        )
 
     def key(self, image: int) -> str:
         """The key of an image, read from the tar header that stands before its bytes."""
-        row = self.rows[image]
-        shard, offset = int(row["shard"]), int(row["offset"])
-        name = tarfile.TarInfo.frombuf(self._read_range(shard, offset - 512, 512), "utf-8", "surrogateescape").name
+        offset, _, number, _ = self.rows[image].item()
+        shard = self._shard_name(number)
+        header = self.storage.read_range(shard, offset - 512, 512)
+        name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         if len(name) == 100:  # the header has no room for more: the whole name may stand in the pax record before it
-            before = self._read_range(shard, max(0, offset - LONGEST_NAME), min(offset, LONGEST_NAME))
+            before = self.storage.read_range(shard, max(0, offset - LONGEST_NAME), min(offset, LONGEST_NAME))
             whole = [path.decode() for path in re.findall(rb" path=([^\n]+)\n", before)]
             name = whole[-1] if whole and whole[-1].startswith(name) else name
         return key_of(name)
@@ -156,29 +174,5 @@ class ShardSet:
     def _shard_name(self, shard: int) -> str:
         return self.manifest["shards"][shard]["name"]
 
-    def _read_range(self, shard: int, offset: int, length: int) -> bytes:
-        return os.pread(self._descriptor(shard), length, offset)
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._files:
-            path = self.directory / self._shard_name(shard)
-            try:
-                self._files[shard] = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"shard '{path}' cannot be opened: {error.strerror}") from error
-            if len(self._files) > OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def close(self) -> None:
-        """Closes the shard files; the set can still be used and opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self):
-        if hasattr(self, "_files"):
-            self.close()
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": None, "_files": OrderedDict()}
+        return {**self.__dict__, "_rows": None}

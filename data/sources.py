@@ -129,69 +129,6 @@ class FolderSource(Source):
         return Path(entry.where).read_bytes()
 
 
-_environments: dict[str, tuple[int, Any]] = {}  # directory -> (process, LMDB environment)
-
-
-def open_lmdb(directory: Path) -> Any:
-    """The LMDB environment of a directory, read-only: LMDB allows one per process and none to cross a fork."""
-    import lmdb
-
-    path, process = os.path.realpath(directory), os.getpid()
-    owner, environment = _environments.get(path, (process, None))
-    if owner != process:
-        environment.close()  # this process's copy of its parent's mapping
-    if environment is None or owner != process:
-        try:
-            environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
-        except lmdb.Error as error:
-            raise DataError(f"'{path}/data.mdb' is not a readable LMDB file: {error}") from error
-        _environments[path] = (process, environment)
-    return environment
-
-
-class LsunSource(Source):
-    """An LSUN category as it ships: <category>_<split>_lmdb/data.mdb, ASCII key -> encoded image (webp or jpeg).
-
-    The path is that folder, or the folder around several of them together with a split. Source: github.com/fyu/lsun.
-    """
-
-    format, default_crop = "lsun", "lsun-ldm"
-
-    def __init__(self, path: str, split: str | None = None):
-        super().__init__(path, split)
-        self.directory = self._find(existing_directory(path), split)
-
-    def _find(self, directory: Path, split: str | None) -> Path:
-        if (directory / "data.mdb").is_file():
-            name = directory.resolve().name
-            other = {"train": "_val_lmdb", "val": "_train_lmdb"}.get(split or "")
-            if other and name.endswith(other):
-                raise DataError(f"split '{split}' was asked for, but '{self.path}' is the other one")
-            return directory
-        found = sorted(p for p in directory.glob(f"*{split or ''}_lmdb") if (p / "data.mdb").is_file())
-        if len(found) == 1:
-            return found[0]
-        if not found:
-            raise DataError(f"'{self.path}' holds no LSUN data: neither data.mdb nor a folder *{split or ''}_lmdb")
-        names = ", ".join(p.name for p in found)
-        raise DataError(f"'{self.path}' holds several LSUN sets ({names}): give the path of one of them")
-
-    def __len__(self) -> int:
-        return open_lmdb(self.directory).stat()["entries"]
-
-    def entries(self) -> Iterator[Entry]:
-        with open_lmdb(self.directory).begin() as transaction:
-            for key in transaction.cursor().iternext(values=False):
-                yield Entry(bytes(key).decode("ascii", "backslashreplace"), 0, bytes(key))
-
-    def load(self, entry: Entry) -> bytes:
-        with open_lmdb(self.directory).begin() as transaction:
-            value = transaction.get(entry.where)
-        if value is None:
-            raise OSError(f"key '{entry.key}' vanished from {self.directory / 'data.mdb'}")
-        return value
-
-
 class GtsrbSource(Source):
     """The German Traffic Sign Recognition Benchmark in its official layout, 43 classes, .ppm files and GT-*.csv.
 
@@ -340,6 +277,7 @@ def open_source(format: str, path: str | os.PathLike, split: str | None = None) 
     Raises DataError for an unknown format, a missing path, an unknown split, or a set without any image.
     """
     from data.cifar10 import Cifar10Source
+    from data.lsun import LsunSource
 
     kinds = {kind.format: kind for kind in (FolderSource, LsunSource, Cifar10Source, GtsrbSource, EmojiSource)}
     if format not in kinds:

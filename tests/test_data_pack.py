@@ -1,12 +1,12 @@
 """Packing: what comes out, that nothing is lost, and that nothing but the source and the settings matters."""
 
+import contextlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -85,12 +85,25 @@ def test_packing_again_returns_what_is_there(folder, tmp_path):
         packed(folder, tmp_path / "out", size=24)
 
 
-KILLED = """
-import sys
-from data.pack import pack
-pack(sys.argv[1], sys.argv[2], format="folder", size=32, images_per_shard=16, workers=int(sys.argv[3]),
-     progress=lambda done, total: print(done, flush=True))
-"""
+def pack_in_process(folder, out, workers, wait=False):
+    """Starts packing in a process of its own; returns it and the pipe on which it reports its progress.
+
+    With wait, it packs no further than its first report until the pipe is closed.
+    """
+    here, there = multiprocessing.Pipe()
+
+    def report(done, total):
+        with contextlib.suppress(OSError):
+            there.send(done)
+        if wait:
+            here.close()
+            there.poll(60)
+
+    settings = {"workers": workers, "progress": report}
+    process = multiprocessing.get_context("fork").Process(target=packed, args=(folder, out), kwargs=settings)
+    process.start()
+    there.close()
+    return process, here
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -98,17 +111,15 @@ def test_kill_9_and_again_gives_the_same_bytes(tmp_path, workers):
     folder = write_folder(tmp_path / "photos", 150, side=200)
     packed(folder, tmp_path / "whole")
     out = tmp_path / "killed"
-    deaths = 0
-    for when in (20, 60, 100, 1000):
-        command = [sys.executable, "-c", KILLED, str(folder), str(out), str(workers)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-        for line in process.stdout:
-            if int(line) >= when:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        deaths += process.wait() == -signal.SIGKILL
-        process.stdout.close()
-    assert deaths == 3
+    for when in (20, 60, 100):
+        process, progress = pack_in_process(folder, out, workers)
+        while progress.recv() < when:
+            pass
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+    packed(folder, out)
     assert tree_bytes(out) == tree_bytes(tmp_path / "whole")
 
 
@@ -140,11 +151,13 @@ def test_an_interrupted_pack_goes_on_after_the_last_complete_shard(folder, tmp_p
 
 
 def test_two_packs_at_once_are_refused(folder, tmp_path):
-    def again(done, total):
-        packed(folder, tmp_path / "out")
-
+    process, progress = pack_in_process(folder, tmp_path / "out", 0, wait=True)
+    progress.recv()
     with pytest.raises(DataError, match="another process is packing into"):
-        packed(folder, tmp_path / "out", progress=again)
+        packed(folder, tmp_path / "out")
+    progress.close()  # the other one may go on
+    process.join()
+    assert packed(folder, tmp_path / "out")["num_images"] == 41
 
 
 def spoil(folder):
@@ -302,14 +315,12 @@ def test_real_photographs_are_packed_without_one_lost(tmp_path):
 
 def test_no_worker_survives_its_killed_parent(tmp_path):
     folder = write_folder(tmp_path / "photos", 150, side=200)
-    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
-    process.stdout.readline()
+    process, progress = pack_in_process(folder, tmp_path / "out", 2)
+    progress.recv()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     process.kill()
-    process.wait()
-    process.stdout.close()
+    process.join()
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,6 +1,8 @@
 """Each source format against small sets in the layout people have on disk."""
 
 import pickle
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +93,31 @@ def test_lsun_reads_keys_in_order_and_bytes_untouched(tmp_path):
         open_source("lsun", directory, "train")
     with pytest.raises(DataError, match=r"neither data.mdb nor a folder \*train_lmdb"):
         open_source("lsun", tmp_path, "train")
+
+
+def test_lsun_zip_as_downloaded(tmp_path):
+    values = {f"{i:040x}".encode(): encoded(photo(i), "WEBP") for i in range(5)}
+    directory = write_lmdb(tmp_path / "made" / "church_outdoor_val_lmdb", values)
+    archive = tmp_path / "church_outdoor_val_lmdb.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.write(directory / "data.mdb", "../church_outdoor_val_lmdb/data.mdb")
+        zipped.writestr("../evil.txt", "written outside")
+    source = open_source("lsun", archive)
+    assert [(key.encode(), data) for key, data, _ in source] == sorted(values.items())
+    unpacked = tmp_path / "church_outdoor_val_lmdb" / "data.mdb"
+    before = unpacked.stat().st_mtime_ns
+    assert len(open_source("lsun", archive)) == 5
+    assert unpacked.stat().st_mtime_ns == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["church_outdoor_val_lmdb", archive.name, "made"]
+    whole = archive.read_bytes()
+    shutil.rmtree(unpacked.parent)
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"church_outdoor_val_lmdb.zip' is damaged"):
+        open_source("lsun", archive)
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("readme.txt", "nothing here")
+    with pytest.raises(DataError, match=r"holds 0 files data.mdb, not one"):
+        open_source("lsun", archive)
 
 
 def test_lsun_with_a_damaged_file_is_named(tmp_path):

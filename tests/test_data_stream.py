@@ -8,7 +8,7 @@ import torch
 from data_samples import write_folder
 
 from data.errors import DataError
-from data.order import EpochOrder, flips
+from data.order import SHARDS_PER_BLOCK, BlockOrder, EpochOrder, create_order, flips
 from data.pack import pack
 from data.shards import ShardSet
 from data.stream import ImageStream, iterate_once
@@ -235,3 +235,39 @@ def test_a_damaged_image_is_named(shards, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(DataError, match=f"image '{key}' of .* cannot be decoded"):
         list(iterate_once(copy, 4))
+
+
+SIZES = [10, 7, 0, 12, 9, 30, 1, 1, 25] * 6
+
+
+def test_block_order_gives_every_image_once_per_epoch():
+    order = BlockOrder(SIZES, seed=3)
+    total = sum(SIZES)
+    epochs = [order.images(np.arange(e * total, (e + 1) * total)) for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(total))
+    assert not np.array_equal(epochs[0], epochs[1])
+    across = np.arange(total - 30, total + 30)
+    assert np.array_equal(BlockOrder(SIZES, seed=3).images(across), np.concatenate(epochs)[across])
+
+
+def test_block_order_reads_from_few_shards_at_a_time():
+    sizes = [100] * 640
+    images = BlockOrder(sizes, seed=0).images(np.arange(sum(sizes)))
+    block = 100 * SHARDS_PER_BLOCK
+    shards = [set(images[i : i + block] // 100) for i in range(0, len(images), block)]
+    assert all(len(found) == SHARDS_PER_BLOCK for found in shards)
+    assert not shards[0] & shards[1]
+    assert len(set(images[:100] // 100)) == SHARDS_PER_BLOCK  # mixed within the block, not shard after shard
+
+
+def test_order_changes_to_blocks_beyond_the_limit(monkeypatch):
+    monkeypatch.setattr("data.order.FULL_SHUFFLE_LIMIT", 40)
+    assert isinstance(create_order([20, 20], 0, True), EpochOrder)
+    beyond = create_order([20, 21], 0, True)
+    assert isinstance(beyond, BlockOrder)
+    assert beyond.description == "shards shuffled, then images among 16 neighbouring shards"
+    with pytest.raises(DataError, match="True, False or 'blocks', not 'shards'"):
+        create_order([20], 0, "shards")
+    with pytest.raises(DataError, match="must not be negative: -1"):
+        create_order([20], -1, True)

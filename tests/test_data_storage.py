@@ -1,0 +1,219 @@
+"""Sets behind a URL: range requests, local cache, retries, and errors that name the file."""
+
+import http.server
+import itertools
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from data_samples import write_folder
+
+from data.errors import DataError
+from data.pack import check, pack
+from data.shards import ShardSet
+from data.storage import LocalStorage, with_retries
+from data.stream import ImageStream, iterate_once
+
+NUM_IMAGES = 30
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    root = tmp_path_factory.mktemp("storage")
+    folder = write_folder(root / "photos", NUM_IMAGES)
+    pack(folder, root / "out", format="folder", size=16, images_per_shard=10, workers=0)
+    return root / "out"
+
+
+@pytest.fixture(autouse=True)
+def quick_and_private(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.storage.PAUSES", (0.01, 0.02))
+    monkeypatch.setenv("SCQ_CACHE", str(tmp_path / "user_cache"))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """A file server with range requests that logs what it is asked and can fail on demand."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server = self.server
+        path = server.root / Path(self.path).name
+        server.log.append((self.command, path.name, self.headers.get("Range")))
+        if path.suffix == ".tar" and server.failures > 0:
+            server.failures -= 1
+            return self.answer(503, b"busy")
+        if not path.is_file():
+            return self.answer(404, b"")
+        data = path.read_bytes()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if wanted and server.ranges:
+            first, last = map(int, wanted.groups())
+            part = data[first : last + 1]
+            return self.answer(206, part, {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+        return self.answer(200, data)
+
+    def answer(self, status, data, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), "Accept-Ranges": "bytes", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def server(shards):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.root, server.log, server.failures, server.ranges = shards, [], 0, True
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}/"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def read(location, batches=6, **settings):
+    stream = ImageStream(location, batch_size=10, seed=3, flip=True, **settings)
+    return [torch.cat(column) for column in zip(*itertools.islice(stream.iterate(), batches), strict=True)]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def asked(server):
+    return [(name, wanted) for command, name, wanted in server.log if command == "GET" and name.endswith(".tar")]
+
+
+def test_http_reads_single_images_by_range_requests(server, shards):
+    stream = ImageStream(server.url, batch_size=10, shuffle=False)
+    batch = next(stream.iterate(start_image=12))
+    assert torch.equal(batch.images, next(ImageStream(shards, batch_size=10, shuffle=False).iterate(12)).images)
+    assert len(asked(server)) == 10
+    assert all(wanted is not None for _, wanted in asked(server))
+    assert {name for name, _ in asked(server)} == {"shard-000001.tar", "shard-000002.tar"}
+    assert same(read(server.url), read(shards))
+    assert ShardSet(server.url).key(0) == ShardSet(shards).key(0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_http_with_workers_and_a_cache(server, shards, tmp_path, workers):
+    expected = read(shards)
+    assert same(read(server.url, cache=tmp_path / "cache", workers=workers), expected)
+    assert len(asked(server)) == 3  # each shard once, whatever the number of workers
+    server.log.clear()
+    assert same(read(server.url, cache=tmp_path / "cache"), expected)
+    assert asked(server) == []
+    assert same(read(server.url, workers=workers), expected)  # range requests from forked workers
+
+
+def test_iterate_once_over_http(server, shards):
+    here, there = (torch.cat([b.images for b in iterate_once(place, 7)]) for place in (shards, server.url))
+    assert torch.equal(here, there)
+
+
+def test_failing_reads_are_tried_again_then_named(server, shards, tmp_path):
+    expected = read(shards, batches=1)
+    server.failures = 2
+    assert same(read(server.url, batches=1), expected)
+    server.failures = 2
+    assert same(read(server.url, batches=1, cache=tmp_path / "cache"), expected)
+    server.failures = 1000
+    with pytest.raises(DataError, match=rf"{server.url}shard-00000\d.tar' cannot be read after 3 tries: .*503"):
+        read(server.url, batches=1)
+
+
+def test_a_missing_remote_set_is_named_at_once(server, tmp_path):
+    server.root = tmp_path
+    with pytest.raises(DataError, match=rf"{server.url}manifest.json' cannot be read: FileNotFoundError"):
+        ImageStream(server.url, batch_size=1)
+    assert len(server.log) <= 2  # asked for, not asked again
+
+
+def test_a_server_without_ranges_is_told_apart(server, shards, tmp_path):
+    server.ranges = False
+    with pytest.raises(DataError, match="ignores range requests: name a cache folder"):
+        read(server.url)
+    assert same(read(server.url, cache=tmp_path / "cache"), read(shards))
+
+
+def test_a_shard_that_came_wrong_is_fetched_again_and_never_kept(server, shards, tmp_path):
+    wrong = tmp_path / "wrong"
+    shutil.copytree(shards, wrong)
+    shard = wrong / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    server.root = wrong
+    with pytest.raises(DataError, match=r"shard-000001.tar' cannot be read after 3 tries: .*another sha256"):
+        read(server.url, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("shard-000001.tar"))
+    server.root = shards
+    assert same(read(server.url, cache=tmp_path / "cache"), read(shards))
+
+
+def test_check_reads_a_remote_set(server, tmp_path, shards):
+    assert check(server.url) == []
+    wrong = tmp_path / "wrong"
+    shutil.copytree(shards, wrong)
+    (wrong / "shard-000002.tar").unlink()
+    server.root = wrong
+    assert check(server.url) == [f"'{server.url}shard-000002.tar' cannot be read: FileNotFoundError"]
+
+
+def test_any_fsspec_url(shards, tmp_path):
+    memory = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        memory.pipe(f"/bucket/set/{path.name}", path.read_bytes())
+    expected = read(shards)
+    assert same(read("memory://bucket/set"), expected)
+    assert same(read("memory://bucket/set/", cache=tmp_path / "cache"), expected)
+    assert same(read(f"file://{shards}"), expected)
+    memory.rm("/bucket", recursive=True)
+
+
+def test_an_unknown_protocol_is_named():
+    with pytest.raises(DataError, match=r"'nosuch://x' cannot be opened: .*nosuch"):
+        ImageStream("nosuch://x", batch_size=1)
+
+
+def test_a_local_read_survives_a_lost_handle(shards):
+    storage = LocalStorage(shards)
+    first = storage.read_range("shard-000000.tar", 0, 512)
+    os.close(storage._descriptors["shard-000000.tar"])  # as a network file system that was mounted again
+    storage._descriptors["shard-000000.tar"] = os.open("/", os.O_RDONLY)
+    assert storage.read_range("shard-000000.tar", 0, 512) == first
+
+
+def test_pauses_grow_and_end(monkeypatch):
+    slept, tries = [], []
+    monkeypatch.setattr("data.storage.PAUSES", (1, 2, 4))
+    monkeypatch.setattr("time.sleep", slept.append)
+
+    def fail():
+        tries.append(1)
+        raise TimeoutError("no answer")
+
+    with pytest.raises(DataError, match="'x' cannot be read after 4 tries: TimeoutError: no answer"):
+        with_retries(fail, "'x'")
+    assert (slept, len(tries)) == ([1, 2, 4], 4)
+
+
+def test_many_shards_do_not_exhaust_file_handles(tmp_path):
+    folder = write_folder(tmp_path / "photos", 80)
+    pack(folder, tmp_path / "out", format="folder", size=8, images_per_shard=1, workers=0)
+    stream = ImageStream(tmp_path / "out", batch_size=80)
+    next(stream.iterate())
+    assert len(stream._batches.reader.shards.storage._descriptors) <= 64
