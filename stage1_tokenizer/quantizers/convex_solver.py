@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from stage1_tokenizer.quantizers.active_set import centre_on_support, solve_support_system
+from stage1_tokenizer.quantizers.active_set import solve_support
 from stage1_tokenizer.quantizers.local import solve_local
 from stage1_tokenizer.quantizers.pricing import Codebook
 from stage1_tokenizer.quantizers.relaxation import relaxed_gradient, solve_relaxed
@@ -41,7 +41,7 @@ def soft_convex_solve(
     method: str = "exact",
     neighbours: int = 16,
     tol: float | None = None,
-    max_iter: int = 500,
+    max_iter: int = 100,
 ) -> ConvexSolution:
     """Solve  min over p in the simplex of  1/2 |z - C^T p|^2 + reg/2 |p - e|^2,  e one-hot on the nearest code.
 
@@ -119,21 +119,10 @@ def _solve(
         return solution, nearest
     # Prices c_k.y of a far-away latent or a tiny reg are so large that float32 cannot tell weights apart in them.
     double = Codebook(codebook.double())
-    again, nearest_again = solve_exact(
-        double, (z + book.centre)[missed].double() - double.centre, reg[missed].double(), tol=tol, max_iter=max_iter
-    )
-    nearest[missed] = nearest_again
-    padded, _ = stack(
-        [
-            solution,
-            WorkingSolution(*(x.to(z.dtype) if x.is_floating_point() else x for x in again[:3]), again.iterations),
-        ],
-        [nearest, nearest_again],
-    )
-    support, weights, residual = (x[: len(z)].clone() for x in padded[:3])
-    for whole, part in zip((support, weights, residual), padded[:3], strict=True):
-        whole[missed] = part[len(z) :]
-    return WorkingSolution(support, weights, residual, padded.iterations), nearest
+    far = (z + book.centre)[missed].double() - double.centre
+    again, nearest[missed] = solve_exact(double, far, reg[missed].double(), tol=tol, max_iter=max_iter)
+    everything = torch.arange(len(z), device=z.device)
+    return stack([solution, again], nearest, [everything, missed]), nearest
 
 
 def _implicit_gradient(
@@ -143,13 +132,15 @@ def _implicit_gradient(
     book = Codebook(codebook)
     grad_z, grad_codebook, grad_reg = torch.empty_like(grad), torch.zeros_like(codebook), torch.empty_like(reg)
     for rows in row_chunks(book, len(grad), support.shape[1]):
-        codes = book.codes[support[rows]] - book.codes[nearest[rows]].unsqueeze(1)  # (n, S, F)
-        p = weights[rows].unsqueeze(-1)  # (n, S, 1)
-        spread, _ = centre_on_support(codes, (weights[rows] > 0).to(codes.dtype))
-        u = reg[rows] * solve_support_system(spread, reg[rows], grad[rows])
-        y = (target[rows] - (codes * p).sum(1)) / reg[rows]
+        codes, p = book.around(nearest[rows], support[rows]), weights[rows]  # (n, S, 1 + F), (n, S)
+        used = p.sign()
+        right = torch.cat([torch.zeros_like(reg[rows]), grad[rows]], 1)
+        lifted = reg[rows] * solve_support(codes, used, reg[rows], right)  # (-m.u, u)
+        u = lifted[:, 1:]  # (n, F)
+        spread_u = (codes @ lifted.unsqueeze(-1)).squeeze(-1) * used  # (n, S), (c_k - m).u
+        y = (target[rows] - (p.unsqueeze(1) @ codes)[:, 0, 1:]) / reg[rows]
         grad_z[rows] = grad[rows] - u
-        per_code = p * u.unsqueeze(1) + (spread @ u.unsqueeze(-1)) * y.unsqueeze(1)  # (n, S, F)
+        per_code = p.unsqueeze(-1) * u.unsqueeze(1) + spread_u.unsqueeze(-1) * y.unsqueeze(1)  # (n, S, F)
         grad_codebook.index_add_(0, support[rows].flatten(), per_code.flatten(0, 1))
         grad_reg[rows] = -(grad_z[rows] * y).sum(1, keepdim=True)
     return grad_z, grad_codebook, grad_reg

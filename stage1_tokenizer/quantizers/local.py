@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.active_set import solve_active_set
+from stage1_tokenizer.quantizers.active_set import solve_active_set, weight_error
 from stage1_tokenizer.quantizers.pricing import Codebook
-from stage1_tokenizer.quantizers.working_set import WorkingSolution, nearest_first, row_chunks, stack
+from stage1_tokenizer.quantizers.working_set import WorkingSolution, missing_codes, nearest_first, row_chunks, stack
 
 
 def solve_local(
@@ -20,16 +20,19 @@ def solve_local(
     parts, nearests = [], []
     for rows in row_chunks(book, len(z), count):
         nearest, candidates = _nearest_codes(book, z[rows], count)
-        codes = book.codes[candidates] - book.codes[nearest].unsqueeze(1)  # (n, m, F)
+        codes = book.around(nearest, candidates)  # (n, m, 1 + F)
         target = z[rows] - book.codes[nearest]
         start = torch.zeros_like(codes[:, :, 0])
         start[:, 0] = 1
-        point = solve_active_set(codes, target, reg[rows], start, start > 1, tol=tol, max_iter=max_iter)
-        excess = book.highest_price(point.y) - point.threshold.squeeze(1) - (book.codes[nearest] * point.y).sum(1)
-        residual = torch.maximum(point.error, excess)
+        none = torch.zeros_like(start)
+        point = solve_active_set(codes, target, reg[rows], start, none, tol=0.5 * tol, max_iter=max_iter)
+        error = weight_error(codes, target, reg[rows], point.weights, point.dual)
+        excess, _ = missing_codes(book, candidates, book.to_global(nearest, point.dual))
+        residual = torch.maximum(error, excess.amax(1))
         parts.append(WorkingSolution(candidates, point.weights, residual, point.iterations))
         nearests.append(nearest)
-    return stack(parts, nearests)
+    nearest = torch.cat(nearests)
+    return stack(parts, nearest), nearest
 
 
 def _nearest_codes(book: Codebook, z: Tensor, count: int) -> tuple[Tensor, Tensor]:

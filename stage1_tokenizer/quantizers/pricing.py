@@ -13,7 +13,7 @@ from torch import Tensor
 _BLOCK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 # A maximum over lanes runs along contiguous memory; groups of lanes are how many candidates a pass can bring.
 _LANES = 64
-_GROUPS = 8
+_GROUPS = 4
 
 
 class Codebook:
@@ -28,28 +28,28 @@ class Codebook:
         self.size, self.dim = codes.shape
         self.centre = codes.mean(0)  # (F,)
         self.codes = codes - self.centre  # (K, F)
-        self.lanes = _LANES if self.size > _LANES else self.size
+        self.lanes = min(_LANES, self.size)
         self.groups = _GROUPS if self.lanes % _GROUPS == 0 else self.lanes
         self.depth = -(-self.size // self.lanes)
-        padded = codes.new_zeros(self.lanes * self.depth, self.dim)
-        padded[: self.size] = self.codes
-        self.transposed = padded.t().contiguous()  # (F, lanes * depth)
-        self.half_norm = padded.square().sum(1) / 2
-        self.half_norm[self.size :] = -self.lowest
+        width = self.lanes * self.depth
+        # (1, c_k), all zeros for padding: its price above the threshold is zero, so it never enters.
+        self.lifted = codes.new_zeros(width, 1 + self.dim)
+        self.lifted[: self.size, 0] = 1
+        self.lifted[: self.size, 1:] = self.codes
+        self.price_matrix = self.lifted.t().contiguous()  # (1 + F, width)
+        # Finite, since packing bits into an infinity would make it a NaN.
+        self.lowest = torch.finfo(codes.dtype).min / 4
+        self.half_norm = self.codes.square().sum(1) / 2
+        self.nearness_bias = codes.new_full((width,), self.lowest)
+        self.nearness_bias[: self.size] = -self.half_norm
         # The place in the lane is packed into the lowest bits of a score; see `candidates`.
-        bits = max(self.depth - 1, 0).bit_length()
         self.integer = {4: torch.int32, 8: torch.int64}[codes.element_size()]
-        self.clear = ~((1 << bits) - 1)
+        self.clear = ~((1 << max(self.depth - 1, 0).bit_length()) - 1)
         place = torch.arange(self.depth, device=codes.device, dtype=self.integer)
-        self.place = place.repeat_interleave(self.lanes)  # (lanes * depth,)
+        self.place = place.repeat_interleave(self.lanes)  # (width,)
         self.first_lane = torch.arange(0, self.lanes, self.lanes // self.groups, device=codes.device)
         entries = _BLOCK_ENTRIES.get(codes.device.type, _BLOCK_ENTRIES["cuda"])
-        self.rows_per_block = max(1, entries // padded.shape[0])
-
-    @property
-    def lowest(self) -> float:
-        """A score below every real one; finite, since packing bits into an infinity would make it a NaN."""
-        return torch.finfo(self.codes.dtype).min / 4
+        self.rows_per_block = max(1, entries // width)
 
     def blocks(self, n: int) -> Iterator[slice]:
         """Slices of n rows whose (rows, K) block fits the budget."""
@@ -57,8 +57,8 @@ class Codebook:
             yield slice(start, min(start + self.rows_per_block, n))
 
     def nearness(self, z: Tensor) -> Tensor:
-        """(n, lanes * depth) scores z.c_k - |c_k|^2 / 2 of centred latents (n, F): the largest is the nearest."""
-        return torch.addmm(-self.half_norm, z, self.transposed)
+        """(n, width) scores z.c_k - |c_k|^2 / 2 of centred latents (n, F): the largest is the nearest code."""
+        return torch.addmm(self.nearness_bias, z, self.price_matrix[1:])
 
     def argmax(self, block: Tensor) -> Tensor:
         """(n,) first index of each row's largest score: best of each contiguous group, then within that group.
@@ -66,10 +66,10 @@ class Codebook:
         The plain argmax keeps an index per entry and costs four times as much on a CPU.
         """
         n = len(block)
-        groups = block.view(n, self.lanes, self.depth)
-        group = groups.amax(2).argmax(1)
-        inside = groups[torch.arange(n, device=block.device), group].argmax(1)
-        return group * self.depth + inside
+        parts = block.view(n, self.lanes, self.depth)
+        part = parts.amax(2).argmax(1)
+        inside = parts[torch.arange(n, device=block.device), part].argmax(1)
+        return part * self.depth + inside
 
     def candidates(self, block: Tensor) -> tuple[Tensor, Tensor]:
         """The best codes of a block of scores, one from each of `groups` interleaved parts of the codebook.
@@ -93,40 +93,40 @@ class Codebook:
         """(n,) index of the nearest code of centred latents (n, F), the first one where several tie."""
         return torch.cat([self.argmax(self.nearness(z[rows])) for rows in self.blocks(len(z))])
 
-    def highest_price(self, y: Tensor) -> Tensor:
-        """(n,) max_k c_k.y; y (n, F)."""
-        zero = y.new_zeros(1, 1)
-        return torch.cat([self.prices_above(y[rows], zero).amax(1) for rows in self.blocks(len(y))])
+    def around(self, anchor: Tensor, index: Tensor) -> Tensor:
+        """(n, m, 1 + F) codes (1, c_k - c_anchor) of index (n, m) and anchor (n,)."""
+        origin = self.lifted[anchor]
+        origin[:, 0] = 0
+        return self.lifted[index] - origin.unsqueeze(1)
 
-    def prices_above(self, y: Tensor, floor: Tensor) -> Tensor:
-        """(n, lanes * depth) block of c_k.y - floor, padding codes excluded; y (n, F), floor (n, 1) or (1, 1)."""
-        block = torch.addmm(-floor, y, self.transposed)
-        if self.size < block.shape[1]:
-            block[:, self.size :] = self.lowest
-        return block
+    def to_global(self, anchor: Tensor, dual: Tensor) -> Tensor:
+        """Dual variables (n, 1 + F) for codes around an anchor (n,), turned into those for the codes as stored."""
+        lead = dual[:, :1] - (self.codes[anchor] * dual[:, 1:]).sum(1, keepdim=True)
+        return torch.cat([lead, dual[:, 1:]], 1)
+
+    def prices(self, dual: Tensor) -> Tensor:
+        """(n, width) block of c_k.y - tau at global dual variables (n, 1 + F), 0 for padding; e_k is not in it."""
+        return dual @ self.price_matrix
+
+    def highest_price(self, dual: Tensor) -> Tensor:
+        """(n,) max_k c_k.y - tau, or 0 if that is negative and there is padding."""
+        return torch.cat([self.prices(dual[rows]).amax(1) for rows in self.blocks(len(dual))])
 
 
-def compact(index: Tensor, keep: Tensor, fill: Tensor) -> Tensor:
+def compact(index: Tensor, keep: Tensor, fill: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """Move the kept entries of each row to its front, in order, and cut the rows to the longest.
 
     Args:
-        index: (n, m) int64, keep: (n, m) bool, fill: (n,) what pads shorter rows.
+        index: (n, m) int64; keep: (n, m) bool; fill: (n,) what pads shorter rows of the index.
+        values: (n, m) tensors that go the same way, padded with zeros.
 
     Returns:
-        (n, max kept) int64.
+        The index and the values, each (n, largest number kept).
     """
-    position, width = _positions(keep)
-    out = fill.unsqueeze(1).repeat(1, width + 1)
-    return out.scatter_(1, position, index)[:, :width]
-
-
-def compact_values(values: Tensor, keep: Tensor) -> Tensor:
-    """As `compact` for a floating tensor, padded with zeros."""
-    position, width = _positions(keep)
-    return values.new_zeros(len(values), width + 1).scatter_(1, position, values)[:, :width]
-
-
-def _positions(keep: Tensor) -> tuple[Tensor, int]:
     count = keep.cumsum(1)
     width = int(count[:, -1].max())
-    return torch.where(keep, count - 1, width), width  # what is dropped lands in a column that is cut off
+    position = torch.where(keep, count - 1, width)  # what is dropped lands in a column that is cut off
+    out = [fill.unsqueeze(1).repeat(1, width + 1).scatter_(1, position, index)[:, :width]]
+    for value in values:
+        out.append(value.new_zeros(len(value), width + 1).scatter_(1, position, value)[:, :width])
+    return tuple(out)

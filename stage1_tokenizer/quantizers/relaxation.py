@@ -31,19 +31,19 @@ def solve_relaxed(book: Codebook, codebook: Tensor, z: Tensor, reg: Tensor) -> t
     Returns:
         The solution, whose residual is against problem (1), and the nearest codes (n,).
     """
-    parts, nearests = [], [book.nearest(z)]
-    target = z - book.codes[nearests[0]]
+    parts, nearests = [], book.nearest(z)
+    target = z - book.codes[nearests]
     y = RidgeFactor(codebook, reg).solve(target)  # (n, F)
     for rows in book.blocks(len(z)):
-        nearest = nearests[0][rows]
+        nearest = nearests[rows]
         # A shift of all codes shifts all prices of a row alike, which the projection ignores: centred codes will do.
-        block = book.prices_above(y[rows], (book.codes[nearest] * y[rows]).sum(1, keepdim=True))
+        block = book.prices(_dual(book, nearest, y[rows]))
         block[torch.arange(len(block), device=z.device), nearest] += 1  # e
         above = (block - simplex_threshold(block)).clamp_min_(0)
         support, weights = _entries(above, nearest)
         residual = _violation(book, support, weights, target[rows], nearest, reg[rows])
         parts.append(WorkingSolution(support, weights, residual, 0))
-    return stack(parts, nearests)
+    return stack(parts, nearests), nearests
 
 
 def relaxed_gradient(
@@ -93,10 +93,15 @@ def _violation(
     With y = (z - z_q) / reg, the multipliers e_k + c_k.y - p_k must be equal over the codes in use and no larger over
     the others; the violation is the largest over all minus the smallest over the codes in use.
     """
-    codes = book.codes[support] - book.codes[nearest].unsqueeze(1)
+    codes = book.around(nearest, support)[:, :, 1:]
     y = (target - (weights.unsqueeze(1) @ codes).squeeze(1)) / reg
     multiplier = (codes @ y.unsqueeze(-1)).squeeze(-1) + (support == nearest.unsqueeze(1)).to(weights.dtype) - weights
     least = multiplier.masked_fill(weights == 0, torch.inf).amin(1)
     most = multiplier.masked_fill(weights == 0, -torch.inf).amax(1)
-    others = book.highest_price(y) - (book.codes[nearest] * y).sum(1)
+    others = book.highest_price(_dual(book, nearest, y))
     return torch.maximum(most, others) - least
+
+
+def _dual(book: Codebook, nearest: Tensor, y: Tensor) -> Tensor:
+    """Dual variables that price codes relative to the nearest one: c_k.y - c_n.y."""
+    return book.to_global(nearest, torch.cat([torch.zeros_like(y[:, :1]), y], 1))

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage1_tokenizer.quantizers.active_set import solve_active_set
-from stage1_tokenizer.quantizers.pricing import Codebook, compact, compact_values
+from stage1_tokenizer.quantizers.active_set import ENTER_SHARE, solve_active_set, weight_error
+from stage1_tokenizer.quantizers.pricing import Codebook, compact
 
 # Codes gathered at once, times F: bounds the memory of a round whatever N is.
-_GATHER_ENTRIES = {"cpu": 1 << 23, "cuda": 1 << 28}
-_MAX_ROUNDS = 40
+_GATHER_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 28}
+# Codes per row that a round is planned for; supports rarely reach it.
+_PLANNED_COLUMNS = 24
+_MAX_ROUNDS = 60
 
 
 class WorkingSolution(NamedTuple):
@@ -23,18 +25,19 @@ class WorkingSolution(NamedTuple):
 
     support: Tensor  # (n, S) int64, column 0 the nearest code, padded with it
     weights: Tensor  # (n, S), padded with 0
-    residual: Tensor  # (n,) larger of the stationarity residual and the largest price above the threshold
+    residual: Tensor  # (n,) larger of the weights' error and the largest price above the threshold
     iterations: int  # moves of the support of the row that took most, over all rounds
 
 
 def solve_exact(book: Codebook, z: Tensor, reg: Tensor, *, tol: float, max_iter: int) -> tuple[WorkingSolution, Tensor]:
     """Solve (1) for latents z (n, F), centred as the codebook is, lambda reg (n, 1); also the nearest codes (n,)."""
     parts, nearests = [], []
-    for rows in row_chunks(book, len(z), 2 * book.lanes):
+    for rows in row_chunks(book, len(z), _PLANNED_COLUMNS):
         nearest, candidates = _first_candidates(book, z[rows])
         parts.append(_generate_columns(book, z[rows], reg[rows], nearest, candidates, tol, max_iter))
         nearests.append(nearest)
-    return stack(parts, nearests)
+    nearest = torch.cat(nearests)
+    return stack(parts, nearest), nearest
 
 
 def row_chunks(book: Codebook, n: int, columns: int) -> Iterator[slice]:
@@ -45,20 +48,34 @@ def row_chunks(book: Codebook, n: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n))
 
 
-def stack(parts: list[WorkingSolution], nearests: list[Tensor]) -> tuple[WorkingSolution, Tensor]:
-    """Join solutions of consecutive rows, padding their supports to the widest."""
-    nearest = torch.cat(nearests)
+def stack(parts: list[WorkingSolution], nearest: Tensor, rows: list[Tensor | slice] | None = None) -> WorkingSolution:
+    """Join partial solutions, padding their supports to the widest with the nearest codes.
+
+    Args:
+        parts: solutions of some rows each.
+        nearest: (n,) nearest codes of all rows.
+        rows: which rows each part solves; None: consecutive ones.
+    """
+    if rows is None:
+        ends = torch.tensor([len(part.support) for part in parts]).cumsum(0).tolist()
+        rows = [slice(end - len(part.support), end) for end, part in zip(ends, parts, strict=True)]
     width = max(part.support.shape[1] for part in parts)
     support = nearest.unsqueeze(1).repeat(1, width)
     weights = parts[0].weights.new_zeros(len(nearest), width)
-    start = 0
-    for part in parts:
-        rows = slice(start, start + len(part.support))
-        support[rows, : part.support.shape[1]] = part.support
-        weights[rows, : part.support.shape[1]] = part.weights
-        start = rows.stop
-    residual = torch.cat([part.residual for part in parts])
-    return WorkingSolution(support, weights, residual, max(part.iterations for part in parts)), nearest
+    residual = weights.new_empty(len(nearest))
+    for where, part in zip(rows, parts, strict=True):
+        support[where] = nearest[where].unsqueeze(1)
+        weights[where] = 0
+        support[where, : part.support.shape[1]] = part.support
+        weights[where, : part.support.shape[1]] = part.weights.to(weights.dtype)
+        residual[where] = part.residual.to(weights.dtype)
+    return WorkingSolution(support, weights, residual, max(part.iterations for part in parts))
+
+
+def nearest_first(nearest: Tensor, candidates: Tensor) -> Tensor:
+    """Working set (n, m) with the nearest code in column 0 and the other candidates behind it, none twice."""
+    keep = torch.cat([torch.ones_like(nearest.unsqueeze(1), dtype=torch.bool), candidates != nearest.unsqueeze(1)], 1)
+    return compact(torch.cat([nearest.unsqueeze(1), candidates], 1), keep, nearest)[0]
 
 
 def _first_candidates(book: Codebook, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,12 +89,6 @@ def _first_candidates(book: Codebook, z: Tensor) -> tuple[Tensor, Tensor]:
     return nearest, nearest_first(nearest, candidates)
 
 
-def nearest_first(nearest: Tensor, candidates: Tensor) -> Tensor:
-    """Working set (n, m) with the nearest code in column 0 and the other candidates behind it, none twice."""
-    keep = torch.cat([torch.ones_like(nearest.unsqueeze(1), dtype=torch.bool), candidates != nearest.unsqueeze(1)], 1)
-    return compact(torch.cat([nearest.unsqueeze(1), candidates], 1), keep, nearest)
-
-
 def _generate_columns(
     book: Codebook, z: Tensor, reg: Tensor, nearest: Tensor, working: Tensor, tol: float, max_iter: int
 ) -> WorkingSolution:
@@ -85,50 +96,46 @@ def _generate_columns(
     rows = torch.arange(len(z), device=z.device)
     weights = z.new_zeros(working.shape)
     weights[:, 0] = 1
-    enters = torch.zeros_like(working, dtype=torch.bool)
-    finished, iterations = [], 0
+    enters = torch.zeros_like(weights)
+    parts, solved, iterations = [], [], 0
     for round_number in range(1, _MAX_ROUNDS + 1):
-        anchor = nearest[rows]
-        codes = book.codes[working] - book.codes[anchor].unsqueeze(1)  # (n', m, F)
-        point = solve_active_set(codes, target[rows], reg[rows], weights, enters, tol=0.1 * tol, max_iter=max_iter)
+        anchor, d, lam = nearest[rows], target[rows], reg[rows]
+        codes = book.around(anchor, working)  # (n', m, 1 + F)
+        point = solve_active_set(codes, d, lam, weights, enters, tol=0.5 * tol, max_iter=max_iter)
         iterations += point.iterations
-        excess, found = _missing_codes(book, working, anchor, point.y, point.threshold)
-        missing = excess > tol
+        excess, found = missing_codes(book, working, book.to_global(anchor, point.dual))
+        highest = excess.amax(1)
         used = point.weights > 0
         used[:, 0] = True
-        done = ~missing.any(1)
+        done = highest <= tol
         if round_number == _MAX_ROUNDS:
             done = torch.ones_like(done)
         if done.any():
-            residual = torch.maximum(point.error, excess.amax(1))[done]
-            support = compact(working[done], used[done], anchor[done])
-            finished.append((rows[done], support, compact_values(point.weights[done], used[done]), residual))
+            error = weight_error(codes[done], d[done], lam[done], point.weights[done], point.dual[done])
+            support, kept = compact(working[done], used[done], anchor[done], point.weights[done])
+            parts.append(WorkingSolution(support, kept, torch.maximum(error, highest[done]), iterations))
+            solved.append(rows[done])
         left = (~done).nonzero().squeeze(1)
         if left.numel() == 0:
             break
-        rows, keep = rows[left], torch.cat([used[left], missing[left]], 1)
-        working = compact(torch.cat([working[left], found[left]], 1), keep, anchor[left])
-        old = torch.zeros_like(point.weights[left])
-        weights = compact_values(torch.cat([point.weights[left], torch.zeros_like(excess[left])], 1), keep)
-        joins = torch.cat([old, (excess[left] >= 0.8 * excess[left].amax(1, keepdim=True)).to(old.dtype)], 1)
-        enters = compact_values(joins, keep) > 0
-    width = max(part[1].shape[1] for part in finished)
-    support, weights = nearest.unsqueeze(1).repeat(1, width), z.new_zeros(len(z), width)
-    residual = z.new_empty(len(z))
-    for where, codes_used, weights_used, residual_left in finished:
-        support[where, : codes_used.shape[1]] = codes_used
-        weights[where, : codes_used.shape[1]] = weights_used
-        residual[where] = residual_left
-    return WorkingSolution(support, weights, residual, iterations)
+        rows, excess = rows[left], excess[left]
+        joins = (excess >= ENTER_SHARE * highest[left].unsqueeze(1)).to(z.dtype)
+        old = point.weights[left]
+        working, weights, enters = compact(
+            torch.cat([working[left], found[left]], 1),
+            torch.cat([used[left], excess > tol], 1),
+            anchor[left],
+            torch.cat([old, torch.zeros_like(excess)], 1),
+            torch.cat([torch.zeros_like(old), joins], 1),
+        )
+    return stack(parts, nearest, solved)
 
 
-def _missing_codes(book: Codebook, working: Tensor, anchor: Tensor, y: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+def missing_codes(book: Codebook, working: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
     """Price all codes: by how much the best codes outside the working set are above tau (n, groups), and which."""
-    floor = tau + (book.codes[anchor] * y).sum(1, keepdim=True)  # (n, 1)
     excess, found = [], []
-    for rows in book.blocks(len(y)):
-        block = book.prices_above(y[rows], floor[rows])
-        block.scatter_(1, working[rows], book.lowest)
+    for rows in book.blocks(len(dual)):
+        block = book.prices(dual[rows]).scatter_(1, working[rows], book.lowest)
         best, index = book.candidates(block)
         excess.append(best)
         found.append(index)
