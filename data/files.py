@@ -54,6 +54,11 @@ def parse_manifest(text: bytes, where: str, kind: str) -> dict[str, Any]:
     return manifest
 
 
+def contents_fingerprint(manifest: dict[str, Any]) -> str:
+    """A name for the contents of a set: sha256 over its shards' sha256, independent of where the set lies."""
+    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file as hexadecimal text, read in pieces."""
     with path.open("rb") as file:

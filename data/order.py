@@ -162,16 +162,16 @@ class Place:
     A stream of another seed or other contents refuses the state: it would go on at another place.
     """
 
-    def __init__(self, seed: int, fingerprint: str):
-        self.seed, self.fingerprint, self.images_seen = seed, fingerprint, 0
+    def __init__(self, seed: int, contents: str):
+        self.seed, self.contents, self.images_seen = seed, contents, 0
 
     def state_dict(self) -> dict[str, int | str]:
-        """{"images_seen", "seed", "fingerprint"}: all that is needed to go on at the very next image."""
-        return {"images_seen": self.images_seen, "seed": self.seed, "fingerprint": self.fingerprint}
+        """{"images_seen", "seed", "fingerprint" of the contents}: enough to go on at the very next image."""
+        return {"images_seen": self.images_seen, "seed": self.seed, "fingerprint": self.contents}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
         """Goes on from a state; raises DataError if it belongs to another seed or to other data."""
-        for name, mine in (("fingerprint", self.fingerprint), ("seed", self.seed)):
+        for name, mine in (("fingerprint", self.contents), ("seed", self.seed)):
             if state[name] != mine:
                 raise DataError(f"cannot resume the data stream: its {name} was {state[name]}, now it is {mine}")
         self.images_seen = int(state["images_seen"])

@@ -65,7 +65,7 @@ def pack(
     images.
     """
     images = open_source(format, source, split)
-    crop = crop or images.default_crop
+    crop = crop or ("none" if keep_encoded and size is None else images.default_crop)
     get_protocol(crop, size)
     if keep_encoded and crop != "none":
         raise DataError(f"keeping the original bytes needs crop protocol 'none', not '{crop}'")

@@ -4,7 +4,6 @@ The index says where every image's bytes lie inside the tar files, so that the n
 before it. It is built once, kept beside the shards, and mapped into memory: processes on one machine share its pages.
 """
 
-import hashlib
 import os
 import re
 import tarfile
@@ -15,7 +14,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from data.errors import DataError
-from data.files import atomic_write, parse_manifest
+from data.files import atomic_write, contents_fingerprint, parse_manifest
 from data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, default_cache, open_storage
 
 MANIFEST, FORMAT = "manifest.json", "scq-images-1"
@@ -63,14 +62,9 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
     return np.array([tuple(row) for row in rows], ROW)
 
 
-def fingerprint(manifest: dict[str, Any]) -> str:
-    """A name for the contents of a set: sha256 over its shards' sha256, independent of where the set lies."""
-    return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
-
-
 def index_name(manifest: dict[str, Any]) -> str:
     """The index file that belongs to exactly these shards: an index of other contents has another name."""
-    return f"index-{fingerprint(manifest)[:16]}.npy"
+    return f"index-{contents_fingerprint(manifest)[:16]}.npy"
 
 
 def build_index(directory: Path, manifest: dict[str, Any]) -> Path:
@@ -108,7 +102,7 @@ class ShardSet:
         self.location = os.fspath(location)
         self.storage: Storage = open_storage(location)
         self.manifest = self._read_manifest()
-        self.fingerprint = fingerprint(self.manifest)
+        self.fingerprint = contents_fingerprint(self.manifest)
         self._rows: np.ndarray | None = None
         self._kept: CachedStorage | None = None
         if isinstance(self.storage, RemoteStorage):

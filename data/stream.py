@@ -102,15 +102,16 @@ class ImageStream(Place):
     of W reads the contiguous part [r*B/W, (r+1)*B/W) of each batch. Batches run across epoch ends; nothing is dropped.
     Neither world_size nor workers changes the sequence.
 
-    shards: folder written by `pack`, or its URL (http, s3, gs, ...). cache: folder that keeps the shards of a URL once
-    they have been fetched; without it every image is a range request. batch_size: global, images per step over all
-    ranks. workers: loader processes per rank; 0 decodes in this process and keeps the decoded images of a set under
-    512 MiB in memory, so that later epochs cost nothing. flip: mirrors images by a coin that is a pure function of
-    (seed, position). shuffle: True shuffles every epoch fully (beyond 2**27 images by shards and blocks of shards, see
-    BlockOrder), "blocks" always does the latter, which keeps reads from a distance together; False is shard order.
+    shards: folder written by `pack`, or its URL (http, s3, gs, ...). batch_size: global, images per step over all ranks.
+    workers: loader processes per rank; 0 decodes in this process and, with keep_decoded, keeps the decoded images of a
+    set under 512 MiB in memory, so that later epochs cost nothing. flip: mirrors images by a coin that is a pure
+    function of (seed, position). shuffle: True shuffles every epoch fully (beyond 2**27 images by shards and blocks of
+    shards, see BlockOrder), "blocks" always does the latter, which keeps reads from a distance together; False is shard
+    order. cache: folder that keeps the shards of a URL once they have been fetched; without it every image is a range
+    request.
 
-    Attributes: num_images, image_size (pixels, None if they differ), num_classes (0: none), manifest, images_seen,
-    order_description (one line for the log: how well the order is shuffled).
+    Attributes: num_images, image_size (pixels, None if they differ), num_classes (0: none), manifest, fingerprint (of
+    the shards' contents), images_seen, order_description (one line for the log: how well the order is shuffled).
     Raises DataError for a missing or damaged set, or a batch size that the ranks cannot share.
     """
 
@@ -126,10 +127,12 @@ class ImageStream(Place):
         shuffle: bool | str = True,
         flip: bool = False,
         cache: str | os.PathLike | None = None,
+        keep_decoded: bool = True,
     ):
         part = rank_slice(batch_size, rank, world_size)
         opened = ShardSet(shards, cache)
         super().__init__(seed, opened.fingerprint)
+        self.fingerprint = opened.fingerprint
         self.manifest: dict[str, Any] = opened.manifest
         self.num_images, self.image_size = len(opened), opened.manifest["image_size"]
         self.num_classes = len(opened.manifest["class_names"])
@@ -137,7 +140,9 @@ class ImageStream(Place):
         order = create_order([shard["images"] for shard in self.manifest["shards"]], seed, shuffle)
         self.order_description = order.description
         opened.rows  # noqa: B018  built before workers start, so that they do not build it each
-        self._batches = _Batches(ImageReader(opened, keep_decoded=workers == 0), order, batch_size, part, flip)
+        self._batches = _Batches(
+            ImageReader(opened, keep_decoded=keep_decoded and workers == 0), order, batch_size, part, flip
+        )
 
     def iterate(self, start_image: int = 0) -> Iterator[Batch]:
         """Endless batches of this rank from a place in the global sequence; independent of images_seen."""

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from data.errors import DataError
-from data.files import atomic_write, parse_manifest, remove_leftovers, sha256_of, write_json
-from data.order import EpochOrder, Place, random_bits, rank_slice
+from data.files import atomic_write, contents_fingerprint, parse_manifest, remove_leftovers, sha256_of, write_json
+from data.order import Place, create_order, random_bits, rank_slice
 
 MANIFEST, FORMAT = "manifest.json", "scq-tokens-1"
 IMAGES_PER_SHARD = 10_000
@@ -235,7 +235,8 @@ class TokenStream(Place):
     """An endless stream of token batches in one global order; the same sequence and state as ImageStream.
 
     batch_size is global. Where the set holds several views of each image, the view at a position is a pure function of
-    (seed, position). Attributes besides ImageStream's: codebook_size, grid (h, w), tokenizer fingerprint.
+    (seed, position). Attributes besides ImageStream's: codebook_size, grid (h, w), dataset; fingerprint is
+    the tokenizer's.
     Raises DataError if there is no finished set or the ranks cannot share the batch.
     """
 
@@ -251,11 +252,12 @@ class TokenStream(Place):
     ):
         self._part = rank_slice(batch_size, rank, world_size)
         self.dataset = TokenDataset(path)
-        super().__init__(seed, self.dataset.fingerprint)
+        super().__init__(seed, contents_fingerprint(self.dataset.manifest))
+        self.fingerprint = self.dataset.fingerprint
         self.manifest, self.batch_size = self.dataset.manifest, batch_size
         self.codebook_size, self.grid = self.dataset.codebook_size, self.dataset.grid
         self.num_images, self.num_classes = self.dataset.num_images, self.dataset.num_classes
-        self._order = EpochOrder(self.num_images, seed, shuffle)
+        self._order = create_order([shard["images"] for shard in self.manifest["shards"]], seed, shuffle)
 
     def iterate(self, start_image: int = 0) -> Iterator[TokenBatch]:
         """Endless batches of this rank from a place in the global sequence; independent of images_seen."""

@@ -223,7 +223,7 @@ def test_keep_encoded_stores_the_original_bytes(tmp_path):
     exif[0x0112] = 6
     (folder / "cats" / "rotated.jpg").write_bytes(encoded(photo(1, 80, 72), "JPEG", exif=exif))
     (folder / "dogs" / "old.bmp").write_bytes(encoded(photo(1, 80, 72), "BMP"))
-    manifest = packed(folder, tmp_path / "out", size=None, crop="none", keep_encoded=True)
+    manifest = packed(folder, tmp_path / "out", size=None, keep_encoded=True)
     opened = ShardSet(tmp_path / "out")
     files = sorted(folder.rglob("*.*"))
     assert [opened.read(i) for i in range(len(files))] == [file.read_bytes() for file in files]

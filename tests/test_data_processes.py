@@ -112,9 +112,7 @@ def resident(process_id):
 
 
 def read_epochs(shards, connection):
-    images = stream(shards, True)
-    images._batches.reader.keep_decoded = False
-    batches = images.iterate()
+    batches = stream(shards, True, keep_decoded=False).iterate()
     for _ in range(4):
         for _ in range(20 * NUM_IMAGES // BATCH):
             next(batches)

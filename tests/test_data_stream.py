@@ -90,6 +90,7 @@ def test_ranks_share_each_global_batch_in_contiguous_parts(shards, world_size):
         assert same(whole[t], join([rank[t] for rank in ranks]))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_do_not_change_the_sequence(shards, workers):
     alone = take(ImageStream(shards, batch_size=8, seed=2, flip=True), 14, start=5)

@@ -5,10 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from data_samples import photo
 
 from data.errors import DataError
 from data.order import EpochOrder
 from data.tokens import TokenDataset, TokenStream, TokenWriter
+from data.views import augmented_view
 
 GRID, CODES, COUNT = (2, 3), 1000, 23
 
@@ -158,3 +160,40 @@ def test_a_truncated_shard_is_named(written):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(DataError, match=shard.name):
         TokenDataset(path)
+
+
+def test_state_belongs_to_the_tokens_not_only_to_the_tokenizer(tmp_path):
+    states = []
+    for name, count in (("a", 11), ("b", 12)):
+        target = writer(tmp_path / name)
+        write_all(target, tokens(count)[:, 0])
+        target.close()
+        states.append(TokenStream(tmp_path / name, batch_size=2))
+    assert states[0].fingerprint == states[1].fingerprint == "f00d"
+    with pytest.raises(DataError, match="its fingerprint was"):
+        states[1].load_state_dict(states[0].state_dict())
+
+
+def test_views_are_a_pure_function_of_image_number_and_view():
+    images = torch.from_numpy(np.stack([np.asarray(photo(i)).transpose(2, 0, 1) for i in range(40)]))  # (b, 3, H, W)
+    numbers = torch.arange(40)
+    assert torch.equal(augmented_view(images, numbers, 0), images)
+    assert torch.equal(augmented_view(images, numbers, 1), images.flip(-1))
+    third = augmented_view(images, numbers, 2)
+    assert third.shape == images.shape
+    assert torch.equal(third[30:], augmented_view(images[30:], numbers[30:], 2))
+    assert not torch.equal(third, augmented_view(images, numbers, 3))
+    # Each is the image itself or its mirror image, moved by at most a sixteenth of the side: 4 of 72 pixels.
+    shifts = set()
+    for image, view in zip(images, third, strict=True):
+        found = [
+            (mirrored, down, right)
+            for mirrored, turned in enumerate((view, view.flip(-1)))
+            for down in range(-4, 5)
+            for right in range(-4, 5)
+            if torch.equal(turned[:, 8:-8, 8:-8], image[:, 8 + down : 64 + down, 8 + right : 64 + right])
+        ]
+        assert found
+        shifts.add(found[0])
+    assert len(shifts) > 25
+    assert {shift[0] for shift in shifts} == {0, 1}
