@@ -39,7 +39,9 @@ def solve_relaxed(book: Codebook, codebook: Tensor, z: Tensor, reg: Tensor) -> t
         # A shift of all codes shifts all prices of a row alike, which the projection ignores: centred codes will do.
         block = book.prices(_dual(book, nearest, y[rows]))
         block[torch.arange(len(block), device=z.device), nearest] += 1  # e
-        above = (block - simplex_threshold(block)).clamp_min_(0)
+        # The threshold of some entries is never above that of all: the lanes' maxima, which are few, bring it close.
+        start = simplex_threshold(block.view(len(block), book.depth, book.lanes).amax(1))
+        above = (block - simplex_threshold(block, start)).clamp_min_(0)
         support, weights = _entries(above, nearest)
         residual = _violation(book, support, weights, target[rows], nearest, reg[rows])
         parts.append(WorkingSolution(support, weights, residual, 0))

@@ -28,19 +28,14 @@ def simplex_threshold(v: Tensor, start: Tensor | None = None) -> Tensor:
     noise = torch.finfo(v.dtype).eps
     for _ in range(v.shape[1]):
         above = (v - tau).clamp_min_(0)
-        count = (above > 0).sum(1, keepdim=True)
-        step = (above.sum(1, keepdim=True) - 1) / count.clamp_min(1)
+        step = above.sum(1, keepdim=True) - 1
+        step /= above.sign_().sum(1, keepdim=True).clamp_min_(1)
         # Rounding makes the step alternate around zero in the end; the root is reached when no row moves right.
         moved = torch.where(step > noise, tau + step, tau)
         if torch.equal(moved, tau):
             break
         tau = moved
     return tau
-
-
-def project_simplex(v: Tensor) -> Tensor:
-    """Euclidean projection of each row of ``v`` (n, m) on the probability simplex."""
-    return (v - simplex_threshold(v)).clamp_min_(0)
 
 
 def solve_positive_definite(matrix: Tensor, right: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from stage1_tokenizer.quantizers.active_set import ENTER_SHARE, solve_active_set
 from stage1_tokenizer.quantizers.pricing import Codebook, compact
 
 # Codes gathered at once, times F: bounds the memory of a round whatever N is.
-_GATHER_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 28}
+_GATHER_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 28}
 # Codes per row that a round is planned for; supports rarely reach it.
 _PLANNED_COLUMNS = 24
 _MAX_ROUNDS = 60
