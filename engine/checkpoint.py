@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -75,7 +76,7 @@ class Checkpoints:
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(saved[name])
             return json.loads((path / "state.json").read_text())
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"checkpoint {path} cannot be restored ({reason}); delete that folder to go on from the one before it"

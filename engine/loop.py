@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -51,6 +52,8 @@ class Trained:
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """Devices, processes and mixed precision, as ``accelerate launch`` or the machine decides."""
+    # accelerate keeps the first precision of a process for good; a process may train several models.
+    AcceleratorState._reset_state()
     tracker = None if config.tracker == "none" else config.tracker
     return Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
 

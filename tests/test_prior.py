@@ -85,7 +85,13 @@ def stripes_config(tokens: Path, out: Path, *overrides: str) -> PriorExperiment:
     return load_config(
         PriorExperiment,
         None,
-        [f"data.train={tokens}", f"out={out}", "training.steps=250", "training.batch_size=32", "training.precision=fp32"]
+        [
+            f"data.train={tokens}",
+            f"out={out}",
+            "training.steps=250",
+            "training.batch_size=32",
+            "training.precision=fp32",
+        ]
         + ["architecture.width=32", "architecture.depth=2", "architecture.heads=2", "optimizer.learning_rate=3e-3"]
         + ["training.ema_decay=0.9", "optimizer.warmup_steps=10", "training.images_every=0"]
         + ["masking.label_smoothing=0", *overrides],

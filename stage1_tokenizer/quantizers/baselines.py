@@ -60,7 +60,8 @@ class VectorQuantizer(Quantizer):
                 index = book.nearest(rows - book.centre)  # (N,)
             code = codebook[index]
             loss = nnf.mse_loss(code, rows.detach()) + self.commitment * nnf.mse_loss(rows, code.detach())
-            z_q = unflatten_latents(rows + (code - rows).detach(), z)
+            # Straight-through in training; rows + (code - rows) is the code only up to rounding, so not in eval mode.
+            z_q = unflatten_latents(rows + (code - rows).detach() if self.training else code, z)
             counts = torch.bincount(index, minlength=self.codebook_size).float()
             stats = {
                 "usage": (counts > 0).float().mean(),

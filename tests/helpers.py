@@ -1,0 +1,32 @@
+"""What tests call: the command line as a user runs it, and a tiny experiment."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run_scq(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as a user calls it."""
+    command = [sys.executable, "-m", "engine.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+
+
+def write_tiny_benchmark(folder: Path) -> Path:
+    """The quickstart with a few steps, so that every phase runs in seconds. Returns the config."""
+    quickstart = REPOSITORY / "configs" / "quickstart"
+    tiny_tokenizer = (
+        "training: {steps: 12, checkpoint_every: 6, log_every: 3, images_every: 6, batch_size: 16}\n"
+        "quantizer: {codebook_size: 64}\narchitecture: {channels: [16, 32]}\n"
+    )
+    for name in ("tokenizer_scq", "tokenizer_vqgan"):
+        (folder / f"{name}.yaml").write_text(f"base: {quickstart / name}.yaml\n{tiny_tokenizer}")
+    (folder / "prior.yaml").write_text(
+        f"base: {quickstart}/prior.yaml\narchitecture: {{width: 32, depth: 2, heads: 2}}\n"
+        "training: {steps: 12, checkpoint_every: 6, log_every: 3, batch_size: 16, images_every: 6}\n"
+    )
+    (folder / "benchmark.yaml").write_text(
+        f"base: {quickstart}/benchmark.yaml\nmeasure: {{reference_images: 24, samples: 24, pictured: 8}}\n"
+    )
+    return folder / "benchmark.yaml"

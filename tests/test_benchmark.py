@@ -1,0 +1,114 @@
+"""The whole main job, tiny: every phase runs, its results are whole, and a second run repeats nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_scq, write_tiny_benchmark
+from PIL import Image
+
+from data.stream import ImageStream
+from engine.errors import UserError
+from evaluation.benchmark import run_benchmark
+from evaluation.evaluate import Reference
+from evaluation.phases import Phases
+from sampling.pipeline import SoftConvexPipeline
+
+
+def test_every_number_is_there(tiny_run: Path) -> None:
+    results = json.loads((tiny_run / "metrics.json").read_text())
+    assert list(results["arms"]) == ["scq", "vqgan"]
+    assert results["reference"]["split"] == "test"
+    for arm in results["arms"].values():
+        assert arm["samples"]["count"] == 24
+        assert arm["samples"]["fid_biased"]
+        assert {"fid", "kid", "kid_error"} <= arm["samples"].keys()
+        for source in ("z_q", "dominant"):
+            assert {"mse", "psnr", "ssim", "rfid", "rkid"} <= arm["reconstruction"][source].keys()
+        assert arm["codebook"]["train"]["images"] > arm["codebook"]["held_out"]["images"] > 0
+        assert 1 <= arm["codebook"]["train"]["perplexity"] <= 64
+    # Only the soft quantizer hands its decoder more than codes.
+    vqgan, scq = results["arms"]["vqgan"]["reconstruction"], results["arms"]["scq"]["reconstruction"]
+    assert vqgan["z_q"] == vqgan["dominant"]
+    assert scq["z_q"]["mse"] != scq["dominant"]["mse"]
+    assert results["seconds_in_all"] == pytest.approx(sum(results["seconds"].values()), abs=0.1)
+
+
+def test_the_report_shows_its_pictures(tiny_run: Path) -> None:
+    report = (tiny_run / "report.md").read_text()
+    for picture in ("samples.png", "reconstructions.png", "curves.png"):
+        assert f"({picture})" in report
+        with Image.open(tiny_run / picture) as image:
+            assert min(image.size) > 60
+    assert "biased" in report
+    assert "nan" not in report
+
+
+def test_a_second_run_reuses_every_phase(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = json.loads((tiny_run / "metrics.json").read_text())
+    run_benchmark(tiny_run.parent / "benchmark.yaml", tiny_run)
+    assert capfd.readouterr().err.count("done before") == 12
+    after = json.loads((tiny_run / "metrics.json").read_text())
+    assert before["arms"] == after["arms"]
+
+
+def test_a_run_folder_may_move(tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_run, moved)
+    shutil.rmtree(moved / "phases")  # every phase runs again, from what its folder holds
+    results = run_benchmark(write_tiny_benchmark(tmp_path), moved)
+    assert "done before" not in capfd.readouterr().err
+    before = json.loads((tiny_run / "metrics.json").read_text())
+    for name, arm in results["arms"].items():
+        assert arm["tokenizer"]["fingerprint"] == before["arms"][name]["tokenizer"]["fingerprint"]
+        assert arm["samples"]["kid"] == pytest.approx(before["arms"][name]["samples"]["kid"], rel=1e-4)
+
+
+def test_the_exported_model_is_the_first_arms(tiny_run: Path) -> None:
+    pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
+    assert pipeline.tokenizer.config.quantizer_name == "scq"
+    assert pipeline(num_images=2, output_type="pt").images.shape == (2, 3, 32, 32)
+
+
+def test_evaluate_gives_the_benchmarks_numbers(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation.json"
+    result = run_scq(
+        *("evaluate", "--model", tiny_run / "model", "--data", tiny_run / "shards" / "test", "--out", out),
+        *("--num-real", 24, "--cache", tmp_path / "reference.safetensors"),
+    )
+    assert result.returncode == 0, result.stderr
+    evaluated = json.loads(out.read_text())
+    measured = json.loads((tiny_run / "metrics.json").read_text())["arms"]["scq"]
+    assert evaluated["reconstruction"]["z_q"]["mse"] == pytest.approx(
+        measured["reconstruction"]["z_q"]["mse"], rel=1e-4
+    )
+    assert evaluated["samples"]["kid"] == pytest.approx(measured["samples"]["kid"], rel=1e-3)
+
+
+def test_a_reference_is_a_fixed_part_of_its_split(emoji: dict[str, Path]) -> None:
+    first = torch.cat([batch.images for batch in Reference(emoji["test"], 50, batch_size=16).batches()])
+    second = torch.cat([batch.images for batch in Reference(emoji["test"], 50, batch_size=7).batches()])
+    assert len(first) == 50
+    assert torch.equal(first, second)
+    with pytest.raises(UserError, match="99999"):
+        Reference(emoji["test"], 99999)
+    whole = Reference(emoji["test"])
+    assert whole.count == ImageStream(emoji["test"], batch_size=1).num_images
+    positions = torch.cat([batch.positions for batch in whole.batches()])
+    assert torch.equal(positions.sort().values, torch.arange(whole.count))
+
+
+def test_a_phase_runs_again_when_its_settings_change(tmp_path: Path) -> None:
+    calls = []
+
+    def work() -> dict:
+        calls.append(1)
+        return {"answer": len(calls)}
+
+    for settings, answer in (([1], 1), ([1], 1), ([2], 2)):
+        assert Phases(tmp_path, 1).run("phase", settings, work) == {"answer": answer}
+    with pytest.raises(RuntimeError):
+        Phases(tmp_path, 1).run("other", [1], lambda: (_ for _ in ()).throw(RuntimeError))
+    assert not (tmp_path / "other.json").exists()

@@ -1,0 +1,138 @@
+"""Training goes on bit for bit after a kill, and two processes train what one would."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPOSITORY, run_scq
+from safetensors.torch import load_file, save_file
+
+from engine.checkpoint import Checkpoints
+from engine.errors import UserError
+from engine.tracking import read_metrics
+
+CONFIG = REPOSITORY / "configs" / "quickstart" / "tokenizer_scq.yaml"
+TINY = [
+    "quantizer.codebook_size=32", "architecture.channels=[8,16]", "training.batch_size=8", "training.log_every=1",
+    "training.images_every=0", "training.precision=fp32", "loss.adversarial=0.5", "loss.adversarial_start=4",
+    "loss.discriminator_lead=2", "loss.adversarial_ramp=2", "loss.discriminator_channels=8",
+    "loss.discriminator_layers=1", "training.ema_decay=0.9",
+]  # fmt: skip
+
+
+def command(emoji: dict[str, Path], out: Path, *more: str) -> list[str]:
+    return [
+        *("train", "tokenizer", "--config", str(CONFIG), f"out={out}", f"data.train={emoji['train']}"),
+        *(f"data.validation={emoji['test']}", *TINY, *more),
+    ]
+
+
+def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+    return load_file(newest / f"{name}.safetensors")
+
+
+def test_a_killed_run_goes_on_bit_for_bit(emoji: dict[str, Path], tmp_path: Path) -> None:
+    """Weights, averaged weights and discriminator after kill -9 and resume equal those of an uninterrupted run."""
+    steps = ["training.steps=24", "training.checkpoint_every=6"]
+    whole = run_scq(*command(emoji, tmp_path / "whole", *steps))
+    assert whole.returncode == 0, whole.stderr
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.cli", *command(emoji, killed, *steps)], cwd=REPOSITORY, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists(), "the run ended before it could be killed"
+    resumed = run_scq(*command(emoji, killed, *steps))
+    assert resumed.returncode == 0, resumed.stderr
+
+    for name in ("model", "ema", "discriminator"):
+        first, second = weights(tmp_path / "whole", name), weights(killed, name)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), f"{name}: {key}"
+    clocks = ("images_per_second", "data_wait_share")
+    rows = [
+        [{name: value for name, value in row.items() if name not in clocks} for row in read_metrics(run)]
+        for run in (tmp_path / "whole", killed)
+    ]
+    assert rows[0] == rows[1], "each step stands in the log once, with the same losses"
+    assert [row["step"] for row in rows[0]] == list(range(1, 25))
+
+
+def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Path) -> None:
+    steps = ["training.steps=8", "training.checkpoint_every=8"]
+    one = run_scq(*command(emoji, tmp_path / "one", *steps))
+    assert one.returncode == 0, one.stderr
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--module", "engine.cli", *command(emoji, tmp_path / "two", *steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    two = subprocess.run(launch, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=environment)
+    assert two.returncode == 0, two.stderr
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key in first:
+        assert torch.allclose(first[key].float(), second[key].float(), atol=2e-3), key
+    losses = [[row["l2"] for row in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    # The main process logs its own half of the batch, so its losses are near, not equal.
+    assert losses[1] == pytest.approx(losses[0], rel=0.5)
+
+
+def test_a_run_folder_refuses_other_settings(emoji: dict[str, Path], tmp_path: Path) -> None:
+    steps = ["training.steps=2", "training.checkpoint_every=2"]
+    assert run_scq(*command(emoji, tmp_path / "run", *steps)).returncode == 0
+    other = run_scq(*command(emoji, tmp_path / "run", *steps, "optimizer.learning_rate=0.5"))
+    assert other.returncode == 2
+    assert "optimizer.learning_rate" in other.stderr
+    data = run_scq(*command(emoji, tmp_path / "run", "training.steps=4"), f"data.train={emoji['test']}")
+    assert data.returncode == 2, "going on with other data would not be the same run"
+    more = run_scq(*command(emoji, tmp_path / "run", "training.steps=4", "training.checkpoint_every=2"))
+    assert more.returncode == 0, more.stderr
+
+
+def test_divergence_names_step_terms_and_the_last_good_checkpoint(emoji: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_scq(*command(emoji, run, "training.steps=4", "training.checkpoint_every=2")).returncode == 0
+    good = sorted((run / "checkpoints").glob("step_*"))[-1]
+    weights_file = good / "model.safetensors"
+    before = weights_file.read_bytes()
+    state = {name: tensor.clone() for name, tensor in load_file(weights_file).items()}
+    poisoned = next(name for name in state if name.startswith("decoder") and state[name].is_floating_point())
+    state[poisoned] = torch.full_like(state[poisoned], float("nan"))
+    save_file(state, weights_file)
+    result = run_scq(*command(emoji, run, "training.steps=8", "training.checkpoint_every=2"))
+    assert result.returncode == 2
+    assert "diverged at step 4" in result.stderr
+    assert "l2=nan" in result.stderr
+    assert good.name in result.stderr
+    assert sorted((run / "checkpoints").glob("step_*"))[-1] == good
+    weights_file.write_bytes(before)
+
+
+def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 2)
+    checkpoints = Checkpoints(tmp_path, 2, {"model": module}, {})
+    for step in (1, 2, 3):
+        checkpoints.save(step)
+    assert [p.name for p in checkpoints.all()] == ["step_00000002", "step_00000003"]
+    (tmp_path / "step_00000004").mkdir()  # a copy that was interrupted: no state.json
+    assert checkpoints.latest().name == "step_00000003"
+    (tmp_path / "step_00000003" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="step_00000003"):
+        checkpoints.restore()
+
+
+def test_a_log_cut_short_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1}]
