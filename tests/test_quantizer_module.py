@@ -1,13 +1,27 @@
 """Quantizers as layers: what the autoencoder, the prior and a checkpoint may rely on."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from stage1_tokenizer.quantizers import SoftConvexQuantizer, create_quantizer
+from stage1_tokenizer.quantizers import SoftConvexQuantizer, VectorQuantizer, create_quantizer
+from stage1_tokenizer.quantizers.codebook import kmeans
 
 
 def latents(batch=4, dim=6, side=5, seed=0):
     return torch.randn(batch, dim, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.mark.parametrize("name", ["scq", "vq", "none"])
@@ -18,6 +32,7 @@ def test_shapes_and_gradients(name):
     assert out.z_q.shape == z.shape
     assert out.indices.shape == (4, 5, 5)
     assert out.indices.dtype == torch.int64
+    assert all(value.ndim == 0 and not value.requires_grad for value in out.stats.values())
     (out.z_q.square().mean() + out.loss).backward()
     assert torch.isfinite(z.grad).all()
     assert z.grad.abs().sum() > 0
@@ -26,23 +41,164 @@ def test_shapes_and_gradients(name):
         assert quantizer.codebook.grad.abs().sum() > 0
 
 
-def test_eval_is_deterministic_and_touches_no_buffer():
+@pytest.mark.parametrize("options", [{}, {"method": "local"}, {"method": "relaxed"}, {"projection_dim": 3}])
+def test_eval_is_deterministic_and_touches_no_buffer(options):
+    quantizer = SoftConvexQuantizer(32, 6, **options)
+    quantizer(latents())
+    quantizer.eval()
+    before = state(quantizer)
+    first, second = quantizer(latents(seed=1)), quantizer(latents(seed=1))
+    assert torch.equal(first.z_q, second.z_q)
+    assert same(state(quantizer), before)
+    assert torch.equal(quantizer(latents(seed=1), image_noise=torch.zeros(4)).z_q, first.z_q)
+
+
+def test_eval_treats_every_image_alike_whatever_its_batch():
     quantizer = SoftConvexQuantizer(32, 6)
     quantizer(latents())
     quantizer.eval()
-    before = {k: v.clone() for k, v in quantizer.state_dict().items()}
-    first, second = quantizer(latents(seed=1)), quantizer(latents(seed=1))
-    assert torch.equal(first.z_q, second.z_q)
-    assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+    z = latents(8, seed=2)
+    together, alone = quantizer(z), quantizer(z[3:4])
+    torch.testing.assert_close(together.z_q[3:4], alone.z_q, rtol=0, atol=1e-4)
+    assert torch.equal(together.indices[3:4], alone.indices)
+
+
+def test_z_q_is_the_combination_that_solve_shows():
+    quantizer = SoftConvexQuantizer(32, 6)
+    quantizer(latents())
+    quantizer.eval()
+    z = latents(seed=3)
+    solution, out = quantizer.solve(z), quantizer(z)
+    mixed = (solution.weights.unsqueeze(-1) * quantizer.codebook[solution.support]).sum(1)
+    torch.testing.assert_close(out.z_q.permute(0, 2, 3, 1).flatten(0, 2), mixed, rtol=0, atol=1e-5)
+    assert torch.equal(out.indices.flatten(), solution.dominant)
+    assert out.stats["soft_error"] < out.stats["hard_error"]
+    assert out.stats["support_size"] > 1
 
 
 def test_dominant_dropout_hardens_exactly_the_named_images():
     quantizer = SoftConvexQuantizer(32, 6, dominant_dropout=0.5)
-    z = latents()
+    z = latents().requires_grad_()
     out = quantizer(z, image_noise=torch.tensor([0.1, 0.9, 0.49, 0.5]))
     codes = quantizer.lookup(out.indices)
     hard = torch.isclose(out.z_q, codes, atol=1e-6).flatten(1).all(1)
     assert hard.tolist() == [True, False, True, False]
+    (out.z_q * 3).sum().backward()
+    torch.testing.assert_close(z.grad[0], torch.full_like(z.grad[0], 3.0))  # straight through to z
+    assert not torch.allclose(z.grad[1], torch.full_like(z.grad[1], 3.0))
+    with pytest.raises(ValueError, match=r"image_noise must be \(4,\)"):
+        quantizer(z, image_noise=torch.zeros(3))
+
+
+def test_image_noise_defaults_to_the_global_generator():
+    outs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        quantizer = SoftConvexQuantizer(32, 6)
+        outs.append(quantizer(latents()).z_q)
+    assert torch.equal(*outs)
+
+
+def test_lambda_follows_the_running_mean_of_the_nearest_distance():
+    quantizer = SoftConvexQuantizer(32, 6, momentum=0.9, kmeans_batches=0, revive=False)
+    z = latents()
+    means = [quantizer(s * z).stats["hard_error"] for s in (1.0, 2.0, 3.0)]
+    expected = means[0]
+    for mean in means[1:]:
+        expected = 0.9 * expected + 0.1 * mean
+    torch.testing.assert_close(quantizer.mean_distance, expected)
+    assert int(quantizer.steps) == 3
+
+
+def test_a_resumed_run_is_the_same_run():
+    torch.manual_seed(0)
+    straight = SoftConvexQuantizer(16, 6, window=8, kmeans_batches=2)
+    resumed = SoftConvexQuantizer(16, 6, window=8, kmeans_batches=2)
+    noise = torch.linspace(0, 0.99, 4)
+    for step in range(6):
+        if step == 3:
+            resumed.load_state_dict(straight.state_dict())
+        a = straight(latents(seed=step), noise)
+        if step >= 3:
+            b = resumed(latents(seed=step), noise)
+            assert torch.equal(a.z_q, b.z_q)
+            assert a.stats == b.stats
+    assert same(state(straight), state(resumed))
+
+
+def test_kmeans_places_codes_on_the_latents():
+    centres = 10 * torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+    rows = centres.repeat_interleave(50, 0) + 0.01 * torch.randn(400, 3, generator=torch.Generator().manual_seed(2))
+    codes, counts = kmeans(rows, 64)
+    assert int(counts.sum()) == 400
+    assert torch.cdist(centres, codes).amin(1).max() < 0.1
+    few, _ = kmeans(rows[:5], 16)
+    assert torch.isfinite(few).all()
+    assert len(few.unique(dim=0)) == 16
+    quantizer = SoftConvexQuantizer(32, 6, kmeans_batches=1)
+    z = latents() * 5 + 3
+    before = quantizer.codebook.detach().clone()
+    first = quantizer(z).stats["hard_error"]
+    placed = quantizer.codebook.detach().clone()
+    assert not torch.equal(placed, before)
+    assert first < 0.6 * z.var() * 6
+    quantizer(latents(seed=1))
+    assert torch.equal(quantizer.codebook, placed)
+
+
+def test_dead_codes_are_revived_when_a_window_ends():
+    quantizer = SoftConvexQuantizer(32, 6, window=8, kmeans_batches=0)
+    with torch.no_grad():
+        quantizer.codebook[16:] += 1e3  # nothing can come near these
+    z = latents()
+    quantizer(z)
+    quantizer(z)
+    assert (quantizer.codebook[16:].mean() > 500).item()
+    quantizer(z)  # the window of eight images was full
+    assert (quantizer.codebook.abs() < 10).all()
+    kept = SoftConvexQuantizer(32, 6, window=8, kmeans_batches=0, revive=False)
+    with torch.no_grad():
+        kept.codebook[16:] += 1e3
+    for _ in range(3):
+        kept(z)
+    assert (kept.codebook[16:].mean() > 500).item()
+
+
+def test_usage_and_perplexity_cover_a_window_of_images():
+    quantizer = SoftConvexQuantizer(64, 6, window=1000, revive=False)
+    usage = [quantizer(latents(1, side=3, seed=s)).stats["usage"].item() for s in range(12)]
+    assert usage == sorted(usage)
+    assert usage[-1] > 2 * usage[0]
+    assert usage[0] <= 9 / 64
+    quantizer.eval()
+    assert quantizer(latents(1, side=3)).stats["usage"] <= 9 / 64
+
+
+def test_rho_is_annealed_and_ends_straight_through():
+    quantizer = SoftConvexQuantizer(32, 6, rho=0.1, rho_end=10.0, rho_steps=4, dominant_dropout=0.0)
+    seen = []
+    for step in range(6):
+        z = latents(seed=step).requires_grad_()
+        out = quantizer(z)
+        seen.append(out.stats["rho"].item())
+        out.z_q.sum().backward()
+    assert seen == pytest.approx([0.1, 0.1 * 10**0.5, 1.0, 10**0.5, 10.0, 10.0], rel=1e-5)
+    torch.testing.assert_close(z.grad, torch.ones_like(z))
+
+
+def test_projection_quantizes_normalised_latents():
+    quantizer = SoftConvexQuantizer(32, 6, projection_dim=3)
+    z = latents().requires_grad_()
+    out = quantizer(z)
+    assert out.z_q.shape == z.shape
+    solution = quantizer.solve(z)
+    assert solution.z_q.shape == (100, 3)
+    assert (solution.z_q.norm(dim=1) <= 1 + 1e-5).all()
+    assert quantizer.lookup(out.indices).shape == z.shape
+    out.z_q.sum().backward()
+    assert quantizer.down.weight.grad is not None
+    codes = torch.nn.functional.normalize(quantizer.codebook, dim=1)
+    torch.testing.assert_close(quantizer.lookup(out.indices)[0, :, 0, 0], quantizer.up(codes[out.indices[0, 0, 0]]))
 
 
 def test_unknown_names_and_options_are_listed():
@@ -52,19 +208,45 @@ def test_unknown_names_and_options_are_listed():
         create_quantizer("vq", codebook_size=4, dim=2, colour=1)
 
 
-def test_a_non_finite_latent_is_named_before_anything_changes():
-    quantizer = SoftConvexQuantizer(16, 6)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"codebook_size": 0}, "codebook_size must be a positive integer, not 0"),
+        ({"rho": 0.0}, "rho must be positive, not 0.0"),
+        ({"rho_end": 1.0}, "rho_steps must be at least 1 with rho_end"),
+        ({"method": "fast"}, "method must be one of exact, local, relaxed, not 'fast'"),
+        ({"dominant_dropout": 1.5}, r"dominant_dropout must be in \[0, 1\], not 1.5"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), not 1.0"),
+    ],
+)
+def test_options_out_of_range_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        SoftConvexQuantizer(**({"codebook_size": 8, "dim": 4} | options))
+
+
+@pytest.mark.parametrize("name", ["scq", "vq", "none"])
+def test_a_non_finite_latent_is_named_before_anything_changes(name):
+    quantizer = create_quantizer(name, codebook_size=16, dim=6)
     quantizer(latents())
-    before = {k: v.clone() for k, v in quantizer.state_dict().items()}
+    before = state(quantizer)
     z = latents()
     z[1, 2, 3, 4] = float("nan")
     with pytest.raises(ValueError, match=r"z has 1 entries that are not finite; the first is z\[1, 2, 3, 4\] = nan"):
         quantizer(z)
-    assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
+    assert same(state(quantizer), before)
+    with pytest.raises(ValueError, match=r"z must be \(B, 6, h, w\), not \(4, 5, 5, 5\)"):
+        quantizer(latents(dim=5))
 
 
-def test_half_precision_outside_is_float32_inside():
-    quantizer = SoftConvexQuantizer(32, 6).eval()
+def test_indices_out_of_range_are_named():
+    for quantizer in (SoftConvexQuantizer(16, 6), VectorQuantizer(16, 6)):
+        with pytest.raises(ValueError, match=r"indices must be in \[0, 16\), but span \[0, 16\]"):
+            quantizer.lookup(torch.tensor([[[0, 16]]]))
+
+
+@pytest.mark.parametrize("name", ["scq", "vq"])
+def test_half_precision_outside_is_float32_inside(name):
+    quantizer = create_quantizer(name, codebook_size=32, dim=6).eval()
     z = latents().bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = quantizer(z)
@@ -72,3 +254,55 @@ def test_half_precision_outside_is_float32_inside():
     assert inside.z_q.dtype == torch.float32
     assert torch.equal(inside.z_q, outside.z_q)
     assert torch.equal(inside.indices, outside.indices)
+
+
+def test_vq_trains_as_published():
+    quantizer = VectorQuantizer(8, 6, commitment=0.25)
+    z = latents().requires_grad_()
+    out = quantizer(z)
+    codes = quantizer.lookup(out.indices)
+    torch.testing.assert_close(out.z_q, codes)
+    assert torch.equal(out.indices, torch.cdist(z.permute(0, 2, 3, 1), quantizer.codebook).argmin(-1))
+    torch.testing.assert_close(out.loss, 1.25 * (z - codes).square().mean())
+    (from_decoder,) = torch.autograd.grad(out.z_q.sum(), z, retain_graph=True)
+    torch.testing.assert_close(from_decoder, torch.ones_like(z))
+    (from_loss,) = torch.autograd.grad(out.loss, z)
+    torch.testing.assert_close(from_loss, 0.25 * 2 * (z - codes).detach() / z.numel())
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+from stage1_tokenizer.quantizers import SoftConvexQuantizer
+rank, world, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if world > 1:
+    dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=world)
+torch.manual_seed(0)
+quantizer = SoftConvexQuantizer(48, 4, window=16, kmeans_batches=2)
+for step in range(6):
+    z = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step)) * (1 + step)
+    mine = z.chunk(world)[rank]
+    stats = quantizer(mine, image_noise=torch.zeros(len(mine))).stats
+kept = {"state": quantizer.state_dict(), "usage": stats["usage"], "perplexity": stats["perplexity"]}
+torch.save(kept, f"{path}.{rank}")
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_running_statistics_of_one(tmp_path):
+    results = {}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    for world in (1, 2):
+        path = str(tmp_path / f"world{world}")
+        running = [
+            subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(world), path], env=env)
+            for rank in range(world)
+        ]
+        assert [process.wait(timeout=120) for process in running] == [0] * world
+        results[world] = [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(world)]
+    one, (left, right) = results[1][0], results[2]
+    assert same(left["state"], right["state"])
+    for name in one["state"]:
+        torch.testing.assert_close(left["state"][name], one["state"][name], rtol=1e-5, atol=1e-5)
+    for name in ("usage", "perplexity"):
+        torch.testing.assert_close(left[name], one[name])
