@@ -14,9 +14,11 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import IO, Any
 
@@ -201,6 +203,7 @@ _task: tuple = ()  # what _pack_entries needs besides the entries, set once in e
 def _start_worker(*task: Any) -> None:
     global _task
     _task = task
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     parent = multiprocessing.parent_process()
     # A worker whose parent was killed would wait for tasks forever.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -220,6 +223,11 @@ def _packers(source: Source, crop: str, size: int | None, keep: bool, workers: i
     with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=task) as pool:
         try:
             yield lambda entries: pool.submit(_run_task, entries).result
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a packing process was killed, perhaps for want of memory: pack again, with fewer workers; it goes on "
+                "where it stopped"
+            ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise

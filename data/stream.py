@@ -102,7 +102,7 @@ class ImageStream(Place):
     of W reads the contiguous part [r*B/W, (r+1)*B/W) of each batch. Batches run across epoch ends; nothing is dropped.
     Neither world_size nor workers changes the sequence.
 
-    shards: folder written by `pack`, or its URL (http, s3, gs, ...). batch_size: global, images per step over all ranks.
+    shards: folder written by `pack`, or its URL (http, s3, gs). batch_size: global, images per step over all ranks.
     workers: loader processes per rank; 0 decodes in this process and, with keep_decoded, keeps the decoded images of a
     set under 512 MiB in memory, so that later epochs cost nothing. flip: mirrors images by a coin that is a pure
     function of (seed, position). shuffle: True shuffles every epoch fully (beyond 2**27 images by shards and blocks of

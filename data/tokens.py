@@ -165,9 +165,11 @@ class TokenWriter:
             self._write_shard(sum(len(group[0]) for group in self._pending))
         self._save_part(finished=True)
         parts = [self.directory / f"part-{r:04d}-of-{self.world_size:04d}.json" for r in range(self.world_size)]
-        if not all(part.is_file() for part in parts):
+        try:
+            loaded = [parse_manifest(part.read_bytes(), str(part), FORMAT) for part in parts]
+        except FileNotFoundError:  # a rank has not begun, or one that closed in the same moment has joined the parts
+            self.complete = (self.directory / MANIFEST).is_file()
             return
-        loaded = [parse_manifest(part.read_bytes(), str(part), FORMAT) for part in parts]
         if not all(part["finished"] for part in loaded):
             return
         records = [record for part in loaded for record in part["shards"]]

@@ -325,3 +325,19 @@ def test_no_worker_survives_its_killed_parent(tmp_path):
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_a_killed_worker_is_a_clear_error_and_nothing_is_lost(tmp_path):
+    folder = write_folder(tmp_path / "photos", 120)
+
+    def kill_one(done, total):
+        children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        if done == 48:
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+
+    with pytest.raises(DataError, match="a packing process was killed"):
+        packed(folder, tmp_path / "out", workers=2, images_per_shard=8, progress=kill_one)
+    packed(folder, tmp_path / "out", images_per_shard=8)
+    packed(folder, tmp_path / "whole", images_per_shard=8)
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")

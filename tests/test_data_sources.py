@@ -1,9 +1,11 @@
 """Each source format against small sets in the layout people have on disk."""
 
+import io
 import pickle
 import shutil
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -126,6 +128,19 @@ def test_lsun_with_a_damaged_file_is_named(tmp_path):
         open_source("lsun", tmp_path)
 
 
+class Python2Pickler(pickle._Pickler):
+    """Writes text and bytes as Python 2 did when CIFAR-10 was made: both as byte strings."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value):
+        data = value.encode("latin1") if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
+        self.memoize(value)
+
+    dispatch[bytes] = dispatch[str] = save_string
+
+
 def cifar_batch(path: Path, numbers: range, python3: bool) -> np.ndarray:
     images = np.stack([np.asarray(photo(i).resize((32, 32))) for i in numbers])
     rows = images.transpose(0, 3, 1, 2).reshape(len(numbers), -1)
@@ -134,7 +149,9 @@ def cifar_batch(path: Path, numbers: range, python3: bool) -> np.ndarray:
         path.write_bytes(np.c_[np.uint8(labels), rows].tobytes())
     else:
         batch = {"batch_label": "testing", "labels": labels, "data": rows, "filenames": [f"{i}.png" for i in numbers]}
-        path.write_bytes(pickle.dumps(batch, protocol=4 if python3 else 2))
+        buffer = io.BytesIO()
+        (pickle.Pickler(buffer, 4) if python3 else Python2Pickler(buffer, 2)).dump(batch)
+        path.write_bytes(buffer.getvalue())
     return images
 
 

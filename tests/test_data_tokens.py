@@ -1,6 +1,9 @@
 """Token shards: what is written is read back, by any number of processes, from any interruption."""
 
 import itertools
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -197,3 +200,29 @@ def test_views_are_a_pure_function_of_image_number_and_view():
         shifts.add(found[0])
     assert len(shifts) > 25
     assert {shift[0] for shift in shifts} == {0, 1}
+
+
+def write_rank(out, rank, world_size, die_after):
+    """Writes this rank's part of the tokens; with die_after, kills itself as kill -9 would after so many batches."""
+    target = writer(out, rank=rank, world_size=world_size, images_per_shard=5)
+    first, last = (60 * r // world_size for r in (rank, rank + 1))
+    indices = tokens(60)[:, 0]
+    for count, begin in enumerate(range(first + target.num_written, last, 4)):
+        if count == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_all(target, indices[: min(begin + 4, last)], begin)
+    target.close()
+
+
+def test_processes_killed_and_run_again_write_the_same_tokens(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for deaths in ((None, 3), (None, 2), (None, None)):
+        ranks = [context.Process(target=write_rank, args=(tmp_path, r, 2, deaths[r])) for r in range(2)]
+        for rank in ranks:
+            rank.start()
+        for rank, death in zip(ranks, deaths, strict=True):
+            rank.join(60)
+            assert rank.exitcode == (0 if death is None else -signal.SIGKILL)
+    dataset = TokenDataset(tmp_path)
+    assert torch.equal(dataset.read(np.arange(60), np.zeros(60, int)), tokens(60)[:, 0])
+    assert list(dataset.keys()) == [f"key {n}" for n in range(60)]
