@@ -141,7 +141,8 @@ def _implicit_gradient(
         y = (target[rows] - (p.unsqueeze(1) @ codes)[:, 0, 1:]) / reg[rows]
         grad_z[rows] = grad[rows] - u
         per_code = p.unsqueeze(-1) * u.unsqueeze(1) + spread_u.unsqueeze(-1) * y.unsqueeze(1)  # (n, S, F)
-        grad_codebook.index_add_(0, support[rows].flatten(), per_code.flatten(0, 1))
+        entries = used.flatten().nonzero().squeeze(1)  # two thirds are padding, not worth scattering
+        grad_codebook.index_add_(0, support[rows].flatten()[entries], per_code.flatten(0, 1)[entries])
         grad_reg[rows] = -(grad_z[rows] * y).sum(1, keepdim=True)
     return grad_z, grad_codebook, grad_reg
 

@@ -17,7 +17,7 @@ from stage1_tokenizer.quantizers.pricing import Codebook, compact
 _GATHER_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 28}
 # Codes per row that a round is planned for; supports rarely reach it.
 _PLANNED_COLUMNS = 24
-_MAX_ROUNDS = 60
+_MAX_ROUNDS = 200
 
 
 class WorkingSolution(NamedTuple):
