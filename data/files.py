@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +53,14 @@ def parse_manifest(text: bytes, where: str, kind: str) -> dict[str, Any]:
     if found != kind:
         raise DataError(f"'{where}' describes '{found}', not '{kind}'")
     return manifest
+
+
+def require_plain_name(name: str, where: str) -> None:
+    """Raises DataError unless the name is a plain file name: a manifest must not lead to other folders."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise DataError(
+            f"{where} names the file '{name}', which is not a plain file name: the manifest was tampered with"
+        )
 
 
 def contents_fingerprint(manifest: dict[str, Any]) -> str:

@@ -91,17 +91,24 @@ def pack(
     directory = Path(out).expanduser()
     if finished := _finished(directory, settings):
         return finished
-    with _locked_journal(directory) as journal:
-        if finished := _finished(directory, settings):  # by another process, just before the lock was ours
-            return finished
-        done = _resume(directory, journal, settings)
-        bad_allowed = math.floor(max_bad * len(images) + 1e-9)
-        with _packers(images, crop, size, keep_encoded, os.cpu_count() or 1 if workers is None else workers) as submit:
-            _write_shards(images, directory, journal, done, images_per_shard, submit, bad_allowed, progress)
-        manifest = _manifest(settings, done, size)
-        shards.build_index(directory, manifest)
-        write_json(directory / shards.MANIFEST, manifest)
-        (directory / JOURNAL).unlink(missing_ok=True)
+    packers = _packers(images, crop, size, keep_encoded, os.cpu_count() or 1 if workers is None else workers)
+    try:
+        with _locked_journal(directory) as journal:
+            if finished := _finished(directory, settings):  # by another process, just before the lock was ours
+                return finished
+            done = _resume(directory, journal, settings)
+            bad_allowed = math.floor(max_bad * len(images) + 1e-9)
+            with packers as submit:
+                _write_shards(images, directory, journal, done, images_per_shard, submit, bad_allowed, progress)
+            manifest = _manifest(settings, done)
+            shards.build_index(directory, manifest)
+            write_json(directory / shards.MANIFEST, manifest)
+            (directory / JOURNAL).unlink(missing_ok=True)
+    except OSError as error:  # an unreadable image is not among these: it is bad and named
+        reason = error.strerror or error
+        raise DataError(
+            f"packing stopped at '{error.filename or directory}': {reason}; it goes on when run again"
+        ) from error
     return manifest
 
 
@@ -322,7 +329,7 @@ def _refuse(bad: list[dict[str, str]], seen: int, total: int, allowed: int) -> N
     )
 
 
-def _manifest(settings: dict[str, Any], done: list[dict[str, Any]], size: int | None) -> dict[str, Any]:
+def _manifest(settings: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest of the finished set; image_size is None where the images have different sizes."""
     sizes = {tuple(s) for record in done for s in record["sizes"]}
     common = next(iter(sizes)) if len(sizes) == 1 else None

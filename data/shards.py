@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from data.errors import DataError
-from data.files import atomic_write, contents_fingerprint, parse_manifest
+from data.files import atomic_write, contents_fingerprint, parse_manifest, require_plain_name
 from data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, default_cache, open_storage
 
 MANIFEST, FORMAT = "manifest.json", "scq-images-1"
@@ -39,23 +39,23 @@ def key_of(name: str) -> str:
 def scan_shard(path: Path, shard: int) -> np.ndarray:
     """Reads the tar headers of one shard -> rows (n,) of dtype ROW, in the order of the images.
 
-    Raises DataError if the file is no tar file or an image lies in it without its label.
+    Raises DataError if the file is no tar file.
     """
     rows: list[list[int]] = []
-    current, last_label = None, {}
+    current, row, label = "", None, 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 name, suffix = member.name.rsplit(".", 1)
                 if name != current:
-                    current, last_label = name, {"label": 0, "row": None}
+                    current, row, label = name, None, 0
                 if suffix == "cls":
-                    last_label["label"] = int(tar.extractfile(member).read())
+                    label = int(tar.extractfile(member).read())
                 else:
-                    last_label["row"] = len(rows)
-                    rows.append([member.offset_data, member.size, shard, 0])
-                if last_label["row"] is not None:
-                    rows[last_label["row"]][3] = last_label["label"]
+                    row = [member.offset_data, member.size, shard, 0]
+                    rows.append(row)
+                if row is not None:  # webdataset sorts members by suffix: the label may come before or after
+                    row[3] = label
                 tar.members = []  # tarfile remembers every member otherwise: memory would grow with the shard
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"shard '{path}' cannot be read: {error}") from error
@@ -117,7 +117,10 @@ class ShardSet:
             unfinished = (self.storage.directory / "pack.jsonl").is_file()
             hint = "the pack was interrupted, run it again" if unfinished else "write it with `scq data pack`"
             raise DataError(f"no packed images at '{self.location}' ({MANIFEST} is missing): {hint}")
-        return parse_manifest(self.storage.read(MANIFEST), self.storage.describe(MANIFEST), FORMAT)
+        manifest = parse_manifest(self.storage.read(MANIFEST), self.storage.describe(MANIFEST), FORMAT)
+        for shard in manifest["shards"]:
+            require_plain_name(shard["name"], self.storage.describe(MANIFEST))
+        return manifest
 
     def __len__(self) -> int:
         return self.manifest["num_images"]
@@ -141,7 +144,10 @@ class ShardSet:
         if self._kept is not None:
             return self._kept.fetch(name)
         path = self.storage.directory / name
-        return path if path.is_file() else build_index(self.storage.directory, self.manifest)
+        try:
+            return path if path.is_file() else build_index(self.storage.directory, self.manifest)
+        except OSError as error:
+            raise DataError(f"the index '{path}' is missing and cannot be written: {error.strerror}") from error
 
     def read(self, image: int) -> bytes:
         """The encoded bytes of image number `image` (0 <= image < len)."""

@@ -282,7 +282,11 @@ def open_source(format: str, path: str | os.PathLike, split: str | None = None) 
     kinds = {kind.format: kind for kind in (FolderSource, LsunSource, Cifar10Source, GtsrbSource, EmojiSource)}
     if format not in kinds:
         raise DataError(f"unknown source format '{format}'; there are: {', '.join(kinds)}")
-    source = kinds[format](os.fspath(path), split)
-    if len(source) == 0:
+    try:
+        source = kinds[format](os.fspath(path), split)
+        count = len(source)
+    except OSError as error:
+        raise DataError(f"'{error.filename or path}' cannot be read: {error.strerror}") from error
+    if count == 0:
         raise DataError(f"no images found in '{path}' (format {format}" + (f", split {split})" if split else ")"))
     return source

@@ -114,6 +114,11 @@ class LocalStorage(Storage):
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
 
+# Every connection ever made, never collected: a forked process that let go of its parent's would close the sockets in
+# the event loop's epoll set, which both share, and the parent would wait for its answers forever.
+_connections: list[Any] = []
+
+
 class RemoteStorage(Storage):
     """A folder behind a URL, read by range requests."""
 
@@ -129,6 +134,7 @@ class RemoteStorage(Storage):
                 system, path = fsspec.core.url_to_fs(self.location)
             except (ImportError, ValueError) as error:
                 raise DataError(f"'{self.location}' cannot be opened: {error}") from error
+            _connections.append(system)
             self._system = (os.getpid(), system, path.rstrip("/"))
         return self._system[1:]
 

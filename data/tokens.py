@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from data.errors import DataError
-from data.files import atomic_write, contents_fingerprint, parse_manifest, remove_leftovers, sha256_of, write_json
+from data.files import (
+    atomic_write,
+    contents_fingerprint,
+    parse_manifest,
+    remove_leftovers,
+    require_plain_name,
+    sha256_of,
+    write_json,
+)
 from data.order import Place, create_order, random_bits, rank_slice
 
 MANIFEST, FORMAT = "manifest.json", "scq-tokens-1"
@@ -204,6 +212,7 @@ class TokenDataset:
         self._ends = np.cumsum([len(shard) for shard in self._indices])
 
     def _map(self, record: dict[str, Any], suffix: str) -> np.ndarray:
+        require_plain_name(record["name"], f"'{self.directory / MANIFEST}'")
         path = self.directory / f"{record['name']}{suffix}"
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)

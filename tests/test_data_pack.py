@@ -1,6 +1,7 @@
 """Packing: what comes out, that nothing is lost, and that nothing but the source and the settings matters."""
 
 import contextlib
+import errno
 import io
 import json
 import multiprocessing
@@ -341,3 +342,21 @@ def test_a_killed_worker_is_a_clear_error_and_nothing_is_lost(tmp_path):
     packed(folder, tmp_path / "out", images_per_shard=8)
     packed(folder, tmp_path / "whole", images_per_shard=8)
     assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(folder, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def write(self, data):
+        if self.bytes > 60_000:
+            raise full
+        self.bytes += len(data)
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.pack._Hashing.write", write)
+        with pytest.raises(DataError, match=r"packing stopped at .*No space left on device; it goes on when run again"):
+            packed(folder, tmp_path / "out", size=64, images_per_shard=20)
+    assert not list((tmp_path / "out").glob(".*"))
+    assert packed(folder, tmp_path / "out", size=64, images_per_shard=20)["num_images"] == 41

@@ -1,7 +1,9 @@
 """Sets behind a URL: range requests, local cache, retries, and errors that name the file."""
 
+import gc
 import http.server
 import itertools
+import multiprocessing
 import os
 import re
 import shutil
@@ -16,7 +18,7 @@ from data_samples import write_folder
 from data.errors import DataError
 from data.pack import check, pack
 from data.shards import ShardSet
-from data.storage import LocalStorage, with_retries
+from data.storage import LocalStorage, RemoteStorage, with_retries
 from data.stream import ImageStream, iterate_once
 
 NUM_IMAGES = 30
@@ -217,3 +219,33 @@ def test_many_shards_do_not_exhaust_file_handles(tmp_path):
     stream = ImageStream(tmp_path / "out", batch_size=80)
     next(stream.iterate())
     assert len(stream._batches.reader.shards.storage._descriptors) <= 64
+
+
+def test_a_hostile_manifest_cannot_write_outside_the_cache(server, shards, tmp_path):
+    hostile = tmp_path / "hostile"
+    shutil.copytree(shards, hostile)
+    manifest = hostile / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("shard-000001.tar", "../../outside.tar"))
+    server.root = hostile
+    for place in (server.url, hostile):
+        with pytest.raises(DataError, match=r"names the file '../../outside.tar', which is not a plain file name"):
+            read(place, cache=tmp_path / "cache")
+    assert not list(tmp_path.rglob("outside*"))
+
+
+def read_in_child(storage):
+    storage.read_range("shard-000000.tar", 0, 512)
+    del storage
+    gc.collect()
+
+
+@pytest.mark.timeout(30)
+def test_a_forked_child_leaves_its_parents_connection_alone(server):
+    storage = RemoteStorage(server.url)
+    for _ in range(5):
+        expected = storage.read_range("shard-000000.tar", 0, 512)
+        child = multiprocessing.get_context("fork").Process(target=read_in_child, args=(storage,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        assert storage.read_range("shard-000000.tar", 0, 512) == expected

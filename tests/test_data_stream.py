@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from data_samples import write_folder
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.order import SHARDS_PER_BLOCK, BlockOrder, EpochOrder, create_order, flips
@@ -272,3 +274,21 @@ def test_order_changes_to_blocks_beyond_the_limit(monkeypatch):
         create_order([20], 0, "shards")
     with pytest.raises(DataError, match="must not be negative: -1"):
         create_order([20], -1, True)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=70).filter(any),
+    seed=st.integers(0, 2**63),
+    start=st.integers(0, 10_000),
+    cuts=st.lists(st.integers(0, 300), max_size=4),
+    shuffle=st.sampled_from([False, True, "blocks"]),
+)
+def test_any_way_of_reading_sees_one_sequence(sizes, seed, start, cuts, shuffle):
+    positions = np.arange(start, start + 300)
+    whole = create_order(sizes, seed, shuffle).images(positions)
+    order = create_order(sizes, seed, shuffle)
+    parts = [order.images(part) for part in np.split(positions, sorted(cuts))]
+    assert np.array_equal(np.concatenate(parts), whole)
+    epoch = start // sum(sizes)
+    once = order.images(np.arange(epoch * sum(sizes), (epoch + 1) * sum(sizes)))
+    assert np.array_equal(np.sort(once), np.arange(sum(sizes)))
