@@ -19,7 +19,7 @@ from torch import Tensor
 from stage1_tokenizer.quantizers.simplex import solve_positive_definite
 
 # Codes within this share of the highest excess price enter together: fewer moves, and the odd one leaves again.
-ENTER_SHARE = 0.8
+ENTER_SHARE = 0.4
 # Rows that are solved are dropped from memory once they are this share of those at hand: dropping copies the rest.
 _DROP_SHARE = 0.1
 

@@ -13,7 +13,7 @@ from torch import Tensor
 _BLOCK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 # A maximum over lanes runs along contiguous memory; groups of lanes are how many candidates a pass can bring.
 _LANES = 64
-_GROUPS = 4
+_GROUPS = 2
 
 
 class Codebook:
