@@ -306,3 +306,12 @@ def test_two_processes_have_the_running_statistics_of_one(tmp_path):
         torch.testing.assert_close(left["state"][name], one["state"][name], rtol=1e-5, atol=1e-5)
     for name in ("usage", "perplexity"):
         torch.testing.assert_close(left[name], one[name])
+
+
+def test_the_documented_example_runs():
+    page = Path(__file__).resolve().parents[1] / "docs" / "quantizer.md"
+    example = page.read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(example, names)
+    assert names["z"].grad is not None
+    assert names["z_q"].shape == (4, 8, 16, 16)

@@ -107,7 +107,9 @@ def _generate_columns(
         highest = excess.amax(1)
         used = point.weights > 0
         used[:, 0] = True
-        done = highest <= tol
+        # A code whose price is above the threshold gains weight when it enters; where none did, the excess is rounding.
+        stuck = ~((point.weights > 0) & (weights <= 0)).any(1) if round_number > 1 else torch.zeros_like(rows > 0)
+        done = (highest <= tol) | stuck
         if round_number == _MAX_ROUNDS:
             done = torch.ones_like(done)
         if done.any():
