@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_tokenize(commands)
     _add_sample(commands)
     _add_evaluate(commands)
+    _add_benchmark(commands)
     _add_app(commands)
     return parser
 
@@ -132,10 +133,10 @@ def _add_data(commands: Any) -> None:
     pack.add_argument("--max-bad", type=float, default=0.01, help="largest share of unusable images, else it fails")
 
     check = _command(actions, "check", _check, "verify shards against their manifest")
-    check.add_argument("out", type=Path, metavar="SHARDS", help="folder that 'scq data pack' wrote")
+    check.add_argument("out", metavar="SHARDS", help="folder or URL of what 'scq data pack' wrote")
 
-    preview = _command(actions, "preview", _preview, "draw a contact sheet of the first images of a set of shards")
-    preview.add_argument("out", type=Path, metavar="SHARDS", help="folder that 'scq data pack' wrote")
+    preview = _command(actions, "preview", _preview, "draw a contact sheet of images spread over a set of shards")
+    preview.add_argument("out", metavar="SHARDS", help="folder or URL of what 'scq data pack' wrote")
     preview.add_argument("picture", type=Path, help="PNG file to write")
 
 
@@ -248,7 +249,7 @@ def _say_once(text: str) -> None:
 def _add_tokenize(commands: Any) -> None:
     parser = _command(commands, "tokenize", _tokenize, "write the dominant codes of every image as token shards")
     _add_model(parser, "a tokenizer that 'scq train tokenizer' wrote")
-    parser.add_argument("--data", type=Path, required=True, help="shards that 'scq data pack' wrote")
+    parser.add_argument("--data", required=True, help="shards that 'scq data pack' wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokens")
     parser.add_argument("--batch-size", type=_positive, default=64, help="images at a time")
 
@@ -324,7 +325,7 @@ def _add_evaluate(commands: Any) -> None:
         "A tokenizer alone is measured without samples.",
     )
     _add_model(parser, "a pipeline or a tokenizer")
-    parser.add_argument("--data", type=Path, required=True, help="shards the model was not trained on")
+    parser.add_argument("--data", required=True, help="shards the model was not trained on")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--num-real", type=int, default=0, help="held-out images to use; 0 for all")
     parser.add_argument("--num-samples", type=int, default=0, help="images to draw; 0 for as many as real ones")
@@ -369,6 +370,63 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def _add_benchmark(commands: Any) -> None:
+    parser = commands.add_parser("benchmark", help="measure speed, side by side with what others use")
+    subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", required=True, parser_class=_Parser)
+    data = _command(
+        subjects,
+        "data",
+        _benchmark_data,
+        "read shards with our stream and with webdataset's plain pipeline, in turns",
+        "Then decoded images from memory, and token shards.",
+    )
+    data.add_argument("--data", required=True, metavar="SHARDS", help="local shards that 'scq data pack' wrote")
+    data.add_argument("--batch-size", type=_positive, default=64, help="images in a batch")
+    data.add_argument("--workers", type=int, default=2, help="decoding processes of the two that decode")
+    data.add_argument("--repeats", type=_positive, default=5, help="turns of each way to read")
+    data.add_argument("--out", type=Path, help="JSON file to write")
+
+    speed = _command(
+        subjects,
+        "speed",
+        _benchmark_speed,
+        "forward and backward of the convex solvers, plain VQ and vector-quantize-pytorch, in turns",
+        "Prints ratios to plain VQ and peak memory.",
+    )
+    speed.add_argument(
+        "--cell", type=_cell, action="append", metavar="N,F,K", help="latents, channels and codes; repeat for several"
+    )
+    speed.add_argument("--rho", type=float, default=0.3, help="lambda in units of the mean nearest-code distance")
+    speed.add_argument("--repeats", type=_positive, default=7, help="turns of each quantizer")
+    speed.add_argument("--out", type=Path, default=Path("runs/benchmark_speed"), help="folder for JSON and plot")
+
+
+def _benchmark_data(options: argparse.Namespace) -> None:
+    from data.benchmark import benchmark_data, format_table
+    from engine.config import write_atomically
+    from engine.progress import progress_bar
+
+    with progress_bar("benchmark data") as bar:
+        result = benchmark_data(
+            options.data,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            repeats=options.repeats,
+            progress=bar,
+        )
+    if options.out:
+        write_atomically(options.out, json.dumps(result, indent=2) + "\n")
+    print(format_table(result))
+
+
+def _benchmark_speed(options: argparse.Namespace) -> None:
+    from stage1_tokenizer.quantizers.speed import CELLS, benchmark_speed
+
+    cells = tuple(options.cell) if options.cell else CELLS
+    benchmark_speed(options.out, cells=cells, rho=options.rho, repeats=options.repeats, device=_device())
+    print(options.out)
+
+
 def _add_app(commands: Any) -> None:
     parser = _command(commands, "app", _app, "open the Gradio page in which images are generated")
     _add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
@@ -391,6 +449,13 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _cell(text: str) -> tuple[int, int, int]:
+    sizes = text.split(",")
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,F,K, for example 16384,8,1024")
+    return tuple(_positive(size) for size in sizes)
 
 
 def _device() -> str:

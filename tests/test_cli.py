@@ -1,0 +1,137 @@
+"""The command line: good help, one line for a mistake, the same images for the same seed."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_scq
+from PIL import Image
+
+from engine.cli import build_parser
+from engine.errors import UserError
+from sampling.pipeline import SoftConvexPipeline
+from stage1_tokenizer.train import load_tokenizer
+
+COMMANDS = [
+    ["quickstart"], ["data"], ["data", "pack"], ["data", "check"], ["data", "preview"], ["train"],
+    ["train", "tokenizer"], ["train", "prior"], ["tokenize"], ["sample"], ["evaluate"], ["app"],
+]  # fmt: skip
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([*command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: scq {' '.join(command)}" in text
+    assert len(text.splitlines()) > 5
+
+
+def test_help_opens_quickly_and_names_every_command() -> None:
+    result = run_scq("--help", timeout=20)
+    assert result.returncode == 0
+    for command in ("quickstart", "data", "train", "tokenize", "sample", "evaluate", "app"):
+        assert command in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["data", "pack", "no-such-folder", "OUT", "--format", "folder", "--size", "32"], "no-such-folder"),
+        (["data", "pack", "twemoji", "OUT", "--format", "emojis", "--size", "32"], "emojis"),
+        (["data", "pack", "twemoji", "OUT", "--format", "emoji", "--size", "big"], "big"),
+        (["data", "pack", "twemoji", "OUT", "--format", "emoji", "--size", "400", "--crop", "lsun-ldm"], "400"),
+        (["data", "check", "no-such-shards"], "no-such-shards"),
+        (["train", "tokenizer", "--config", "no-such.yaml"], "no-such.yaml"),
+        (["train", "tokenizer", "--config", "configs/quickstart/tokenizer_scq.yaml", "out=OUT"], "shards"),
+        (["train", "tokenizer", "--config", "configs/gtsrb/tokenizer_scq.yaml", "training.step=3"], "training.step"),
+        (["train", "prior", "--config", "configs/quickstart/prior.yaml", "out=OUT"], "tokenizer"),
+        (["tokenize", "--model", "no-such-model", "--data", "x", "--out", "OUT"], "no-such-model"),
+        (["sample", "--model", "no-such-model", "--out", "OUT"], "no-such-model"),
+        (["sample", "--model", "x", "--out", "OUT", "--num", "0"], "--num"),
+        (["evaluate", "--model", "x", "--data", "no-such-shards", "--out", "OUT"], "no-such-shards"),
+        (["app", "--model", "no-such-model"], "no-such-model"),
+        (["paint"], "paint"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(arguments: list[str], named: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run_scq(*(argument.replace("OUT", str(out)) for argument in arguments))
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("scq: ")]
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not list(out.rglob("manifest.json")) if out.exists() else True
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = run_scq("data", "check", "no-such-shards", "--debug")
+    assert "Traceback" in result.stderr
+
+
+def test_the_same_seed_gives_the_same_files_in_any_batch(tiny_run: Path, tmp_path: Path) -> None:
+    def sample(name: str, *more: object) -> dict[str, str]:
+        out = tmp_path / name
+        result = run_scq("sample", "--model", tiny_run / "model", "--num", 10, "--seed", 5, "--out", out, *more)
+        assert result.returncode == 0, result.stderr
+        return digests(out)
+
+    once, again, other_batch = sample("once"), sample("again"), sample("other_batch", "--batch-size", 3)
+    assert list(once) == [f"{seed:06d}.png" for seed in range(5, 15)]
+    assert once == again == other_batch
+    assert len(set(once.values())) > 5
+
+
+def test_images_do_not_depend_on_the_batch_whatever_its_size(tiny_run: Path) -> None:
+    pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
+    whole = pipeline(num_images=24, batch_size=24, output_type="pt").images
+    for batch_size in (1, 7, 16):
+        assert torch.equal(pipeline(num_images=24, batch_size=batch_size, output_type="pt").images, whole)
+
+
+def test_settings_change_the_images(tiny_run: Path) -> None:
+    pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
+    usual = pipeline(num_images=4, output_type="pt").tokens
+    for change in ({"seed": 9}, {"steps": 3}, {"temperature": 0.3}, {"choice_temperature": 30.0}):
+        assert not torch.equal(pipeline(num_images=4, output_type="pt", **change).tokens, usual), change
+
+
+def test_sampling_settings_out_of_range_are_named(tiny_run: Path, tmp_path: Path) -> None:
+    result = run_scq("sample", "--model", tiny_run / "model", "--out", tmp_path, "--steps", 65)
+    assert result.returncode == 2
+    assert "65" in result.stderr
+    result = run_scq("sample", "--model", tiny_run / "model", "--out", tmp_path, "--class", 3)
+    assert result.returncode == 2
+    assert "class" in result.stderr
+
+
+def test_a_tokenizer_of_another_prior_is_refused(tiny_run: Path) -> None:
+    pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
+    with pytest.raises(UserError, match="tokenizer"):
+        SoftConvexPipeline(load_tokenizer(tiny_run / "arms" / "vqgan" / "model"), pipeline.prior)
+
+
+def test_packing_ordinary_photos_from_the_command_line(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for name, size in (("beach/a.jpg", (90, 60)), ("beach/b.png", (64, 64)), ("town/c.webp", (50, 120))):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").resize(size).convert("RGB").save(photos / name)
+    (photos / "town" / "notes.txt").write_text("not an image")
+    packed = run_scq("data", "pack", photos, tmp_path / "shards", "--format", "folder", "--size", 32)
+    assert packed.returncode == 0, packed.stderr
+    assert "3 images in 1 shards" in packed.stdout
+    assert run_scq("data", "check", tmp_path / "shards").returncode == 0
+    assert run_scq("data", "preview", tmp_path / "shards", tmp_path / "sheet.png").returncode == 0
+    assert Image.open(tmp_path / "sheet.png").size[0] >= 32
+    tar = next((tmp_path / "shards").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-600])
+    damaged = run_scq("data", "check", tmp_path / "shards")
+    assert damaged.returncode == 2
+    assert tar.name in damaged.stdout
