@@ -12,6 +12,15 @@ from stage1_tokenizer.quantizers import SoftConvexQuantizer, VectorQuantizer, cr
 from stage1_tokenizer.quantizers.codebook import kmeans
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Between its thousands of short operations the solver's threads spin, and starve whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def latents(batch=4, dim=6, side=5, seed=0):
     return torch.randn(batch, dim, side, side, generator=torch.Generator().manual_seed(seed))
 

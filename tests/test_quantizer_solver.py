@@ -15,6 +15,15 @@ from stage1_tokenizer.quantizers.pricing import Codebook
 from stage1_tokenizer.quantizers.simplex import simplex_threshold, solve_positive_definite
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Between its thousands of short operations the solver's threads spin, and starve whatever else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make(n, f, k, *, seed=0, dtype=torch.float64, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     z = scale * torch.randn(n, f, generator=generator, dtype=torch.float64)
