@@ -435,10 +435,10 @@ def _add_app(commands: Any) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
-    from sampling.app import launch
+    from sampling.app import build_page, serve
     from sampling.pipeline import SoftConvexPipeline
 
-    launch(SoftConvexPipeline.from_pretrained(options.model, _device()), options.host, options.port)
+    serve(build_page(SoftConvexPipeline.from_pretrained(options.model, _device())), options.host, options.port)
 
 
 def _add_model(parser: argparse.ArgumentParser, help: str) -> None:

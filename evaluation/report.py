@@ -163,6 +163,19 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary_table(results: dict[str, Any]) -> list[str]:
+    """The few numbers that a README shows, one row for each arm."""
+    rows = []
+    for name, arm in results["arms"].items():
+        soft, dominant, samples = arm["reconstruction"]["z_q"], arm["reconstruction"]["dominant"], arm["samples"]
+        usage, kid = arm["codebook"]["train"], f"{1e3 * samples['kid']:.1f} ± {1e3 * samples['kid_error']:.1f}"
+        reconstruction = [f"{r['mse']:.4f} / {r['rfid']:.1f}" for r in (soft, dominant)]
+        rows.append([name, *reconstruction, f"{usage['used_share']:.0%} / {usage['perplexity']:.0f}", kid])
+        rows[-1].append(f"{samples['fid']:.1f}")
+    head = ["arm", "z_q: MSE / rFID", "dominant codes: MSE / rFID", "codes used / perplexity", "KID x 1000", "FID"]
+    return _table(head, rows)
+
+
 def _reconstruction_rows(arms: dict[str, Any]) -> list[list[Any]]:
     rows = []
     for name, arm in arms.items():

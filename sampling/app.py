@@ -70,17 +70,22 @@ def build_page(pipeline: SoftConvexPipeline) -> gr.Blocks:
     return page
 
 
-def launch(pipeline: SoftConvexPipeline, host: str, port: int) -> None:
-    """Serve the page until interrupted.
+def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True) -> str:
+    """Serve the page; returns its address, at once or (``block``) when interrupted.
+
+    Args:
+        port: None for any free one.
 
     Raises:
         UserError: the port is taken.
     """
-    page = build_page(pipeline).queue(default_concurrency_limit=1)
     try:
-        page.launch(server_name=host, server_port=port, quiet=False)
+        _, address, _ = page.queue(default_concurrency_limit=1).launch(
+            server_name=host, server_port=port, prevent_thread_lock=not block, quiet=not block
+        )
     except OSError as error:
         raise UserError(f"port {port} of {host} is not free; choose another with --port") from error
+    return address
 
 
 def _reveal(

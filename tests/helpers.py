@@ -18,7 +18,7 @@ def write_tiny_benchmark(folder: Path) -> Path:
     quickstart = REPOSITORY / "configs" / "quickstart"
     tiny_tokenizer = (
         "training: {steps: 12, checkpoint_every: 6, log_every: 3, images_every: 6, batch_size: 16}\n"
-        "quantizer: {codebook_size: 64}\narchitecture: {channels: [16, 32]}\n"
+        "quantizer: {codebook_size: 64}\narchitecture: {channels: [8, 16, 32]}\n"
     )
     for name in ("tokenizer_scq", "tokenizer_vqgan"):
         (folder / f"{name}.yaml").write_text(f"base: {quickstart / name}.yaml\n{tiny_tokenizer}")

@@ -1,0 +1,44 @@
+"""The README's promises: its code runs, its commands parse, its files exist, its numbers are those of a real run."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY
+
+from engine.cli import build_parser
+from evaluation.report import render, summary_table
+
+README = (REPOSITORY / "README.md").read_text()
+RESULTS = REPOSITORY / "docs" / "results" / "quickstart"
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["pipeline", "quantizer"])
+def test_the_python_examples_run(code: str, tiny_run: Path) -> None:
+    exec(code.replace("runs/quickstart/model", str(tiny_run / "model")), {})
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/data.md", "docs/quantizer.md"])
+def test_the_commands_parse(document: str) -> None:
+    text = (REPOSITORY / document).read_text()
+    commands = re.findall(r"^scq (?!--help)(.+?)(?:  #.*)?$", "\n".join(re.findall(r"```\n(.*?)```", text, re.S)), re.M)
+    assert commands
+    for command in commands:
+        if "|" not in command:
+            build_parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in ("data", "scale", "quantizer"))])
+def test_links_lead_somewhere(document: str) -> None:
+    path = REPOSITORY / document
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{document} links to {target}"
+
+
+def test_the_results_are_those_of_the_kept_run() -> None:
+    results = json.loads((RESULTS / "metrics.json").read_text())
+    table = re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.S).group(1)
+    assert table.splitlines() == summary_table(results)
+    assert (RESULTS / "report.md").read_text() == render(results)
