@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stage1_tokenizer.quantizers import native
 from stage1_tokenizer.quantizers.active_set import solve_support
 from stage1_tokenizer.quantizers.local import solve_local
 from stage1_tokenizer.quantizers.pricing import Codebook
@@ -113,11 +114,13 @@ def _solve(
         return solve_relaxed(book, codebook, z, reg)
     if method == "local":
         return solve_local(book, z, reg, neighbours=neighbours, tol=tol, max_iter=max_iter)
-    solution, nearest = solve_exact(book, z, reg, tol=tol, max_iter=max_iter)
+    natively = _runs_natively(z)
+    solution, nearest = (_solve_natively if natively else solve_exact)(book, z, reg, tol=tol, max_iter=max_iter)
     missed = (solution.residual > tol).nonzero().squeeze(1)
-    if missed.numel() == 0 or z.dtype == torch.float64 or z.device.type == "mps":
+    if missed.numel() == 0 or (z.dtype == torch.float64 and not natively) or z.device.type == "mps":
         return solution, nearest
-    # Prices c_k.y of a far-away latent or a tiny reg are so large that float32 cannot tell weights apart in them.
+    # In compiled code a support outgrew its room (many duplicate codes), or else prices c_k.y of a far-away latent or a
+    # tiny reg are so large that float32 cannot tell weights apart in them.
     double = Codebook(codebook.double())
     far = (z + book.centre)[missed].double() - double.centre
     again, nearest[missed] = solve_exact(double, far, reg[missed].double(), tol=tol, max_iter=max_iter)
@@ -125,11 +128,31 @@ def _solve(
     return stack([solution, again], nearest, [everything, missed]), nearest
 
 
+def _runs_natively(z: Tensor) -> bool:
+    return z.device.type == "cpu" and z.shape[1] <= native.LARGEST_DIM
+
+
+def _solve_natively(
+    book: Codebook, z: Tensor, reg: Tensor, *, tol: float, max_iter: int
+) -> tuple[WorkingSolution, Tensor]:
+    """The exact solution row by row in compiled code, in float64 whatever the latents are."""
+    nearest = book.nearest(z)
+    support, weights, residual, moves = native.solve_rows(
+        z.double(), book.codes.double(), nearest, reg[:, 0].double(), tol=0.5 * tol, max_iter=max_iter
+    )
+    return WorkingSolution(support, weights.to(z.dtype), residual.to(z.dtype), moves), nearest
+
+
 def _implicit_gradient(
     grad: Tensor, codebook: Tensor, support: Tensor, weights: Tensor, nearest: Tensor, target: Tensor, reg: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (3): gradients with respect to z (N, F), the codebook (K, F) and reg (N, 1)."""
     book = Codebook(codebook)
+    if _runs_natively(grad):
+        latents = target + book.codes[nearest]
+        double = [x.double() for x in (grad, latents, book.codes)]
+        found = native.gradient_rows(*double, nearest, reg[:, 0].double(), support, weights.double())
+        return found[0].to(grad.dtype), found[1].to(grad.dtype), found[2].to(grad.dtype).unsqueeze(1)
     grad_z, grad_codebook, grad_reg = torch.empty_like(grad), torch.zeros_like(codebook), torch.empty_like(reg)
     for rows in row_chunks(book, len(grad), support.shape[1]):
         codes, p = book.around(nearest[rows], support[rows]), weights[rows]  # (n, S, 1 + F), (n, S)
