@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stage1_tokenizer.quantizers import soft_convex_solve
+from stage1_tokenizer.quantizers import convex_solver, soft_convex_solve
 from stage1_tokenizer.quantizers.pricing import Codebook
 from stage1_tokenizer.quantizers.simplex import simplex_threshold, solve_positive_definite
 
@@ -22,6 +22,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "tensors"])
+def _path(request, monkeypatch):
+    """Both ways to the exact solution, row by row in compiled code and all rows at once, face every oracle."""
+    if request.param == "tensors":
+        monkeypatch.setattr(convex_solver, "_runs_natively", lambda z: False)
 
 
 def make(n, f, k, *, seed=0, dtype=torch.float64, scale=1.0):
@@ -396,3 +403,25 @@ def test_a_row_that_ran_out_of_moves_is_reported():
     if wrong.any():
         assert (stopped.residual[wrong] > 1e-10).all()
     assert solved.residual.max() <= 1e-10
+
+
+def test_any_number_of_threads_gives_the_same_solution():
+    z, codes = make(700, 8, 90, dtype=torch.float32)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        leaves = [x.clone().requires_grad_() for x in (z, codes)]
+        solution = soft_convex_solve(*leaves, 0.5)
+        solution.z_q.square().sum().backward()
+        found.append((solution.z_q, solution.weights, *(leaf.grad for leaf in leaves)))
+    torch.set_num_threads(1)
+    for one, three in zip(*found, strict=True):
+        assert torch.allclose(one, three, rtol=1e-5, atol=1e-6)
+
+
+def test_a_support_too_large_for_compiled_code_is_solved_all_the_same():
+    z, codes = make(3, 2, 5)
+    duplicates = codes.repeat(120, 1)  # (600, 2): every used code shares its weight with 119 copies
+    solution = soft_convex_solve(z, duplicates, 0.05)
+    assert solution.residual.max() < 1e-9
+    assert (solution.weights > 0).sum(1).max() > 72
