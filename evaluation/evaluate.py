@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def evaluate(
     network: InceptionFeatures,
     num_samples: int = 0,
     cache: Path | None = None,
-    progress: Callable[[str], Progress] | None = None,
+    progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
 ) -> dict[str, Any]:
     """All numbers of one model against one reference.
 
@@ -152,37 +153,38 @@ def evaluate(
         draw: ``draw(n)`` yields n images as uint8 batches; None where there is only a tokenizer.
         num_samples: how many to draw; 0 for as many as the reference holds.
         cache: file for the reference's features.
-        progress: makes a progress callback from the name of what runs.
+        progress: opens a progress bar from the name of what runs.
 
     Returns:
         ``reference``, ``network``, ``reconstruction``, ``codebook``, ``samples`` and ``seconds``.
     """
-    bar = progress or (lambda title: lambda done, total: None)
+    bar = progress or (lambda title: nullcontext(None))
     seconds: dict[str, float] = {}
 
-    def timed(name: str, work: Callable[[], Any]) -> Any:
+    def timed(title: str, work: Callable[[Progress | None], Any]) -> Any:
         started = time.monotonic()
-        result = work()
-        seconds[name] = round(time.monotonic() - started, 2)
+        with bar(title) as report:
+            result = work(report)
+        seconds[title] = round(time.monotonic() - started, 2)
         return result
 
-    real = timed("features of real images", lambda: reference.features(network, cache, bar("real images")))
+    wanted = num_samples or reference.count
+    real = timed("real images", lambda report: reference.features(network, cache, report))
+    reconstruction = timed(
+        "reconstructions", lambda report: evaluate_reconstructions(tokenizer, reference, network, real, report)
+    )
+    codebook = timed(
+        "codebook", lambda report: evaluate_codebook(tokenizer, reference.batches(), report, reference.count)
+    )
     results = {
         "reference": vars(reference.description),
         "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
-        "reconstruction": timed(
-            "reconstructions",
-            lambda: evaluate_reconstructions(tokenizer, reference, network, real, bar("reconstructions")),
-        ),
-        "codebook": timed(
-            "codebook",
-            lambda: evaluate_codebook(tokenizer, reference.batches(), bar("codebook"), reference.count).summary(),
-        ),
+        "reconstruction": reconstruction,
+        "codebook": codebook.summary(),
     }
     if draw is not None:
-        wanted = num_samples or reference.count
         results["samples"] = timed(
-            "samples", lambda: evaluate_samples(draw(wanted), wanted, network, real, bar("samples"))
+            "samples", lambda report: evaluate_samples(draw(wanted), wanted, network, real, report)
         )
     return {**results, "seconds": seconds}
 

@@ -55,7 +55,7 @@ def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
     [
         ("training.stps=3", "training.stps"),
         ("training.steps=many", "training.steps"),
-        ("training.steps", "section.key=value"),
+        ("training.steps", "not of the form"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
     ],
 )

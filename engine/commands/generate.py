@@ -1,0 +1,72 @@
+"""scq sample and scq app: images from a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from engine.commands.common import add_model, command, device, make_folder, positive
+from engine.errors import UserError
+
+
+def add_sample(commands: Any) -> None:
+    parser = command(
+        commands,
+        "sample",
+        _sample,
+        "draw images as PNG files",
+        "Image i is drawn with seed S + i: the same seed gives the same image in any batch.",
+    )
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
+    parser.add_argument("--num", type=positive, default=16, help="number of images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images, named by their seeds")
+    parser.add_argument("--class", dest="label", type=int, help="draw this class, for a class-conditional prior")
+    parser.add_argument("--batch-size", type=positive, default=16, help="images at a time")
+    parser.add_argument("--steps", type=positive, help="sampling steps; by default the model's own")
+    parser.add_argument("--temperature", type=float, help="of the codes' distribution; by default the model's own")
+    parser.add_argument("--guidance-scale", type=float, help="towards the class; by default the model's own")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from data.files import atomic_write
+    from engine.progress import progress_bar
+    from sampling.pipeline import SoftConvexPipeline
+
+    pipeline = SoftConvexPipeline.from_pretrained(options.model, device())
+    make_folder(options.out)
+    with progress_bar("sample") as bar:
+        for start in range(0, options.num, options.batch_size):
+            count = min(options.batch_size, options.num - start)
+            try:
+                images = pipeline(
+                    num_images=count,
+                    seed=options.seed + start,
+                    class_labels=None if options.label is None else [options.label] * count,
+                    steps=options.steps,
+                    temperature=options.temperature,
+                    guidance_scale=options.guidance_scale,
+                    batch_size=count,
+                ).images
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            for i, image in enumerate(images):
+                with atomic_write(options.out / f"{options.seed + start + i:06d}.png") as file:
+                    image.save(file, format="PNG")
+            bar(start + count, options.num)
+    print(f"{options.out}: {options.num} images")
+
+
+def add_app(commands: Any) -> None:
+    parser = command(commands, "app", _app, "open the Gradio page in which images are generated")
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
+    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+
+
+def _app(options: argparse.Namespace) -> None:
+    from sampling.app import build_page, serve
+    from sampling.pipeline import SoftConvexPipeline
+
+    serve(build_page(SoftConvexPipeline.from_pretrained(options.model, device())), options.host, options.port)

@@ -1,0 +1,84 @@
+"""scq train and scq tokenize: both stages, and the tokens between them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from engine.commands.common import Parser, add_model, command, positive, say_once
+from engine.errors import UserError
+
+
+def add_train(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train a tokenizer, then a prior over its tokens")
+    stages = parser.add_subparsers(title="stages", metavar="STAGE", required=True, parser_class=Parser)
+    for stage, run, help in (
+        ("tokenizer", _train_tokenizer, "stage 1: train an autoencoder with a quantizer"),
+        ("prior", _train_prior, "stage 2: train a masked transformer over the dominant codes"),
+    ):
+        each = command(
+            stages,
+            stage,
+            run,
+            help,
+            "Run again, it goes on from its newest checkpoint. For several processes or GPUs: "
+            f"accelerate launch --module engine.cli train {stage} --config FILE",
+        )
+        each.add_argument("--config", type=Path, required=True, help="YAML file; the ready ones are in configs/")
+        each.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.steps=1000")
+
+
+def _train_tokenizer(options: argparse.Namespace) -> None:
+    from engine.config import load_config
+    from stage1_tokenizer.train import TokenizerExperiment, train_tokenizer
+
+    config = load_config(TokenizerExperiment, options.config, options.overrides)
+    train_tokenizer(config)
+    say_once(f"{Path(config.out) / 'model'}")
+
+
+def _train_prior(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from engine.config import load_config
+    from engine.pictures import picture_grid
+    from sampling.pipeline import SoftConvexPipeline
+    from stage1_tokenizer.train import load_tokenizer
+    from stage2_prior.train import PriorExperiment, train_prior
+
+    config = load_config(PriorExperiment, options.config, options.overrides)
+    if not config.tokenizer:
+        raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
+    tokenizer = load_tokenizer(config.tokenizer)
+
+    def draw(prior: Any) -> Any:
+        pipeline = SoftConvexPipeline(tokenizer, prior).to(prior.device)
+        return picture_grid(next(pipeline.stream(32, batch_size=32)), columns=8)
+
+    trained = train_prior(config, tokenizer.fingerprint(), draw)
+    if PartialState().is_main_process:
+        SoftConvexPipeline(tokenizer, trained.averaged.cpu()).save_pretrained(Path(config.out) / "model")
+    say_once(f"{Path(config.out) / 'model'}")
+
+
+def add_tokenize(commands: Any) -> None:
+    parser = command(commands, "tokenize", _tokenize, "write the dominant codes of every image as token shards")
+    add_model(parser, "a tokenizer that 'scq train tokenizer' wrote")
+    parser.add_argument("--data", required=True, help="shards that 'scq data pack' wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tokens")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time")
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from engine.progress import progress_bar
+    from stage1_tokenizer.train import load_tokenizer
+    from stage1_tokenizer.write_tokens import write_tokens
+
+    tokenizer = load_tokenizer(options.model)
+    with progress_bar("tokenize", quiet=not PartialState().is_main_process) as bar:
+        tokens = write_tokens(tokenizer, options.data, options.out, options.batch_size, bar)
+    h, w = tokens.grid
+    say_once(f"{options.out}: {len(tokens)} grids of {h}x{w} codes out of {tokens.codebook_size}")
