@@ -55,10 +55,11 @@ class LoopConfig:
 
 @dataclass
 class DataConfig:
-    train: str = "shards/train"  # a folder of shards
+    train: str = "shards/train"  # a folder of shards, or its URL
     validation: str = ""  # a folder of shards held out from training; empty for none
     flip: bool = True  # horizontal flips with probability 1/2
     workers: int = 0  # decoding processes per training process
+    cache: str = ""  # folder that keeps shards of a URL; empty: every image is a range request
 
 
 def load_config(schema: type[Schema], path: Path | str | None = None, overrides: list[str] | None = None) -> Schema:

@@ -14,7 +14,16 @@ from engine.errors import UserError
 # What may differ between the run that wrote a folder and the one that goes on in it. Where the data lies may change;
 # whether it is the same data is checked by its fingerprint when a checkpoint is restored.
 _FREE_KEYS = frozenset(
-    ["out", "tokenizer", "data.train", "data.validation", "data.workers", "training.steps", "training.log_every"]
+    [
+        "out",
+        "tokenizer",
+        "data.train",
+        "data.validation",
+        "data.workers",
+        "data.cache",
+        "training.steps",
+        "training.log_every",
+    ]
     + ["training.checkpoint_every", "training.keep_checkpoints", "training.images_every", "training.tracker"]
 )
 

@@ -142,6 +142,7 @@ def train_tokenizer(config: TokenizerExperiment) -> Trained:
         world_size=accelerator.num_processes,
         workers=config.data.workers,
         flip=config.data.flip,
+        cache=config.data.cache or None,
     )
     if stream.image_size != config.architecture.image_size:
         raise UserError(
@@ -154,6 +155,7 @@ def train_tokenizer(config: TokenizerExperiment) -> Trained:
     if run.is_main:
         size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
         say(f"tokenizer {config.quantizer.name}: {size:.1f}M parameters, {stream.num_images} images, {run.path}")
+        say(stream.order_description)
     title = f"train tokenizer {config.quantizer.name}"
     trained = train(task, stream, config.training, config.optimizer, run, accelerator, title)
     if run.is_main:

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from data.shards import ShardSet
 from data.stream import iterate_once
 from data.tokens import TokenDataset, TokenWriter
+from data.views import augmented_view
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 
 
@@ -20,11 +21,15 @@ def write_tokens(
     shards: Path | str,
     out: Path | str,
     batch_size: int = 64,
+    views: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenDataset:
     """Write the dominant codes of every image once, in the order of the shards.
 
     Under ``accelerate launch`` each process writes its part. An interrupted run goes on where it stopped.
+
+    Args:
+        views: augmented views of each image, see data.views; a prior sees one of them at a time.
 
     Raises:
         DataError: the shards are unfit, or ``out`` holds tokens of another tokenizer.
@@ -40,6 +45,7 @@ def write_tokens(
         fingerprint=tokenizer.fingerprint(),
         source={"fingerprint": source.fingerprint, "split": source.manifest.get("split")},
         num_classes=len(source.manifest["class_names"]),
+        views=views,
         rank=state.process_index,
         world_size=state.num_processes,
     )
@@ -50,7 +56,15 @@ def write_tokens(
             shards, batch_size, rank=state.process_index, world_size=state.num_processes, start=writer.num_written
         )
         for batch in batches:
-            indices = tokenizer.encode(to_float(batch.images.to(state.device))).indices
+            indices = torch.stack(
+                [
+                    tokenizer.encode(
+                        to_float(augmented_view(batch.images, batch.positions, v).to(state.device))
+                    ).indices
+                    for v in range(views)
+                ],
+                dim=1,
+            )  # (b, views, h, w)
             writer.write(indices, batch.labels, [source.key(int(i)) for i in batch.positions])
             done += len(indices)
             if progress is not None:

@@ -65,7 +65,7 @@ def test_a_wrong_override_is_named(override: str, named: str) -> None:
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="missing.yaml"):
+    with pytest.raises(UserError, match=r"missing\.yaml"):
         load_config(TokenizerExperiment, tmp_path / "missing.yaml")
     (tmp_path / "broken.yaml").write_text("training: {steps: [\n")
     with pytest.raises(UserError, match=r"broken.yaml.*YAML"):

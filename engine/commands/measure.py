@@ -96,6 +96,37 @@ def add_benchmark(commands: Any) -> None:
     speed.add_argument("--repeats", type=positive, default=7, help="turns of each quantizer")
     speed.add_argument("--out", type=Path, default=Path("runs/benchmark_speed"), help="folder for JSON and plot")
 
+    step = command(
+        subjects,
+        "step",
+        _benchmark_step,
+        "whole training steps of several tokenizer configs, in turns",
+        "Ratios are to the first config.",
+    )
+    step.add_argument("--config", type=Path, action="append", required=True, help="YAML file; repeat for several")
+    step.add_argument("--data", required=True, metavar="SHARDS", help="shards that 'scq data pack' wrote")
+    step.add_argument("--warmup", type=positive, default=30, help="untimed steps of each")
+    step.add_argument("--repeats", type=positive, default=20, help="timed steps of each")
+    step.add_argument("overrides", nargs="*", metavar="key=value", help="for all configs")
+
+
+def _benchmark_step(options: argparse.Namespace) -> None:
+    from engine.progress import progress_bar
+    from stage1_tokenizer.step_speed import benchmark_step
+
+    with progress_bar("benchmark step") as bar:
+        rows = benchmark_step(
+            options.config,
+            options.data,
+            overrides=options.overrides,
+            warmup=options.warmup,
+            repeats=options.repeats,
+            progress=bar,
+        )
+    for row in rows:
+        quartiles = f"{1e3 * row['low_s']:.1f} - {1e3 * row['high_s']:.1f}"
+        print(f"{row['config']:48} {1e3 * row['median_s']:8.1f} ms  ({quartiles})  {row['ratio']:.2f}x")
+
 
 def _benchmark_data(options: argparse.Namespace) -> None:
     from data.benchmark import benchmark_data, format_table

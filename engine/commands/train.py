@@ -68,6 +68,9 @@ def add_tokenize(commands: Any) -> None:
     parser.add_argument("--data", required=True, help="shards that 'scq data pack' wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokens")
     parser.add_argument("--batch-size", type=positive, default=64, help="images at a time")
+    parser.add_argument(
+        "--views", type=positive, default=1, help="augmented views of each image; 2 adds its mirror image"
+    )
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -79,6 +82,6 @@ def _tokenize(options: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(options.model)
     with progress_bar("tokenize", quiet=not PartialState().is_main_process) as bar:
-        tokens = write_tokens(tokenizer, options.data, options.out, options.batch_size, bar)
+        tokens = write_tokens(tokenizer, options.data, options.out, options.batch_size, options.views, bar)
     h, w = tokens.grid
     say_once(f"{options.out}: {len(tokens)} grids of {h}x{w} codes out of {tokens.codebook_size}")
