@@ -7,7 +7,6 @@ learning rates, the exponential moving average, logging, the guard against diver
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,14 +79,12 @@ def train(
     run: RunFolder,
     accelerator: Accelerator,
     title: str,
-    after_log: Callable[[int], None] | None = None,
 ) -> Trained:
     """Train until ``config.steps``, going on from the newest checkpoint of ``run`` where there is one.
 
     Args:
         stream: yields this process's share of every batch, and knows its place (data.stream, data.tokens).
         title: what the progress bar says.
-        after_log: called with the step after each logging point.
 
     Raises:
         UserError: a loss or gradient became non-finite; the message names the step, the terms and the last good
@@ -129,8 +126,6 @@ def train(
                 run.log(done, {**values, "learning_rate": optimizer.learning_rate * share})
                 speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
                 progress(done, config.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
-                if after_log is not None:
-                    after_log(done)
             else:
                 progress(done, config.steps)
             if config.images_every and (done % config.images_every == 0 or last) and run.is_main:

@@ -112,7 +112,7 @@ def render(results: dict[str, Any]) -> str:
         "",
         "KID leads; " + (samples[0]["fid_note"] or f"FID at {samples[0]['count']} samples") + ".",
         "",
-        *_table(
+        *markdown_table(
             ["", "KID x 1000", "FID (biased)" if samples[0]["fid_biased"] else "FID", "samples"],
             [
                 [name, f"{1e3 * s['kid']:.1f} ± {1e3 * s['kid_error']:.1f}", f"{s['fid']:.1f}", s["count"]]
@@ -126,12 +126,12 @@ def render(results: dict[str, Any]) -> str:
         "The prior draws dominant codes only; z_q is what the soft quantizer hands to the decoder in training. It is "
         "continuous and costs more than the rate of the codes: never compare the two as if they had one rate.",
         "",
-        *_table(
+        *markdown_table(
             ["", "decoded from", "MSE", "PSNR", "SSIM", "rFID (biased)", "rKID x 1000"], _reconstruction_rows(arms)
         ),
         "",
         "## Codebook",
-        *_table(
+        *markdown_table(
             ["", "images", "codes used", "perplexity", "bits per token", "bits per image"],
             [
                 [name, part.replace("_", "-"), f"{u['used_share']:.1%}", f"{u['perplexity']:.0f}"]
@@ -144,7 +144,7 @@ def render(results: dict[str, Any]) -> str:
         "## Training",
         "![curves](curves.png)",
         "",
-        *_table(
+        *markdown_table(
             ["", "tokenizer parameters", "steps", "prior parameters", "steps"],
             [
                 [name, f"{a['tokenizer']['parameters']:,}", f"{a['tokenizer']['steps']:,}"]
@@ -154,7 +154,7 @@ def render(results: dict[str, Any]) -> str:
         ),
         "",
         "## Seconds",
-        *_table(["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in results["seconds"].items()]),
+        *markdown_table(["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in results["seconds"].items()]),
         "",
         f"In all {results['seconds_in_all']:.0f} s on {results['machine']['device']} with "
         f"{results['machine']['threads']} threads, torch {results['machine']['torch']}, code at {results['revision']}.",
@@ -173,7 +173,7 @@ def summary_table(results: dict[str, Any]) -> list[str]:
         rows.append([name, *reconstruction, f"{usage['used_share']:.0%} / {usage['perplexity']:.0f}", kid])
         rows[-1].append(f"{samples['fid']:.1f}")
     head = ["arm", "z_q: MSE / rFID", "dominant codes: MSE / rFID", "codes used / perplexity", "KID x 1000", "FID"]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _reconstruction_rows(arms: dict[str, Any]) -> list[list[Any]]:
@@ -185,7 +185,8 @@ def _reconstruction_rows(arms: dict[str, Any]) -> list[list[Any]]:
     return rows
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    """A table as lines of Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 

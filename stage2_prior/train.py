@@ -26,7 +26,6 @@ from stage2_prior.transformer import MaskedTransformer
 @dataclass
 class TokenDataConfig:
     train: str = "tokens/train"  # a folder that `scq tokenize` wrote
-    validation: str = ""  # tokens held out from training; empty for none
 
 
 @dataclass

@@ -6,6 +6,7 @@ import pytest
 
 from engine.config import CONFIG_ROOT, as_dict, load_config, save_config
 from engine.errors import UserError
+from evaluation.ablation import AblationConfig
 from evaluation.benchmark import BenchmarkConfig
 from stage1_tokenizer.train import TokenizerExperiment
 from stage2_prior.train import PriorExperiment
@@ -16,6 +17,8 @@ ALL_CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))
 def schema_of(path: Path) -> type:
     if path.stem.startswith("tokenizer"):
         return TokenizerExperiment
+    if path.parent.name == "ablation":
+        return AblationConfig
     return PriorExperiment if path.stem.startswith("prior") else BenchmarkConfig
 
 

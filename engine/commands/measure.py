@@ -109,6 +109,26 @@ def add_benchmark(commands: Any) -> None:
     step.add_argument("--repeats", type=positive, default=20, help="timed steps of each")
     step.add_argument("overrides", nargs="*", metavar="key=value", help="for all configs")
 
+    ablation = command(
+        subjects,
+        "ablation",
+        _benchmark_ablation,
+        "train tokenizers that differ in one thing and compare their reconstructions",
+        "Finished arms are reused, an interrupted one goes on.",
+    )
+    ablation.add_argument(
+        "--config", type=Path, default=Path("configs/ablation/cifar10.yaml"), help="YAML file of arms"
+    )
+    ablation.add_argument("--train", required=True, metavar="SHARDS", help="shards to train on")
+    ablation.add_argument("--held-out", required=True, metavar="SHARDS", help="shards to reconstruct")
+    ablation.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder for runs, results and table")
+
+
+def _benchmark_ablation(options: argparse.Namespace) -> None:
+    from evaluation.ablation import run_ablation
+
+    print(run_ablation(options.config, options.train, options.held_out, options.out))
+
 
 def _benchmark_step(options: argparse.Namespace) -> None:
     from engine.progress import progress_bar
