@@ -14,7 +14,8 @@ from numba import njit
 from torch import Tensor
 
 LARGEST_DIM = 64  # beyond it a factorisation per row is better left to a batched library routine
-_BLOCK = 32  # codes priced together; a pass over all codes lists the best code of each block
+_BLOCK = 64  # codes priced together; the best code of each block is a candidate
+_ENTERING = 2  # codes that may enter a support after one pricing pass
 _ROWS_PER_THREAD = 64  # fewer are not worth a thread
 
 # No infinities are assumed away: padding has price -inf.
@@ -165,8 +166,7 @@ def _solve_rows(
     members, share, wanted = np.empty(room, np.int64), np.empty(room), np.empty(room)
     target, y, mean, matrix = np.empty(dim), np.empty(dim), np.empty(dim), np.empty((dim, dim))
     total, squares = np.empty(dim), np.empty((dim, dim))
-    prices, listed = np.empty(blocks * _BLOCK), np.empty(blocks, np.int64)
-    inside = np.zeros(blocks * _BLOCK, np.bool_)  # whether a code is in the support
+    prices, best = np.empty(blocks * _BLOCK), np.empty(blocks)
     for row in range(first, last):
         anchor, lam = nearest[row], reg[row]
         for f in range(dim):
@@ -174,11 +174,14 @@ def _solve_rows(
             spread[0, f] = 0.0
             total[f] = 0.0
         squares[:] = 0.0
-        members[0], share[0], inside[anchor] = anchor, 1.0, True
-        size, fresh, stuck, count, listing, excess = 1, True, False, 0, 0, np.inf
+        members[0], share[0], fresh = anchor, 1.0, True
+        size, entering, entered, blocked, count, excess = 1, _ENTERING, 0, 0, 0, np.inf
         while count < max_iter:
             count += 1
-            has_anchor = 1.0 if inside[anchor] else 0.0
+            has_anchor = 0.0
+            for s in range(size):
+                if members[s] == anchor:
+                    has_anchor = 1.0
             _factorised_system(total, squares, size, dim, lam, mean, matrix)
             for f in range(dim):
                 y[f] = target[f] - (1.0 - has_anchor) * mean[f]
@@ -199,10 +202,9 @@ def _solve_rows(
             for s in range(size):
                 share[s] += step * (wanted[s] - share[s])
             if leaver >= 0:  # a weight reached zero on the way: it leaves, and the rest is solved again
-                # A code that entered must gain weight. If it leaves without, its excess was rounding.
-                stuck = stuck or (step == 0.0 and leaver == size - 1)
+                blocked += step == 0.0
                 _add(spread, leaver, dim, -1.0, total, squares)
-                fresh, inside[members[leaver]] = False, False
+                fresh = False
                 size -= 1
                 members[leaver], share[leaver] = members[size], share[size]
                 for f in range(dim):
@@ -214,55 +216,56 @@ def _solve_rows(
                 fresh = True
                 continue
 
-            # Optimal on its support. A code whose price is above the threshold tau wants to enter. Asked first are the
-            # best of their blocks in the last pass over all codes; all codes are asked before the row is done.
+            # Optimal on its support. Price all codes: those above the threshold tau want to enter.
             offset = tau
             for f in range(dim):
                 offset += codes[anchor, f] * y[f]
-            highest, enterer = tol, -1
-            for place in range(listing):
-                code = listed[place]
-                if not inside[code]:
-                    price = (1.0 if code == anchor else 0.0) - offset
-                    for f in range(dim):
-                        price += codes[code, f] * y[f]
-                    if price > highest:
-                        highest, enterer = price, code
-            if enterer < 0 or stuck:
-                for block in range(blocks):
-                    start = block * _BLOCK
+            for block in range(blocks):
+                start = block * _BLOCK
+                for k in range(_BLOCK):
+                    prices[start + k] = bias[start + k] - offset
+                for f in range(dim):
                     for k in range(_BLOCK):
-                        prices[start + k] = bias[start + k] - offset
-                    for f in range(dim):
-                        for k in range(_BLOCK):
-                            prices[start + k] += priced[block, f, k] * y[f]
-                prices[anchor] += 1.0
-                for s in range(size):
-                    prices[members[s]] = -np.inf
-                excess, listing = -np.inf, 0
-                for block in range(blocks):
-                    highest = -np.inf
-                    for k in range(_BLOCK):
-                        highest = max(highest, prices[block * _BLOCK + k])
-                    if highest > tol:
-                        code = block * _BLOCK
-                        while prices[code] != highest:
-                            code += 1
-                        listed[listing] = code
-                        listing += 1
-                        if highest > excess:
-                            enterer = code
-                    excess = max(excess, highest)
-                if excess <= tol or stuck:
+                        prices[start + k] += priced[block, f, k] * y[f]
+            prices[anchor] += 1.0
+            for s in range(size):
+                prices[members[s]] = -np.inf
+            excess = -np.inf
+            for block in range(blocks):
+                highest = -np.inf
+                for k in range(_BLOCK):
+                    highest = max(highest, prices[block * _BLOCK + k])
+                best[block] = highest
+                excess = max(excess, highest)
+            if excess <= tol:
+                break
+            # Codes that enter together may block each other. Then the best one enters alone, which must gain weight; if
+            # that one cannot either, its excess is rounding.
+            if entered > 0 and blocked == entered:
+                if entering == 1:
                     break
+                entering = 1
             if size == room:
                 excess = np.inf
                 break
-            members[size], share[size], inside[enterer] = enterer, 0.0, True
-            for f in range(dim):
-                spread[size, f] = codes[enterer, f] - codes[anchor, f]
-            _add(spread, size, dim, 1.0, total, squares)
-            size += 1
+            before, blocked = size, 0
+            for _ in range(min(entering, room - size)):
+                block = 0
+                for other in range(1, blocks):
+                    if best[other] > best[block]:
+                        block = other
+                if best[block] <= max(tol, 0.5 * excess):
+                    break
+                code = block * _BLOCK
+                while prices[code] != best[block]:
+                    code += 1
+                best[block] = -np.inf
+                members[size], share[size] = code, 0.0
+                for f in range(dim):
+                    spread[size, f] = codes[code, f] - codes[anchor, f]
+                _add(spread, size, dim, 1.0, total, squares)
+                size += 1
+            entered = size - before
         # What is left of (2), as the change of weights it would make to first order.
         for f in range(dim):
             rest = target[f] - lam * y[f]
@@ -280,7 +283,6 @@ def _solve_rows(
         support[row, 0], weights[row, 0] = anchor, 0.0
         place = 1
         for s in range(size):
-            inside[members[s]] = False
             if members[s] == anchor:
                 weights[row, 0] = share[s]
             else:
