@@ -6,6 +6,8 @@ learning rates, the exponential moving average, logging, the guard against diver
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -160,20 +162,20 @@ class _Meter:
         self.waited += waited
 
     def flush(self, batch_size: int) -> dict[str, float]:
-        names = list(self.rows[-1])
-        table = torch.stack([torch.stack([row[name].detach().float() for name in names]) for row in self.rows]).cpu()
-        finite = table.isfinite().all(1)
-        if not finite.all():
-            bad = int((~finite).nonzero()[0])
-            terms = ", ".join(f"{name}={value:.4g}" for name, value in zip(names, table[bad].tolist(), strict=True))
-            good = self.checkpoints.latest()
-            raise UserError(
-                f"training diverged at step {self.steps[bad]}: {terms}. "
-                f"Last good checkpoint: {good or 'none yet'}. "
-                "Lower optimizer.learning_rate, or use training.precision=fp32"
-            )
+        # One transfer for all; a term that begins within the window is averaged over the steps that have it.
+        values = iter(torch.stack([x.detach().float() for row in self.rows for x in row.values()]).tolist())
+        rows = [{name: next(values) for name in row} for row in self.rows]
+        for step, row in zip(self.steps, rows, strict=True):
+            if not all(math.isfinite(value) for value in row.values()):
+                terms = ", ".join(f"{name}={value:.4g}" for name, value in row.items())
+                good = self.checkpoints.latest()
+                raise UserError(
+                    f"training diverged at step {step}: {terms}. Last good checkpoint: {good or 'none yet'}. "
+                    "Lower optimizer.learning_rate, or use training.precision=fp32"
+                )
         elapsed = max(1e-9, time.monotonic() - self.started)
-        means = dict(zip(names, table.mean(0).tolist(), strict=True))
+        names = dict.fromkeys(name for row in rows for name in row)
+        means = {name: statistics.fmean(row[name] for row in rows if name in row) for name in names}
         means["images_per_second"] = batch_size * len(self.steps) / elapsed
         means["data_wait_share"] = self.waited / elapsed
         self._reset()

@@ -120,6 +120,13 @@ def test_divergence_names_step_terms_and_the_last_good_checkpoint(emoji: dict[st
     weights_file.write_bytes(before)
 
 
+def test_a_term_that_begins_within_a_logging_window_is_logged(emoji: dict[str, Path], tmp_path: Path) -> None:
+    result = run_scq(*command(emoji, tmp_path / "run", "training.steps=6", "training.log_every=6"))
+    assert result.returncode == 0, result.stderr
+    (row,) = read_metrics(tmp_path / "run")
+    assert {"l2", "adversarial", "discriminator"} <= row.keys()
+
+
 def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
     module = torch.nn.Linear(2, 2)
     checkpoints = Checkpoints(tmp_path, 2, {"model": module}, {})

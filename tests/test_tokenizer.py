@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision.models import vgg16
@@ -99,6 +100,16 @@ def test_training_lowers_the_error_and_tokens_fit_the_codebook(emoji: dict[str, 
     assert len(tokens) == sum(len(batch.images) for batch in iterate_once(emoji["test"], 64))
     assert tokens.fingerprint == load_tokenizer(tmp_path / "run").fingerprint()
     assert torch.equal(tokens.read(torch.arange(64).numpy(), torch.zeros(64, dtype=int).numpy()), encoding.indices)
+
+
+def test_views_of_an_image_are_tokenized_beside_each_other(emoji: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = small().eval()
+    tokens = write_tokens(tokenizer, emoji["test"], tmp_path / "tokens", views=2)
+    images = next(iterate_once(emoji["test"], 20)).images
+    numbers = np.arange(20)
+    for view, pixels in enumerate((images, images.flip(-1))):
+        found = tokens.read(numbers, np.full(20, view))
+        assert (found == tokenizer.encode(to_float(pixels)).indices).float().mean() > 0.999
 
 
 def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
