@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from sampling.samplers import Step, guided, maskgit
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_uint8
 from stage1_tokenizer.train import load_tokenizer
 from stage2_prior.transformer import MaskedTransformer
+
+# Images computed together: enough to keep the device busy, few enough that filling up the last chunk costs little.
+CHUNK = {"cpu": 8, "cuda": 64}
 
 
 @dataclass
@@ -121,14 +125,17 @@ class SoftConvexPipeline(DiffusionPipeline):
         guidance_scale = chosen.pop("guidance_scale")
         prior = self.prior
         predict = guided(
-            prior, None if labels is None else labels.to(self.device), guidance_scale, prior.config.num_classes
+            partial(in_equal_chunks, prior),
+            None if labels is None else labels.to(self.device),
+            guidance_scale,
+            prior.config.num_classes,
         )
         tokens = maskgit(predict, seeds.to(self.device), prior.length, prior.mask_token, callback=callback, **chosen)
         return tokens.view(-1, *prior.config.grid)
 
     def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W)."""
-        return to_uint8(self.tokenizer.decode_indices(tokens.to(self.device)))
+        return to_uint8(in_equal_chunks(self.tokenizer.decode_indices, tokens.to(self.device)))
 
     def stream(self, num_images: int, seed: int = 0, batch_size: int = 16) -> Iterator[torch.Tensor]:
         """Images as uint8 batches (b, 3, H, W), drawn as they are consumed: what metrics want. Classes take turns."""
@@ -184,6 +191,24 @@ class SoftConvexPipeline(DiffusionPipeline):
         if bad:
             raise ValueError(f"class label {bad[0]} is not one of the {classes} classes 0 .. {classes - 1}")
         return torch.tensor(class_labels)
+
+
+def in_equal_chunks(
+    network: Callable[..., torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``network(inputs)`` or ``network(inputs, labels)``, computed for a fixed number of images at a time.
+
+    Matrix products of different sizes add in different orders. With chunks of one size, the last one filled up, an
+    image's pixels are the same to the last bit whatever was asked for together with it.
+    """
+    chunk = CHUNK.get(inputs.device.type, CHUNK["cuda"])
+    outputs = []
+    for start in range(0, len(inputs), chunk):
+        given = [x[start : start + chunk] for x in (inputs, labels) if x is not None]
+        count = len(given[0])
+        filled = [torch.cat([x, x[-1:].expand(chunk - count, *x.shape[1:])]) for x in given]
+        outputs.append(network(*filled)[:count])
+    return torch.cat(outputs)
 
 
 def is_pipeline(folder: str | Path) -> bool:

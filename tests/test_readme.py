@@ -23,7 +23,8 @@ def test_the_python_examples_run(code: str, tiny_run: Path) -> None:
 @pytest.mark.parametrize("document", ["README.md", "docs/data.md", "docs/quantizer.md"])
 def test_the_commands_parse(document: str) -> None:
     text = (REPOSITORY / document).read_text()
-    commands = re.findall(r"^scq (?!--help)(.+?)(?:  #.*)?$", "\n".join(re.findall(r"```\n(.*?)```", text, re.S)), re.M)
+    blocks = [body for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M) if not language]
+    commands = re.findall(r"^scq (.+?)(?:  +#.*)?$", "\n".join(blocks), re.M)
     assert commands
     for command in commands:
         if "|" not in command:
