@@ -97,10 +97,10 @@ class Cifar10Source(Source):
         return []
 
     def __len__(self) -> int:
-        return len(self.folder) if self.folder else sum(len(read_batch(file)[1]) for file in self.files)
+        return len(self.folder) if self.folder is not None else sum(len(read_batch(file)[1]) for file in self.files)
 
     def entries(self) -> Iterator[Entry]:
-        if self.folder:
+        if self.folder is not None:
             yield from self.folder.entries()
             return
         for file in self.files:
@@ -109,6 +109,6 @@ class Cifar10Source(Source):
                 yield Entry(f"{file.stem}/{i:05d}", label, pixels[i].tobytes())
 
     def load(self, entry: Entry) -> bytes | Image.Image:
-        if self.folder:
+        if self.folder is not None:
             return self.folder.load(entry)
         return Image.fromarray(np.frombuffer(entry.where, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0).copy())

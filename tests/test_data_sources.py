@@ -13,7 +13,7 @@ from data_samples import EMOJI_FILES, encoded, photo, write_folder, write_lmdb
 from PIL import Image
 
 from data.errors import DataError
-from data.sources import emoji_group, emoji_split, open_source
+from data.sources import FolderSource, emoji_group, emoji_split, open_source
 from data.transforms import decode
 
 
@@ -174,6 +174,16 @@ def test_cifar10_batches(layout, tmp_path):
     (directory / f"data_batch_4{suffix}").unlink()
     with pytest.raises(DataError, match=rf"data_batch_4{suffix}' is missing"):
         open_source("cifar10", tmp_path)
+
+
+def test_a_cifar10_folder_is_not_walked_for_every_image(tmp_path, monkeypatch):
+    for name in ("cat", "dog"):
+        for i in range(3):
+            (tmp_path / "train" / name).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / "train" / name / f"{i}.png")
+    source = open_source("cifar10", tmp_path, "train")
+    monkeypatch.setattr(FolderSource, "__len__", lambda self: pytest.fail("counting walks the whole folder"))
+    assert len([source.load(entry) for entry in source.entries()]) == 6
 
 
 def test_cifar10_as_an_image_folder(tmp_path):

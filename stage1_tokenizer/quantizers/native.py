@@ -158,6 +158,24 @@ def _factorised_system(total, squares, size, dim, lam, mean, matrix):
 
 
 @_compiled
+def _remaining_error(spread, share, wanted, size, dim, lam, target, y, mean, matrix):
+    """What is left of (2) as the change of weights it would make to first order, or of the weights. Uses y up."""
+    for f in range(dim):
+        rest = target[f] - lam * y[f]
+        for s in range(size):
+            rest -= share[s] * spread[s, f]
+        y[f] = rest
+    _substitute(matrix, y, dim)
+    error = 0.0
+    for s in range(size):
+        change = 0.0
+        for f in range(dim):
+            change += (spread[s, f] - mean[f]) * y[f]
+        error = max(error, abs(change), abs(share[s] - wanted[s]))
+    return error
+
+
+@_compiled
 def _solve_rows(
     z, codes, priced, bias, nearest, reg, tol, max_iter, first, last, support, weights, sizes, residual, moves
 ):
@@ -175,7 +193,7 @@ def _solve_rows(
             total[f] = 0.0
         squares[:] = 0.0
         members[0], share[0], fresh = anchor, 1.0, True
-        size, entering, entered, blocked, count, excess = 1, _ENTERING, 0, 0, 0, np.inf
+        size, entering, entered, blocked, count, excess, error = 1, _ENTERING, 0, 0, 0, np.inf, -1.0
         while count < max_iter:
             count += 1
             has_anchor = 0.0
@@ -211,11 +229,6 @@ def _solve_rows(
                     spread[leaver, f] = spread[size, f]
                 continue
 
-            if not fresh:  # sums that were subtracted from have lost digits: before the proof, once more from scratch
-                _sum_up(spread, size, dim, total, squares)
-                fresh = True
-                continue
-
             # Optimal on its support. Price all codes: those above the threshold tau want to enter.
             offset = tau
             for f in range(dim):
@@ -238,7 +251,12 @@ def _solve_rows(
                 best[block] = highest
                 excess = max(excess, highest)
             if excess <= tol:
-                break
+                error = _remaining_error(spread, share, wanted, size, dim, lam, target, y, mean, matrix)
+                if fresh or error <= tol:
+                    break
+                _sum_up(spread, size, dim, total, squares)  # sums that were subtracted from have lost digits
+                fresh, error = True, -1.0
+                continue
             # Codes that enter together may block each other. Then the best one enters alone, which must gain weight; if
             # that one cannot either, its excess is rounding.
             if entered > 0 and blocked == entered:
@@ -266,20 +284,9 @@ def _solve_rows(
                 _add(spread, size, dim, 1.0, total, squares)
                 size += 1
             entered = size - before
-        # What is left of (2), as the change of weights it would make to first order.
-        for f in range(dim):
-            rest = target[f] - lam * y[f]
-            for s in range(size):
-                rest -= share[s] * spread[s, f]
-            y[f] = rest
-        _substitute(matrix, y, dim)
-        error = max(excess, 0.0)
-        for s in range(size):
-            change = 0.0
-            for f in range(dim):
-                change += (spread[s, f] - mean[f]) * y[f]
-            error = max(error, abs(change), abs(share[s] - wanted[s]))
-        residual[row], moves[row] = error, count
+        if error < 0.0:
+            error = _remaining_error(spread, share, wanted, size, dim, lam, target, y, mean, matrix)
+        residual[row], moves[row] = max(excess, error), count
         support[row, 0], weights[row, 0] = anchor, 0.0
         place = 1
         for s in range(size):
