@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -76,9 +77,14 @@ def _measure(experiment: TokenizerExperiment, reference: Reference) -> dict[str,
         "perplexity": codebook_usage(grids, experiment.quantizer.codebook_size).perplexity if has_codes else None,
         **_of_latents(tokenizer, reference),
         "soft_over_hard_error": last["soft_error"] / last["hard_error"] if "soft_error" in last else None,
-        "seconds_per_step": trained.seconds / trained.steps,
+        "seconds_per_step": experiment.training.batch_size / _median_speed(Path(experiment.out)),
         "steps": trained.steps,
     }
+
+
+def _median_speed(run: Path) -> float:
+    """Images per second in the median logging window: what else the machine did for a while does not count."""
+    return statistics.median(row["images_per_second"] for row in read_metrics(run))
 
 
 def _of_latents(tokenizer: ImageTokenizer, reference: Reference) -> dict[str, float | None]:

@@ -59,7 +59,8 @@ def build_page(pipeline: SoftConvexPipeline) -> gr.Blocks:
                 "What the tokenizer keeps of an image: decoded from z_q, the convex combinations, and from the "
                 "dominant codes alone, which is all that the prior can draw."
             )
-            upload = gr.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=300)
+            # RGBA: gradio's own conversion to RGB would show what lies behind transparent pixels.
+            upload = gr.Image(type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=300)
             inspect = gr.Button("Reconstruct", variant="primary")
             with gr.Row():
                 shown = [
@@ -90,9 +91,9 @@ def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True) -> s
 
 def _reveal(
     pipeline: SoftConvexPipeline, seed: int, count: int, label: int, **settings: float | None
-) -> Iterator[list[tuple[Image.Image, str]]]:
+) -> Iterator[list[Image.Image]]:
     """The gallery after every batch, growing as images are finished."""
-    finished: list[tuple[Image.Image, str]] = []
+    finished: list[Image.Image] = []
     for start in range(0, count, 16):
         fresh = min(16, count - start)
         labels = [label] * fresh if label >= 0 else None
@@ -100,7 +101,7 @@ def _reveal(
             images = pipeline(fresh, seed + start, class_labels=labels, **settings).images
         except ValueError as error:
             raise gr.Error(str(error)) from error
-        finished += [(_enlarge(image), f"seed {seed + start + i}") for i, image in enumerate(images)]
+        finished += [_enlarge(image) for image in images]
         yield finished
 
 

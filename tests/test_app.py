@@ -67,6 +67,12 @@ def test_uploads_of_any_kind_are_reconstructed(address: str, tmp_path: Path) -> 
         assert len({seen, soft, dominant}) == 3, "the soft quantizer's z_q is not its dominant codes"
 
 
+def test_transparent_pixels_are_seen_as_white(address: str, tmp_path: Path) -> None:
+    Image.new("RGBA", (64, 64), (10, 200, 10, 0)).save(tmp_path / "clear.png")
+    shown = Client(address, verbose=False).predict(handle_file(str(tmp_path / "clear.png")), api_name="/reconstruct")
+    assert set(pixels(shown[0])) == {255}
+
+
 def test_a_mistake_gets_a_message(address: str) -> None:
     client = Client(address, verbose=False)
     with pytest.raises(Exception, match="seed"):

@@ -406,7 +406,7 @@ def test_a_row_that_ran_out_of_moves_is_reported():
 
 
 def test_any_number_of_threads_gives_the_same_solution():
-    z, codes = make(700, 8, 90, dtype=torch.float32)
+    z, codes = make(2000, 8, 90, dtype=torch.float32)
     found = []
     for threads in (1, 3):
         torch.set_num_threads(threads)

@@ -86,11 +86,7 @@ class _Solve(torch.autograd.Function):
     def forward(ctx, z: Tensor, codebook: Tensor, reg: Tensor, options: dict):
         book = Codebook(codebook)
         solution, nearest = _solve(book, codebook, z - book.centre, reg, **options)
-        z_q = torch.empty_like(z)
-        for rows in row_chunks(book, len(z), solution.support.shape[1]):
-            codes = book.codes[solution.support[rows]]  # (n, S, F)
-            z_q[rows] = (solution.weights[rows].unsqueeze(1) @ codes).squeeze(1)
-        z_q += book.centre
+        z_q = _combine(book, solution) + book.centre
         ctx.save_for_backward(z, codebook, reg, solution.support, solution.weights, nearest)
         ctx.method = options["method"]
         ctx.mark_non_differentiable(solution.weights, solution.support, nearest, solution.residual)
@@ -126,6 +122,18 @@ def _solve(
     again, nearest[missed] = solve_exact(double, far, reg[missed].double(), tol=tol, max_iter=max_iter)
     everything = torch.arange(len(z), device=z.device)
     return stack([solution, again], nearest, [everything, missed]), nearest
+
+
+def _combine(book: Codebook, solution: WorkingSolution) -> Tensor:
+    """C^T p (N, F), centred as the codebook is."""
+    weights, support = solution.weights, solution.support
+    if _runs_natively(book.codes):
+        return native.combine_rows(book.codes.double(), support, weights.double()).to(weights.dtype)
+    z_q = weights.new_empty(len(weights), book.dim)
+    for rows in row_chunks(book, len(weights), support.shape[1]):
+        codes = book.codes[support[rows]]  # (n, S, F)
+        z_q[rows] = (weights[rows].unsqueeze(1) @ codes).squeeze(1)
+    return z_q
 
 
 def _runs_natively(z: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 LARGEST_DIM = 64  # beyond it a factorisation per row is better left to a batched library routine
 _BLOCK = 64  # codes priced together; the best code of each block is a candidate
 _ENTERING = 2  # codes that may enter a support after one pricing pass
-_ROWS_PER_THREAD = 64  # fewer are not worth a thread
+_ROWS_PER_PART = 512  # what a thread takes at a time: torch's own threads may hold a core for a while after their work
 
 # No infinities are assumed away: padding has price -inf.
 _compiled = njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc", "contract", "arcp"})
@@ -59,6 +59,14 @@ def solve_rows(
     )
 
 
+def combine_rows(codes: Tensor, support: Tensor, weights: Tensor) -> Tensor:
+    """(N, F) weighted sums of the codes (K, F) that support (N, S) names; codes and weights float64, all on the CPU."""
+    combined = np.zeros((len(support), codes.shape[1]))
+    given = [x.contiguous().numpy() for x in (codes, support, weights)]
+    _share(lambda first, last: _combine_rows(*given, first, last, combined), len(support))
+    return torch.from_numpy(combined)
+
+
 def gradient_rows(
     grad: Tensor, z: Tensor, codes: Tensor, nearest: Tensor, reg: Tensor, support: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,11 +90,12 @@ def gradient_rows(
 
 def _share(work, n: int) -> None:
     """Give rows 0 .. n to as many threads as torch uses."""
-    threads = min(torch.get_num_threads(), -(-n // _ROWS_PER_THREAD))
-    edges = [n * i // threads for i in range(threads + 1)]
+    parts = -(-n // _ROWS_PER_PART)
+    threads = min(torch.get_num_threads(), parts)
     if threads == 1:
         work(0, n)
         return
+    edges = [n * i // parts for i in range(parts + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, edges[:-1], edges[1:]))
 
@@ -104,14 +113,15 @@ def _blocks(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @_compiled
 def _factorise(matrix, dim):
-    """Cholesky factor in the lower triangle, in place."""
+    """Cholesky factor in the lower triangle, in place, with the inverses of its diagonal on the diagonal."""
     for j in range(dim):
         for k in range(j):
             for i in range(j, dim):
                 matrix[i, j] -= matrix[i, k] * matrix[j, k]
-        scale = 1.0 / np.sqrt(matrix[j, j])
-        for i in range(j, dim):
-            matrix[i, j] *= scale
+        inverse = 1.0 / np.sqrt(matrix[j, j])
+        for i in range(j + 1, dim):
+            matrix[i, j] *= inverse
+        matrix[j, j] = inverse
 
 
 @_compiled
@@ -120,11 +130,11 @@ def _substitute(factor, x, dim):
     for i in range(dim):
         for k in range(i):
             x[i] -= factor[i, k] * x[k]
-        x[i] /= factor[i, i]
+        x[i] *= factor[i, i]
     for i in range(dim - 1, -1, -1):
         for k in range(i + 1, dim):
             x[i] -= factor[k, i] * x[k]
-        x[i] /= factor[i, i]
+        x[i] *= factor[i, i]
 
 
 @_compiled
@@ -298,6 +308,16 @@ def _solve_rows(
         sizes[row] = place
         for s in range(place, room):
             support[row, s] = anchor
+
+
+@_compiled
+def _combine_rows(codes, support, weights, first, last, combined):
+    for row in range(first, last):
+        for s in range(support.shape[1]):
+            weight = weights[row, s]
+            if weight > 0.0:
+                for f in range(codes.shape[1]):
+                    combined[row, f] += weight * codes[support[row, s], f]
 
 
 @_compiled
