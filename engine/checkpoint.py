@@ -24,7 +24,7 @@ class Checkpoints:
 
     Args:
         folder: where they live; made when the first one is written.
-        keep: how many of the newest to keep.
+        keep: how many of the newest to keep; the one with the lowest score stays as well.
         modules: what to save and restore, by name.
         optimizers: likewise.
     """
@@ -40,7 +40,13 @@ class Checkpoints:
     def latest(self) -> Path | None:
         return self.all()[-1] if self.all() else None
 
-    def save(self, step: int, **state: float | dict) -> Path:
+    def best(self) -> Path | None:
+        """The checkpoint with the lowest score, the first of them; None where none has a score."""
+        scores = {path: json.loads((path / "state.json").read_text()).get("score") for path in self.all()}
+        scored = [path for path, score in scores.items() if score is not None]
+        return min(scored, key=scores.get) if scored else None
+
+    def save(self, step: int, *, score: float | None = None, **state: float | dict) -> Path:
         """Write the state after ``step`` steps; the folder appears under its final name when it is complete."""
         final = self.folder / f"step_{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
@@ -51,12 +57,14 @@ class Checkpoints:
             save_model(module, str(temporary / f"{name}.safetensors"))
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         torch.save(optimizers, temporary / "optimizers.pt")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+        (temporary / "state.json").write_text(json.dumps({"step": step, "score": score, **state}))
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
+        best = self.best()
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
         return final
 
     def restore(self) -> dict:

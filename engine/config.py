@@ -42,6 +42,7 @@ class LoopConfig:
 
     steps: int = 1000
     batch_size: int = 64  # images per step over all processes together
+    accumulate: int = 1  # parts that a process computes its share of a step's images in, to save memory
     seed: int = 0
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto is bf16 where the hardware computes it natively
     compile: bool = False

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +25,11 @@ from torch import nn
 from engine.checkpoint import Checkpoints
 from engine.config import LoopConfig, OptimizerConfig
 from engine.errors import UserError
+from engine.pictures import curves
 from engine.progress import progress_bar
 from engine.randomness import step_seed
 from engine.schedules import learning_rate_share
-from engine.tracking import RunFolder
+from engine.tracking import RunFolder, read_metrics
 
 
 class Task(Protocol):
@@ -41,6 +45,9 @@ class Task(Protocol):
     def picture(self, averaged: nn.Module) -> Image.Image | None:
         """Something to look at, drawn with the averaged weights."""
 
+    def score(self, averaged: nn.Module) -> float | None:
+        """How good the averaged weights are on held-out data, lower is better; None where nobody asked."""
+
 
 @dataclass
 class Trained:
@@ -49,6 +56,7 @@ class Trained:
     averaged: nn.Module  # the model with averaged weights, in eval mode
     steps: int
     seconds: float  # of training, over all interruptions
+    best: Path | None  # the checkpoint with the lowest score; None where nobody asked for scores
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
@@ -123,25 +131,31 @@ def train(
 
             done = step + 1
             last = done == config.steps
-            if done % config.log_every == 0 or done % config.checkpoint_every == 0 or last:
+            saves = done % config.checkpoint_every == 0 or last
+            progress(done, config.steps)
+            if done % config.log_every == 0 or saves:
                 values = meter.flush(config.batch_size)
-                run.log(done, {**values, "learning_rate": optimizer.learning_rate * share})
                 speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
                 progress(done, config.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
-            else:
-                progress(done, config.steps)
+                values["learning_rate"] = optimizer.learning_rate * share
+                with meter.paused():
+                    if saves and run.is_main:
+                        score = task.score(average.module.eval())
+                        seconds = spent + time.monotonic() - started
+                        checkpoints.save(done, seconds=seconds, stream=stream.state_dict(), score=score)
+                        values |= {} if score is None else {"score": score}
+                    run.log(done, values)
             if config.images_every and (done % config.images_every == 0 or last) and run.is_main:
-                average.module.eval()
-                picture = task.picture(average.module)
-                if picture is not None:
-                    run.picture(f"step_{done:08d}", picture)
-            if done % config.checkpoint_every == 0 or last:
-                if run.is_main:
-                    checkpoints.save(done, seconds=spent + time.monotonic() - started, stream=stream.state_dict())
+                with meter.paused():
+                    run.picture("curves", curves(read_metrics(run.path)))
+                    picture = task.picture(average.module.eval())
+                    if picture is not None:
+                        run.picture(f"step_{done:08d}", picture)
+            if saves:
                 accelerator.wait_for_everyone()
     accelerator.end_training()
     seconds = spent + time.monotonic() - started if first < config.steps else spent
-    return Trained(average.module.eval(), config.steps, seconds)
+    return Trained(average.module.eval(), config.steps, seconds, checkpoints.best())
 
 
 class _Meter:
@@ -160,6 +174,13 @@ class _Meter:
         self.steps.append(step)
         self.rows.append(terms)
         self.waited += waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is no training, and does not count in its speed."""
+        before = time.monotonic()
+        yield
+        self.started += time.monotonic() - before
 
     def flush(self, batch_size: int) -> dict[str, float]:
         # One transfer for all; a term that begins within the window is averaged over the steps that have it.

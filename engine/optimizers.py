@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
 import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from engine.config import OptimizerConfig
+from engine.config import LoopConfig, OptimizerConfig
+from engine.errors import UserError
+
+Part = TypeVar("Part")
 
 
 def create_optimizer(
@@ -27,12 +33,39 @@ def create_optimizer(
     return optimizer
 
 
+def in_parts(batch: Sequence[torch.Tensor], config: LoopConfig) -> list[tuple[torch.Tensor, ...]]:
+    """A process's share of a batch, as tensors (b, ...), divided into ``training.accumulate`` micro-batches.
+
+    Raises:
+        UserError: they do not divide evenly.
+    """
+    size, count = len(batch[0]), config.accumulate
+    if count < 1 or size % count:
+        raise UserError(
+            f"training.accumulate={count} does not divide the {size} images of each process's share of "
+            f"training.batch_size={config.batch_size}"
+        )
+    return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
+
+
+def micro_batches(accelerator: Accelerator, module: nn.Module, parts: Sequence[Part]) -> Iterator[Part]:
+    """The parts of a batch, one after another; processes exchange gradients in the backward of the last one only."""
+    for part in parts[:-1]:
+        with accelerator.no_sync(module):
+            yield part
+    yield parts[-1]
+
+
 def optimizer_step(
-    loss: torch.Tensor, module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip_norm: float
+    module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip_norm: float
 ) -> torch.Tensor:
-    """Backward, clip, step, clear. Returns the gradient norm before clipping, 0-dim."""
-    accelerator.backward(loss)
+    """Clip, step, clear. Returns the gradient norm before clipping, 0-dim."""
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm if clip_norm > 0 else float("inf"))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.as_tensor(norm).detach()
+
+
+def mean_terms(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of every term over the parts of a batch."""
+    return {name: torch.stack([row[name].detach().float() for row in rows]).mean() for name in rows[0]}

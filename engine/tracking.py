@@ -23,6 +23,8 @@ _FREE_KEYS = frozenset(
         "data.cache",
         "training.steps",
         "training.log_every",
+        "score.images",
+        "score.inception_weights",
     ]
     + ["training.checkpoint_every", "training.keep_checkpoints", "training.images_every", "training.tracker"]
 )

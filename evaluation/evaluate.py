@@ -68,36 +68,46 @@ class Reference:
 def evaluate_reconstructions(
     tokenizer: ImageTokenizer,
     reference: Reference,
-    network: InceptionFeatures,
-    real: FeatureSet,
+    network: InceptionFeatures | None,
+    real: FeatureSet | None,
     progress: Progress | None = None,
+    perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, Any]:
     """Reconstructions from z_q and from the dominant codes alone, against the originals.
 
+    Args:
+        network, real: for the FID; without them it is left out.
+        perceptual: for LPIPS; without it it is left out.
+
     Returns:
-        ``z_q`` and ``dominant``, each with mse, psnr, ssim, rfid, rkid.
+        ``z_q`` and, where the quantizer has codes, ``dominant``, each with mse, psnr, ssim, lpips, rfid, rkid.
     """
     tokenizer.eval()
-    pixels = {"z_q": ReconstructionMetrics(), "dominant": ReconstructionMetrics()}
-    parts: dict[str, list[FeatureSet]] = {"z_q": [], "dominant": []}
+    names = ("z_q", "dominant") if tokenizer.quantizer.has_codes else ("z_q",)
+    pixels = {name: ReconstructionMetrics(perceptual=perceptual) for name in names}
+    parts: dict[str, list[FeatureSet]] = {name: [] for name in names}
     count = _counter(progress, reference.count)
     for batch in reference.batches():
         encoding = tokenizer.encode(to_float(batch.images.to(tokenizer.device)))
-        soft = to_uint8(tokenizer.decode(encoding.z_q)).cpu()
-        dominant = to_uint8(tokenizer.decode_indices(encoding.indices)).cpu()
-        for name, images in (("z_q", soft), ("dominant", dominant)):
+        decoded = {"z_q": to_uint8(tokenizer.decode(encoding.z_q)).cpu()}
+        if "dominant" in names:
+            decoded["dominant"] = to_uint8(tokenizer.decode_indices(encoding.indices)).cpu()
+        for name, images in decoded.items():
             pixels[name].update(batch.images, images)
-            if name == "dominant" and torch.equal(soft, dominant):
+            if network is None:
+                continue
+            if name == "dominant" and torch.equal(decoded["z_q"], images):
                 parts[name].append(parts["z_q"][-1])  # a hard quantizer decodes one and the same thing
                 continue
             part = Batch(images, batch.labels, batch.positions)
             parts[name].append(extract_features([part], network, name=f"reconstructions from {name}"))
         count(len(batch.images))
-    results = {}
+    results = {name: pixels[name].compute()._asdict() for name in names}
     for name, sets in parts.items():
-        features = FeatureSet.merge(sets)
-        results[name] = {**pixels[name].compute()._asdict(), "rfid": fid(real, features).value}
-        results[name] |= {"rkid": kid(real, features).value, "rkid_error": kid(real, features).error}
+        if sets:
+            features = FeatureSet.merge(sets)
+            kernel = kid(real, features)
+            results[name] |= {"rfid": fid(real, features).value, "rkid": kernel.value, "rkid_error": kernel.error}
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,8 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from stage1_tokenizer.quantizers import Quantized, create_quantizer
-
-
-class Encoding(NamedTuple):
-    """What an image becomes. The prior sees ``indices`` only; the decoder was trained on both."""
-
-    z_q: torch.Tensor  # (B, F, h, w) quantized latents; for soft convex quantization the convex combinations
-    indices: torch.Tensor  # (B, h, w) int64, the dominant codes
+from stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
+from stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
 
 
 class ImageTokenizer(ModelMixin, ConfigMixin):
@@ -89,10 +83,12 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Images (B, 3, H, W) in [-1, 1] -> latents before quantization (B, F, H / factor, W / factor)."""
         return self.before_quantizer(self.encoder(F.pixel_unshuffle(images, self.config.patch_size)))
 
-    def encode(self, images: torch.Tensor) -> Encoding:
-        """Images (B, 3, H, W) in [-1, 1] -> quantized latents and dominant codes."""
-        quantized = self.quantizer(self.latents(images))
-        return Encoding(quantized.z_q, quantized.indices)
+    def encode(self, images: torch.Tensor) -> Mixture:
+        """Images (B, 3, H, W) in [-1, 1] -> quantized latents, dominant codes, and which codes are mixed.
+
+        The prior sees ``indices`` only; the decoder was trained on both them and ``z_q``.
+        """
+        return self.quantizer.mix(self.latents(images))
 
     def decode(self, z_q: torch.Tensor) -> torch.Tensor:
         """Quantized latents (B, F, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
@@ -102,18 +98,22 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """Codes (B, h, w) -> images (B, 3, H, W), each latent being the code alone."""
         return self.decode(self.quantizer.lookup(indices).to(self.after_quantizer.weight.dtype))
 
-    def forward(self, images: torch.Tensor, image_noise: torch.Tensor | None = None) -> tuple[torch.Tensor, Quantized]:
+    def forward(
+        self, images: torch.Tensor, image_noise: torch.Tensor | None = None, swap: NeighbourSwap | None = None
+    ) -> tuple[torch.Tensor, Quantized]:
         """One training pass.
 
         Args:
             images: (B, 3, H, W) in [-1, 1].
             image_noise: (B,) uniform in [0, 1), each image's own randomness for the quantizer.
+            swap: which tokens to decode from a neighbour of their code, so that the decoder bears a prior's mistakes.
 
         Returns:
             the reconstruction (B, 3, H, W) and what the quantizer returned.
         """
         quantized = self.quantizer(self.latents(images), image_noise)
-        return self.decode(quantized.z_q), quantized
+        z_q = quantized.z_q if swap is None else swap_for_neighbours(quantized, self.quantizer, swap)
+        return self.decode(z_q), quantized
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of all weights: tokens carry it, and a prior refuses tokens of another tokenizer."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import VGG16_Weights, vgg16
 
 from engine.errors import UserError
 from engine.schedules import linear_ramp
+from stage1_tokenizer.adversarial import (
+    AUGMENTATIONS,
+    GAMES,
+    LeCam,
+    augment,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+)
 from stage1_tokenizer.discriminator import PatchDiscriminator
 
 
@@ -25,10 +33,16 @@ class LossConfig:
     adversarial: float = 0.5  # weight of the adversarial loss; 0 trains without a discriminator
     adversarial_start: int = 10000  # the step at which the discriminator's verdict begins to count
     adversarial_ramp: int = 2000  # steps until it counts in full
-    adaptive_max: float = 10.0  # cap of VQGAN's adaptive weight
+    adaptive_max: float = 10.0  # cap of VQGAN's adaptive weight; 0 for a constant weight of 1 instead
+    game: str = "hinge"  # hinge | non-saturating
     discriminator_channels: int = 64
     discriminator_layers: int = 3
+    discriminator_norm: str = "group"  # group | spectral
     discriminator_lead: int = 1000  # steps that the discriminator trains before adversarial_start
+    r1: float = 0.0  # weight of the gradient penalty on real images
+    r1_every: int = 16  # steps between penalties, each weighted by so much more
+    lecam: float = 0.0  # weight of LeCam regularization
+    augment: list[str] = field(default_factory=list)  # for small sets: colour, shift, cutout
 
 
 class PerceptualLoss(nn.Module):
@@ -67,23 +81,47 @@ class PerceptualLoss(nn.Module):
 
 
 class TokenizerLoss(nn.Module):
-    """VQGAN's training objective. Owns the discriminator; everything it needs to resume is in its parameters.
+    """VQGAN's training objective. Owns the discriminator and LeCam's running means, and names them in ``stateful``.
 
     Images are (B, 3, H, W) in [-1, 1] throughout; every loss is 0-dim.
+
+    Raises:
+        UserError: an unknown game, norm or augmentation.
     """
 
     def __init__(self, config: LossConfig):
         super().__init__()
+        if config.game not in GAMES:
+            raise UserError(f"loss.game is {config.game!r}; it must be {' or '.join(GAMES)}")
+        unknown = sorted(set(config.augment) - set(AUGMENTATIONS))
+        if unknown:
+            raise UserError(f"loss.augment has {unknown[0]!r}; there are: {', '.join(AUGMENTATIONS)}")
         self.config = config
         self.perceptual = PerceptualLoss(config.perceptual_weights) if config.perceptual > 0 else None
-        self.discriminator = None
+        self.discriminator = self.lecam = None
         if config.adversarial > 0:
-            self.discriminator = PatchDiscriminator(config.discriminator_channels, config.discriminator_layers)
+            try:
+                self.discriminator = PatchDiscriminator(
+                    config.discriminator_channels, config.discriminator_layers, config.discriminator_norm
+                )
+            except ValueError as error:
+                raise UserError(f"loss.discriminator: {error}") from error
+            self.lecam = LeCam() if config.lecam > 0 else None
+
+    @property
+    def stateful(self) -> dict[str, nn.Module]:
+        """What a checkpoint must hold for the losses to go on."""
+        return {name: part for name in ("discriminator", "lecam") if (part := getattr(self, name)) is not None}
 
     def generator(
-        self, images: torch.Tensor, reconstruction: torch.Tensor, last_layer: nn.Parameter, step: int
+        self,
+        images: torch.Tensor,
+        reconstruction: torch.Tensor,
+        last_layer: nn.Parameter,
+        step: int,
+        noise: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The autoencoder's loss without the quantizer's, and its terms for the log."""
+        """The autoencoder's loss without the quantizer's, and its terms for the log; noise (B, 7) is for `augment`."""
         config = self.config
         reconstruction = reconstruction.float()
         error = reconstruction - images
@@ -95,19 +133,43 @@ class TokenizerLoss(nn.Module):
         ramp = linear_ramp(step, config.adversarial_start, config.adversarial_ramp)
         if self.discriminator is not None and ramp > 0:
             self.discriminator.requires_grad_(False)  # its own step is the only one that trains it
-            terms["adversarial"] = -self.discriminator(reconstruction).mean()
+            fake = self.discriminator(augment(reconstruction, noise, tuple(config.augment)))
             self.discriminator.requires_grad_(True)
-            terms["adaptive_weight"] = adaptive_weight(loss, terms["adversarial"], last_layer, config.adaptive_max)
-            loss = loss + config.adversarial * ramp * terms["adaptive_weight"] * terms["adversarial"]
+            terms["adversarial"] = generator_loss(fake, config.game)
+            weight = config.adversarial * ramp
+            if config.adaptive_max > 0:
+                terms["adaptive_weight"] = adaptive_weight(loss, terms["adversarial"], last_layer, config.adaptive_max)
+                weight = weight * terms["adaptive_weight"]
+            loss = loss + weight * terms["adversarial"]
         return loss, terms
 
     def trains_discriminator(self, step: int) -> bool:
         return self.discriminator is not None and step >= self.config.adversarial_start - self.config.discriminator_lead
 
-    @staticmethod
-    def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-        """The hinge loss (Lim and Ye, 2017)."""
-        return 0.5 * (F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean())
+    def discriminate(
+        self,
+        discriminator: nn.Module,
+        images: torch.Tensor,
+        reconstruction: torch.Tensor,
+        step: int,
+        noise: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The discriminator's loss and its terms; ``discriminator`` is ours, perhaps wrapped for several processes."""
+        config, kinds = self.config, tuple(self.config.augment)
+        penalised = config.r1 > 0 and step % config.r1_every == 0
+        shown = augment(images, noise, kinds).requires_grad_(penalised)
+        both = torch.cat([shown, augment(reconstruction.detach().float(), noise, kinds)])
+        real, fake = discriminator(both).chunk(2)
+        terms = {"discriminator": discriminator_loss(real, fake, config.game)}
+        loss = terms["discriminator"]
+        if penalised:
+            terms["r1"] = gradient_penalty(shown, real)
+            loss = loss + config.r1 * config.r1_every * terms["r1"]
+        if self.lecam is not None:
+            terms["lecam"] = self.lecam(real, fake)
+            loss = loss + config.lecam * terms["lecam"]
+            self.lecam.update(real, fake)
+        return loss, terms
 
 
 def adaptive_weight(

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_model
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from data.shards import MANIFEST
 from data.stream import Batch, ImageStream, iterate_once
 from engine.config import DataConfig, LoopConfig, OptimizerConfig
+from engine.dry_run import PROBED_IMAGES, estimate
 from engine.errors import UserError
 from engine.loop import Trained, make_accelerator, train
-from engine.optimizers import create_optimizer, optimizer_step
+from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from engine.pictures import picture_grid
 from engine.progress import say
 from engine.randomness import image_uniform
 from engine.tracking import RunFolder
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.losses import LossConfig, TokenizerLoss
+from stage1_tokenizer.robustness import NeighbourSwap, RobustnessConfig, swapped_share
 
 
 @dataclass
@@ -46,6 +53,12 @@ class QuantizerConfig:
 
 
 @dataclass
+class ScoreConfig:
+    images: int = 0  # of data.validation, for the rFID of every checkpoint; the best is exported to best/. 0 for none
+    inception_weights: str = ""  # as --inception-weights of scq evaluate
+
+
+@dataclass
 class TokenizerExperiment:
     """Everything that decides a tokenizer."""
 
@@ -54,8 +67,10 @@ class TokenizerExperiment:
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: LoopConfig = field(default_factory=LoopConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
 
 
 def build_tokenizer(config: TokenizerExperiment) -> ImageTokenizer:
@@ -70,51 +85,100 @@ def build_tokenizer(config: TokenizerExperiment) -> ImageTokenizer:
         raise UserError(f"the config does not describe a tokenizer: {error}") from error
 
 
-class TokenizerTask:
-    """One training step of autoencoder and discriminator (the loop is engine.loop.train)."""
+class _Part(NamedTuple):
+    """Images of one micro-batch, and each one's own randomness."""
 
-    def __init__(self, config: TokenizerExperiment, accelerator: Accelerator, pictured: torch.Tensor):
-        self.config, self.accelerator = config, accelerator
+    images: torch.Tensor  # (b, 3, H, W) in [-1, 1]
+    quantizer: torch.Tensor  # (b,)
+    augmentation: torch.Tensor  # (b, 7)
+    swap: torch.Tensor  # (b, 2, h, w)
+
+
+class TokenizerTask:
+    """One training step of autoencoder and discriminator (the loop is engine.loop.train).
+
+    Args:
+        pictured: (n, 3, H, W) uint8 images for the run's pictures.
+        measure: what `score` says of averaged weights, rFID as a rule; None for no score.
+    """
+
+    def __init__(
+        self,
+        config: TokenizerExperiment,
+        accelerator: Accelerator,
+        pictured: torch.Tensor,
+        measure: Callable[[ImageTokenizer], float] | None = None,
+    ):
+        self.config, self.accelerator, self.pictured, self.measure = config, accelerator, pictured, measure
+        swapped_share(0, config.robustness)  # refuses what is out of range now rather than at the first step
         torch.manual_seed(config.training.seed)  # the same initial weights in every process
         tokenizer = build_tokenizer(config).to(accelerator.device)
         self.average = ModelEmaV3(tokenizer, decay=config.training.ema_decay, use_warmup=True)
         self.losses = TokenizerLoss(config.loss).to(accelerator.device)
         discriminator = self.losses.discriminator
-        self.modules: dict[str, nn.Module] = {"model": tokenizer}
+        self.modules: dict[str, nn.Module] = {"model": tokenizer, **self.losses.stateful}
         self.optimizers = {"autoencoder": create_optimizer(tokenizer, config.optimizer, exclude=("quantizer",))}
         if discriminator is not None:
-            self.modules["discriminator"] = discriminator
             self.optimizers["discriminator"] = create_optimizer(discriminator, config.optimizer)
         self.tokenizer = accelerator.prepare(torch.compile(tokenizer) if config.training.compile else tokenizer)
         self.discriminator = accelerator.prepare(discriminator) if discriminator is not None else None
         for name, optimizer in self.optimizers.items():
             self.optimizers[name] = accelerator.prepare(optimizer)
-        self.pictured = pictured
 
     def training_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         config, accelerator = self.config, self.accelerator
-        images = to_float(batch.images.to(accelerator.device, non_blocking=True))
-        positions = batch.positions.to(accelerator.device)
-        noise = image_uniform(positions, seed=config.training.seed, purpose="quantizer")
+        parts, reconstructions, terms = self._parts(batch), [], []
+        share, neighbours = swapped_share(step, config.robustness), config.robustness.neighbours
 
         self.tokenizer.train()
-        with accelerator.autocast():
-            reconstruction, quantized = self.tokenizer(images, noise)
-            loss, terms = self.losses.generator(images, reconstruction, self.modules["model"].last_layer, step)
-        terms |= {"quantizer": quantized.loss, **quantized.stats}
-        loss = loss + quantized.loss
-        terms["gradient_norm"] = optimizer_step(
-            loss, self.tokenizer, self.optimizers["autoencoder"], accelerator, config.optimizer.clip_norm
+        for part in micro_batches(accelerator, self.tokenizer, parts):
+            with accelerator.autocast():
+                swap = NeighbourSwap(share, neighbours, part.swap) if share > 0 else None
+                reconstruction, quantized = self.tokenizer(part.images, part.quantizer, swap)
+                loss, found = self.losses.generator(
+                    part.images, reconstruction, self.modules["model"].last_layer, step, part.augmentation
+                )
+            loss = loss + quantized.loss
+            accelerator.backward(loss / len(parts))
+            reconstructions.append(reconstruction.detach())
+            terms.append({"loss": loss, **found, "quantizer": quantized.loss, **quantized.stats})
+        logged = mean_terms(terms)
+        logged["gradient_norm"] = optimizer_step(
+            self.tokenizer, self.optimizers["autoencoder"], accelerator, config.optimizer.clip_norm
         )
         if self.losses.trains_discriminator(step):
+            logged |= self._discriminator_step(parts, reconstructions, step)
+        return logged
+
+    def _discriminator_step(
+        self, parts: list[_Part], reconstructions: list[torch.Tensor], step: int
+    ) -> dict[str, torch.Tensor]:
+        accelerator, terms = self.accelerator, []
+        pairs = list(zip(parts, reconstructions, strict=True))
+        for part, reconstruction in micro_batches(accelerator, self.discriminator, pairs):
             with accelerator.autocast():
-                both = torch.cat([images, reconstruction.detach().float()])
-                real_logits, fake_logits = self.discriminator(both).chunk(2)
-                verdict = self.losses.discriminator_loss(real_logits, fake_logits)
-            optimizer = self.optimizers["discriminator"]
-            optimizer_step(verdict, self.discriminator, optimizer, accelerator, config.optimizer.clip_norm)
-            terms["discriminator"] = verdict
-        return {"loss": loss, **terms}
+                loss, found = self.losses.discriminate(
+                    self.discriminator, part.images, reconstruction, step, part.augmentation
+                )
+            accelerator.backward(loss / len(parts))
+            terms.append(found)
+        optimizer_step(
+            self.discriminator, self.optimizers["discriminator"], accelerator, self.config.optimizer.clip_norm
+        )
+        return mean_terms(terms)
+
+    def _parts(self, batch: Batch) -> list[_Part]:
+        """A process's share of a batch, divided into micro-batches."""
+        seed, device = self.config.training.seed, self.accelerator.device
+        positions = batch.positions.to(device)
+        grid = self.modules["model"].grid
+        whole = _Part(
+            to_float(batch.images.to(device, non_blocking=True)),
+            image_uniform(positions, seed=seed, purpose="quantizer"),
+            image_uniform(positions, 7, seed=seed, purpose="augmentation"),
+            image_uniform(positions, 2, *grid, seed=seed, purpose="neighbour swap"),
+        )
+        return [_Part(*part) for part in in_parts(whole, self.config.training)]
 
     @torch.no_grad()
     def picture(self, averaged: ImageTokenizer) -> Image.Image:
@@ -124,9 +188,16 @@ class TokenizerTask:
         soft, dominant = averaged.decode(encoding.z_q), averaged.decode_indices(encoding.indices)
         return picture_grid(torch.cat([images, to_uint8(soft), to_uint8(dominant)]).cpu(), columns=len(images))
 
+    def score(self, averaged: ImageTokenizer) -> float | None:
+        return None if self.measure is None else self.measure(averaged)
 
-def train_tokenizer(config: TokenizerExperiment) -> Trained:
+
+def train_tokenizer(config: TokenizerExperiment, measure: Callable[[ImageTokenizer], float] | None = None) -> Trained:
     """Train, or go on with, the tokenizer of ``config`` and export it to ``out/model``.
+
+    Args:
+        measure: scores the averaged weights at every checkpoint, the lower the better; the best ones are exported to
+            ``out/best``.
 
     Raises:
         UserError, DataError: the config or the shards are unfit, or training diverged.
@@ -134,6 +205,46 @@ def train_tokenizer(config: TokenizerExperiment) -> Trained:
     if not config.out:
         raise UserError("out is empty: say where the run goes, for example out=runs/tokenizer")
     accelerator = make_accelerator(config.training)
+    stream = open_stream(config, accelerator)
+    pictured = next(iterate_once(config.data.validation or config.data.train, batch_size=12)).images
+    task = TokenizerTask(config, accelerator, pictured, measure)
+    run = RunFolder(config.out, config, accelerator)
+    if run.is_main:
+        size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
+        say(f"tokenizer {config.quantizer.name}: {size:.1f}M parameters, {stream.num_images} images, {run.path}")
+        say(stream.order_description)
+    title = f"train tokenizer {config.quantizer.name}"
+    trained = train(task, stream, config.training, config.optimizer, run, accelerator, title)
+    if run.is_main:
+        export(trained.averaged, run.model)
+        if trained.best is not None:
+            best = copy.deepcopy(trained.averaged)
+            load_model(best, str(trained.best / "ema.safetensors"))
+            export(best, run.path / "best")
+    accelerator.wait_for_everyone()
+    return trained
+
+
+def estimate_tokenizer(config: TokenizerExperiment) -> list[str]:
+    """What `train_tokenizer` would take, see `engine.dry_run.estimate`; writes nothing, and needs no shards."""
+    accelerator = make_accelerator(config.training)
+    side = config.architecture.image_size
+    probe = Batch(
+        torch.randint(0, 256, (PROBED_IMAGES, 3, side, side), dtype=torch.uint8),
+        torch.zeros(PROBED_IMAGES, dtype=torch.int64),
+        torch.arange(PROBED_IMAGES),
+    )
+    images = None
+    if (Path(config.data.train) / MANIFEST).is_file():
+        stream = open_stream(config, accelerator)
+        images, probe = stream.num_images, Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream))))
+    single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
+    task = TokenizerTask(single, accelerator, probe.images)
+    return estimate(task, probe, len(probe.images), images, config.training, accelerator)
+
+
+def open_stream(config: TokenizerExperiment, accelerator: Accelerator) -> ImageStream:
+    """This process's share of the training images."""
     stream = ImageStream(
         config.data.train,
         batch_size=config.training.batch_size,
@@ -149,19 +260,7 @@ def train_tokenizer(config: TokenizerExperiment) -> Trained:
             f"{config.data.train} holds images of {stream.image_size} pixels, architecture.image_size is "
             f"{config.architecture.image_size}; pack the images again with --size, or change the config"
         )
-    pictured = next(iterate_once(config.data.validation or config.data.train, batch_size=12)).images
-    task = TokenizerTask(config, accelerator, pictured)
-    run = RunFolder(config.out, config, accelerator)
-    if run.is_main:
-        size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
-        say(f"tokenizer {config.quantizer.name}: {size:.1f}M parameters, {stream.num_images} images, {run.path}")
-        say(stream.order_description)
-    title = f"train tokenizer {config.quantizer.name}"
-    trained = train(task, stream, config.training, config.optimizer, run, accelerator, title)
-    if run.is_main:
-        export(trained.averaged, run.model)
-    accelerator.wait_for_everyone()
-    return trained
+    return stream
 
 
 def export(model: ImageTokenizer, folder: Path) -> None:

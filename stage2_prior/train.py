@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,9 +14,10 @@ from torch import nn
 
 from data.tokens import TokenBatch, TokenDataset, TokenStream
 from engine.config import LoopConfig, OptimizerConfig
+from engine.dry_run import PROBED_IMAGES, estimate
 from engine.errors import UserError
 from engine.loop import Trained, make_accelerator, train
-from engine.optimizers import create_optimizer, optimizer_step
+from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from engine.progress import say
 from engine.randomness import image_uniform
 from engine.tracking import RunFolder
@@ -105,16 +107,20 @@ class PriorTask:
         }
 
     def training_step(self, batch: TokenBatch, step: int) -> dict[str, torch.Tensor]:
-        device = self.accelerator.device
+        device, terms = self.accelerator.device, []
+        whole = (batch.indices.to(device).flatten(1), batch.labels.to(device), batch.positions.to(device))
+        parts = in_parts(whole, self.config.training)
         self.prior.train()
-        with self.accelerator.autocast():
-            loss, accuracy = self.prior(
-                batch.indices.to(device).flatten(1), batch.labels.to(device), batch.positions.to(device)
-            )
-        norm = optimizer_step(
-            loss, self.prior, self.optimizers["prior"], self.accelerator, self.config.optimizer.clip_norm
-        )
-        return {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
+        for part in micro_batches(self.accelerator, self.prior, parts):
+            with self.accelerator.autocast():
+                loss, accuracy = self.prior(*part)
+            self.accelerator.backward(loss / len(parts))
+            terms.append({"loss": loss, "accuracy": accuracy})
+        norm = optimizer_step(self.prior, self.optimizers["prior"], self.accelerator, self.config.optimizer.clip_norm)
+        return {**mean_terms(terms), "gradient_norm": norm}
+
+    def score(self, averaged: MaskedTransformer) -> None:
+        return None
 
     def picture(self, averaged: MaskedTransformer) -> Image.Image | None:
         return self.draw(averaged) if self.draw is not None else None
@@ -174,13 +180,7 @@ def train_prior(
     if not config.out:
         raise UserError("out is empty: say where the run goes, for example out=runs/prior")
     accelerator = make_accelerator(config.training)
-    stream = TokenStream(
-        config.data.train,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
+    stream = open_stream(config, accelerator)
     if stream.fingerprint != fingerprint:
         raise UserError(
             f"{config.data.train} was written by tokenizer {stream.fingerprint}, but {config.tokenizer} is tokenizer "
@@ -192,3 +192,24 @@ def train_prior(
         size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
         say(f"prior: {size:.1f}M parameters, {stream.num_images} token grids, {run.path}")
     return train(task, stream, config.training, config.optimizer, run, accelerator, "train prior")
+
+
+def estimate_prior(config: PriorExperiment) -> list[str]:
+    """What `train_prior` would take, see `engine.dry_run.estimate`; writes nothing, but needs the tokens."""
+    accelerator = make_accelerator(config.training)
+    stream = open_stream(config, accelerator)
+    single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
+    task = PriorTask(single, accelerator, stream.dataset)
+    probe = TokenBatch(*(field[:PROBED_IMAGES] for field in next(iter(stream))))
+    return estimate(task, probe, len(probe.indices), stream.num_images, config.training, accelerator)
+
+
+def open_stream(config: PriorExperiment, accelerator: Accelerator) -> TokenStream:
+    """This process's share of the tokens."""
+    return TokenStream(
+        config.data.train,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )

@@ -6,8 +6,8 @@ import pytest
 
 from engine.config import CONFIG_ROOT, as_dict, load_config, save_config
 from engine.errors import UserError
-from evaluation.ablation import AblationConfig
 from evaluation.benchmark import BenchmarkConfig
+from evaluation.tokenizers import ComparisonConfig
 from stage1_tokenizer.train import TokenizerExperiment
 from stage2_prior.train import PriorExperiment
 
@@ -17,8 +17,8 @@ ALL_CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))
 def schema_of(path: Path) -> type:
     if path.stem.startswith("tokenizer"):
         return TokenizerExperiment
-    if path.parent.name == "ablation":
-        return AblationConfig
+    if path.parent.name in ("ablation", "tokenizers"):
+        return ComparisonConfig
     return PriorExperiment if path.stem.startswith("prior") else BenchmarkConfig
 
 

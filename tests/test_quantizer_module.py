@@ -33,9 +33,12 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("name", ["scq", "vq", "none"])
+ARMS = ["scq", "vq", "vq_ema", "simvq", "fsq", "rvq2"]
+
+
+@pytest.mark.parametrize("name", [*ARMS, "none"])
 def test_shapes_and_gradients(name):
-    quantizer = create_quantizer(name, codebook_size=32, dim=6)
+    quantizer = create_quantizer(name, codebook_size=64, dim=6)
     z = latents().requires_grad_()
     out = quantizer(z)
     assert out.z_q.shape == z.shape
@@ -45,9 +48,39 @@ def test_shapes_and_gradients(name):
     (out.z_q.square().mean() + out.loss).backward()
     assert torch.isfinite(z.grad).all()
     assert z.grad.abs().sum() > 0
-    if name != "none":
+    assert quantizer.has_codes == (name != "none")
+    if quantizer.has_codes:
+        assert 0 <= out.indices.min() <= out.indices.max() < 64
         assert quantizer.lookup(out.indices).shape == z.shape
+    if name in ("scq", "vq"):
         assert quantizer.codebook.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ARMS[1:])
+def test_a_hard_quantizer_returns_its_codes(name):
+    quantizer = create_quantizer(name, codebook_size=64, dim=6)
+    for step in range(3):
+        trained = quantizer(latents(seed=step))
+        torch.testing.assert_close(trained.z_q, trained.z_q.detach())
+    before = state(quantizer)
+    quantizer.eval()
+    out = quantizer(latents(seed=5))
+    assert torch.equal(out.z_q, quantizer.lookup(out.indices))
+    assert same(state(quantizer), before)
+    every = quantizer.lookup(torch.arange(64).view(1, 8, 8))
+    assert every.flatten(2).unique(dim=2).shape[2] > 32, "codes differ"
+    if name in ("vq", "vq_ema", "simvq"):  # the others choose in parts
+        distance = torch.cdist(latents(seed=5).permute(0, 2, 3, 1).reshape(-1, 6), every[0].flatten(1).t())
+        assert torch.equal(distance.argmin(1), out.indices.flatten())
+
+
+def test_codebooks_of_other_sizes_say_what_they_need():
+    with pytest.raises(ValueError, match="product is codebook_size=100, not None; sizes with published levels: 64, "):
+        create_quantizer("fsq", codebook_size=100, dim=4)
+    assert create_quantizer("fsq", codebook_size=100, dim=4, levels=[10, 10]).lookup(torch.tensor([[[99]]])).ndim == 4
+    with pytest.raises(ValueError, match=r"product is codebook_size=100, not \[7, 7\]"):
+        create_quantizer("rvq2", codebook_size=100, dim=4, sizes=[7, 7])
+    assert create_quantizer("rvq2", codebook_size=512, dim=4).sizes == [32, 16]
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "local"}, {"method": "relaxed"}, {"projection_dim": 3}])
@@ -211,7 +244,7 @@ def test_projection_quantizes_normalised_latents():
 
 
 def test_unknown_names_and_options_are_listed():
-    with pytest.raises(ValueError, match="there are: none, scq, vq"):
+    with pytest.raises(ValueError, match="there are: fsq, none, rvq2, scq, simvq, vq, vq_ema"):
         create_quantizer("fancy", codebook_size=4, dim=2)
     with pytest.raises(ValueError, match="has no option 'colour'; it has: commitment"):
         create_quantizer("vq", codebook_size=4, dim=2, colour=1)
@@ -233,9 +266,9 @@ def test_options_out_of_range_are_named(options, message):
         SoftConvexQuantizer(**({"codebook_size": 8, "dim": 4} | options))
 
 
-@pytest.mark.parametrize("name", ["scq", "vq", "none"])
+@pytest.mark.parametrize("name", [*ARMS, "none"])
 def test_a_non_finite_latent_is_named_before_anything_changes(name):
-    quantizer = create_quantizer(name, codebook_size=16, dim=6)
+    quantizer = create_quantizer(name, codebook_size=64, dim=6)
     quantizer(latents())
     before = state(quantizer)
     z = latents()
@@ -253,9 +286,11 @@ def test_indices_out_of_range_are_named():
             quantizer.lookup(torch.tensor([[[0, 16]]]))
 
 
-@pytest.mark.parametrize("name", ["scq", "vq"])
+@pytest.mark.parametrize("name", ARMS)
 def test_half_precision_outside_is_float32_inside(name):
-    quantizer = create_quantizer(name, codebook_size=32, dim=6).eval()
+    quantizer = create_quantizer(name, codebook_size=64, dim=6)
+    quantizer(latents())
+    quantizer.eval()
     z = latents().bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = quantizer(z)

@@ -1,6 +1,9 @@
 """The solver against oracles that know none of its tricks, its gradients against differences of an oracle."""
 
+import subprocess
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -425,3 +428,14 @@ def test_a_support_too_large_for_compiled_code_is_solved_all_the_same():
     solution = soft_convex_solve(z, duplicates, 0.05)
     assert solution.residual.max() < 1e-9
     assert (solution.weights > 0).sum(1).max() > 72
+
+
+def test_solving_leaves_torchs_number_of_threads_alone():
+    """numba starts OpenMP's threads, which are torch's, and sets their number: in several processes far too many."""
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from stage1_tokenizer.quantizers import soft_convex_solve\n"
+        "soft_convex_solve(torch.randn(300, 4), torch.randn(8, 4), 0.3)\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -38,26 +38,48 @@ def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
     return load_file(newest / f"{name}.safetensors")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(emoji: dict[str, Path], tmp_path: Path) -> None:
-    """Weights, averaged weights and discriminator after kill -9 and resume equal those of an uninterrupted run."""
-    steps = ["training.steps=24", "training.checkpoint_every=6"]
-    whole = run_scq(*command(emoji, tmp_path / "whole", *steps))
-    assert whole.returncode == 0, whole.stderr
+def launch(processes: int, arguments: list[str]) -> subprocess.Popen:
+    """`scq` in its own process group, so that a kill reaches the launcher and all it started."""
+    program = [sys.executable, "-m", "engine.cli"]
+    environment = dict(os.environ)
+    if processes > 1:
+        program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+        program += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        program += ["--main_process_port", "0", "--module", "engine.cli"]
+        environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.Popen(
+        [*program, *arguments],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_goes_on_bit_for_bit(processes: int, emoji: dict[str, Path], tmp_path: Path) -> None:
+    """Weights, averages, discriminator and LeCam's means after kill -9 and resume equal those of a whole run."""
+    steps = ["training.steps=24", "training.checkpoint_every=6", "loss.lecam=0.1", "loss.augment=[shift]"]
+    finish(launch(processes, command(emoji, tmp_path / "whole", *steps)))
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "engine.cli", *command(emoji, killed, *steps)], cwd=REPOSITORY, stderr=subprocess.DEVNULL
-    )
+    process = launch(processes, command(emoji, killed, *steps))
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
     assert not (killed / "model").exists(), "the run ended before it could be killed"
-    resumed = run_scq(*command(emoji, killed, *steps))
-    assert resumed.returncode == 0, resumed.stderr
+    finish(launch(processes, command(emoji, killed, *steps)))
 
-    for name in ("model", "ema", "discriminator"):
+    for name in ("model", "ema", "discriminator", "lecam"):
         first, second = weights(tmp_path / "whole", name), weights(killed, name)
         assert first.keys() == second.keys()
         for key in first:
@@ -73,14 +95,8 @@ def test_a_killed_run_goes_on_bit_for_bit(emoji: dict[str, Path], tmp_path: Path
 
 def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Path) -> None:
     steps = ["training.steps=8", "training.checkpoint_every=8"]
-    one = run_scq(*command(emoji, tmp_path / "one", *steps))
-    assert one.returncode == 0, one.stderr
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    launch += ["--module", "engine.cli", *command(emoji, tmp_path / "two", *steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    two = subprocess.run(launch, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=environment)
-    assert two.returncode == 0, two.stderr
+    finish(launch(1, command(emoji, tmp_path / "one", *steps)))
+    finish(launch(2, command(emoji, tmp_path / "two", *steps)))
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in first:
         assert torch.allclose(first[key].float(), second[key].float(), atol=2e-3), key

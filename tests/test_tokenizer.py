@@ -11,8 +11,9 @@ from data.stream import iterate_once
 from engine.config import CONFIG_ROOT, load_config
 from engine.errors import UserError
 from engine.loop import make_accelerator
+from engine.tracking import read_metrics
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from stage1_tokenizer.losses import LossConfig, PerceptualLoss, TokenizerLoss, adaptive_weight
+from stage1_tokenizer.losses import LossConfig, PerceptualLoss
 from stage1_tokenizer.train import TokenizerExperiment, TokenizerTask, build_tokenizer, load_tokenizer, train_tokenizer
 from stage1_tokenizer.write_tokens import write_tokens
 
@@ -22,7 +23,7 @@ def small(quantizer: str = "scq", **keywords) -> ImageTokenizer:
     return ImageTokenizer(32, (16, 32), quantizer_name=quantizer, codebook_size=64, latent_dim=4, **keywords)
 
 
-@pytest.mark.parametrize("quantizer", ["scq", "vq"])
+@pytest.mark.parametrize("quantizer", ["scq", "vq", "vq_ema", "simvq", "fsq", "rvq2"])
 def test_the_way_of_an_image(quantizer: str) -> None:
     tokenizer = small(quantizer)
     images = torch.rand(3, 3, 32, 32) * 2 - 1
@@ -34,7 +35,21 @@ def test_the_way_of_an_image(quantizer: str) -> None:
     encoding = tokenizer.encode(images)
     decoded = tokenizer.decode_indices(encoding.indices)
     same = torch.allclose(decoded, tokenizer.decode(encoding.z_q), atol=1e-5)
-    assert same == (quantizer == "vq"), "only a hard quantizer's z_q is its codes"
+    assert same == (quantizer != "scq"), "only a hard quantizer's z_q is its codes"
+
+
+@pytest.mark.parametrize("quantizer", ["scq", "vq"])
+def test_an_encoding_says_which_codes_it_mixes(quantizer: str) -> None:
+    tokenizer = small(quantizer)
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    tokenizer(images)
+    encoding = tokenizer.eval().encode(images)
+    torch.testing.assert_close(encoding.weights.sum(-1), torch.ones(3, 8, 8))
+    assert torch.equal(encoding.support.gather(-1, encoding.weights.argmax(-1, keepdim=True))[..., 0], encoding.indices)
+    codes = tokenizer.quantizer.lookup(encoding.support.flatten(2)).unflatten(3, (8, -1))  # (B, F, h, w, S)
+    mixed = (codes * encoding.weights.unsqueeze(1)).sum(-1)
+    torch.testing.assert_close(mixed, encoding.z_q, rtol=0, atol=1e-4)
+    assert (encoding.support.shape[-1] > 1) == (quantizer == "scq")
 
 
 def test_pixels_survive_the_round_trip() -> None:
@@ -112,18 +127,6 @@ def test_views_of_an_image_are_tokenized_beside_each_other(emoji: dict[str, Path
         assert (found == tokenizer.encode(to_float(pixels)).indices).float().mean() > 0.999
 
 
-def test_adaptive_weight_is_the_ratio_of_gradients() -> None:
-    layer = torch.nn.Parameter(torch.tensor([2.0, 0.0]))
-    x = layer * torch.tensor([3.0, 1.0])
-    assert torch.isclose(adaptive_weight(x[0] * 4, x[0], layer, 100.0), torch.tensor(4.0), rtol=1e-4)
-    assert adaptive_weight(x[0] * 1e6, x[0], layer, 10.0) == 10.0
-
-
-def test_hinge_loss() -> None:
-    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
-    assert TokenizerLoss.discriminator_loss(real, fake) == 0.5 * (0.5 + 1.0)
-
-
 @pytest.fixture(scope="session")
 def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """VGG16's layers under torchvision's names, untrained: the real code path without a download."""
@@ -166,12 +169,86 @@ def test_the_discriminator_learns_and_the_generator_does_not_touch_it(emoji: dic
     batch = next(iterate_once(emoji["train"], 16))
     images = to_float(batch.images)
     reconstruction, _ = task.tokenizer(images)
-    loss, _ = task.losses.generator(images, reconstruction, task.modules["model"].last_layer, step=0)
+    last_layer, noise = task.modules["model"].last_layer, torch.rand(16, 7)
+    loss, _ = task.losses.generator(images, reconstruction, last_layer, step=0, noise=noise)
     loss.backward()
     assert all(p.grad is None for p in task.modules["discriminator"].parameters())
     terms = task.training_step(batch, step=0)
     assert {"adversarial", "adaptive_weight", "discriminator"} <= terms.keys()
     assert any(not torch.equal(p, before[name]) for name, p in task.modules["discriminator"].named_parameters())
+
+
+FULL_GAME = {
+    "perceptual": 0.0, "adversarial": 0.5, "adversarial_start": 0, "adversarial_ramp": 0, "discriminator_lead": 0,
+    "discriminator_channels": 16, "discriminator_layers": 2, "game": "non-saturating", "r1": 1.0, "r1_every": 2,
+    "lecam": 0.1, "discriminator_norm": "spectral", "augment": ["colour", "shift", "cutout"],
+}  # fmt: skip
+
+
+def one_step(emoji: dict[str, Path], loss: LossConfig, steps: int = 1, **training) -> tuple[TokenizerTask, dict]:
+    config = load_config(TokenizerExperiment, CONFIG_ROOT / "quickstart" / "tokenizer_vqgan.yaml")
+    config.loss = loss
+    for name, value in {"precision": "fp32", **training}.items():
+        setattr(config.training, name, value)
+    task = TokenizerTask(config, make_accelerator(config.training), torch.zeros(1))
+    batches = iterate_once(emoji["train"], 16)
+    for step in range(steps):
+        terms = task.training_step(next(batches), step)
+    return task, terms
+
+
+def test_all_of_the_game_together_trains_and_is_saved(emoji: dict[str, Path]) -> None:
+    task, terms = one_step(emoji, LossConfig(**FULL_GAME))
+    assert {"adversarial", "adaptive_weight", "discriminator", "r1", "lecam"} <= terms.keys()
+    assert all(value.isfinite() for value in terms.values())
+    assert set(task.modules) == {"model", "discriminator", "lecam"}
+    assert task.modules["lecam"].real_mean != 0
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(emoji: dict[str, Path], monkeypatch) -> None:
+    """With a constant adversarial weight; VQGAN's adaptive one is a ratio of norms, each micro-batch's own."""
+    found: list[dict[str, torch.Tensor]] = []
+
+    def record(module: torch.nn.Module, *_) -> torch.Tensor:
+        found.append({name: p.grad.clone() for name, p in module.named_parameters()})
+        module.zero_grad()
+        return torch.zeros(())
+
+    monkeypatch.setattr("stage1_tokenizer.train.optimizer_step", record)
+    loss = LossConfig(**FULL_GAME | {"adaptive_max": 0.0, "lecam": 0.0, "discriminator_norm": "group"})
+    _, whole = one_step(emoji, loss)
+    _, parts = one_step(emoji, loss, accumulate=4)
+    for first, second in zip(found[:2], found[2:], strict=True):  # of the autoencoder, and of the discriminator
+        for name in first:
+            scale = first[name].abs().max()
+            assert scale > 0
+            torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-4 * float(scale) + 1e-7)
+    assert float(whole["loss"]) == pytest.approx(float(parts["loss"]), rel=1e-5)
+    with pytest.raises(UserError, match=r"training.accumulate=3 does not divide the 16 images"):
+        one_step(emoji, loss, accumulate=3)
+
+
+def test_the_best_checkpoint_is_kept_and_exported(emoji: dict[str, Path], tmp_path: Path) -> None:
+    config = load_config(
+        TokenizerExperiment,
+        CONFIG_ROOT / "quickstart" / "tokenizer_vqgan.yaml",
+        [f"out={tmp_path}", f"data.train={emoji['train']}", "training.steps=8", "training.batch_size=8"]
+        + ["training.checkpoint_every=2", "training.keep_checkpoints=1", "architecture.channels=[8,16]"],
+    )
+    scores = iter([3.0, 1.0, 2.0, 1.5])
+    seen = []
+
+    def measure(tokenizer: ImageTokenizer) -> float:
+        seen.append(tokenizer.fingerprint())
+        return next(scores)
+
+    trained = train_tokenizer(config, measure)
+    assert trained.best.name == "step_00000004"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
+    assert load_tokenizer(tmp_path / "best").fingerprint() == seen[1]
+    assert load_tokenizer(tmp_path / "model").fingerprint() == seen[3]
+    assert [row["score"] for row in read_metrics(tmp_path)] == [3.0, 1.0, 2.0, 1.5]
+    assert (tmp_path / "images" / "curves.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("folder", ["lsun_church", "lsun_bedroom"])

@@ -109,25 +109,24 @@ def add_benchmark(commands: Any) -> None:
     step.add_argument("--repeats", type=positive, default=20, help="timed steps of each")
     step.add_argument("overrides", nargs="*", metavar="key=value", help="for all configs")
 
-    ablation = command(
+    tokenizers = command(
         subjects,
-        "ablation",
-        _benchmark_ablation,
+        "tokenizers",
+        _benchmark_tokenizers,
         "train tokenizers that differ in one thing and compare their reconstructions",
         "Finished arms are reused, an interrupted one goes on.",
     )
-    ablation.add_argument(
-        "--config", type=Path, default=Path("configs/ablation/cifar10.yaml"), help="YAML file of arms"
-    )
-    ablation.add_argument("--train", required=True, metavar="SHARDS", help="shards to train on")
-    ablation.add_argument("--held-out", required=True, metavar="SHARDS", help="shards to reconstruct")
-    ablation.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder for runs, results and table")
+    tokenizers.add_argument("--config", type=Path, required=True, help="YAML file of arms")
+    tokenizers.add_argument("--train", required=True, metavar="SHARDS", help="shards to train on")
+    tokenizers.add_argument("--held-out", required=True, metavar="SHARDS", help="shards to reconstruct")
+    tokenizers.add_argument("--out", type=Path, required=True, help="folder for runs, results and table")
+    tokenizers.add_argument("overrides", nargs="*", metavar="key=value", help="of the comparison, as images=1000")
 
 
-def _benchmark_ablation(options: argparse.Namespace) -> None:
-    from evaluation.ablation import run_ablation
+def _benchmark_tokenizers(options: argparse.Namespace) -> None:
+    from evaluation.tokenizers import compare_tokenizers
 
-    print(run_ablation(options.config, options.train, options.held_out, options.out))
+    print(compare_tokenizers(options.config, options.train, options.held_out, options.out, options.overrides))
 
 
 def _benchmark_step(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import Parser, add_model, command, positive, say_once
+from engine.commands.common import Parser, add_model, command, device, positive, say_once
 from engine.errors import UserError
 
 
@@ -26,16 +26,42 @@ def add_train(commands: Any) -> None:
             f"accelerate launch --module engine.cli train {stage} --config FILE",
         )
         each.add_argument("--config", type=Path, required=True, help="YAML file; the ready ones are in configs/")
+        each.add_argument(
+            "--dry-run", action="store_true", help="print parameters, memory, steps per epoch and time; train nothing"
+        )
         each.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.steps=1000")
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
     from engine.config import load_config
-    from stage1_tokenizer.train import TokenizerExperiment, train_tokenizer
+    from stage1_tokenizer.train import TokenizerExperiment, estimate_tokenizer, train_tokenizer
 
     config = load_config(TokenizerExperiment, options.config, options.overrides)
-    train_tokenizer(config)
+    if options.dry_run:
+        say_once("\n".join(estimate_tokenizer(config)))
+        return
+    train_tokenizer(config, _rfid(config) if config.score.images else None)
     say_once(f"{Path(config.out) / 'model'}")
+
+
+def _rfid(config: Any) -> Any:
+    """A function from a tokenizer to its rFID on held-out images, the mean of that of z_q and of dominant codes."""
+    from engine.progress import say
+    from evaluation.evaluate import Reference, evaluate_reconstructions
+    from evaluation.inception import load_inception
+
+    if not config.data.validation:
+        raise UserError("score.images needs held-out images: set data.validation to their shards")
+    reference = Reference(config.data.validation, config.score.images)
+    network = load_inception(config.score.inception_weights or None, device())
+    say(f"Inception: {network.description}")
+    real = reference.features(network)
+
+    def measure(tokenizer: Any) -> float:
+        found = evaluate_reconstructions(tokenizer, reference, network, real)
+        return sum(each["rfid"] for each in found.values()) / len(found)
+
+    return measure
 
 
 def _train_prior(options: argparse.Namespace) -> None:
@@ -45,9 +71,12 @@ def _train_prior(options: argparse.Namespace) -> None:
     from engine.pictures import picture_grid
     from sampling.pipeline import SoftConvexPipeline
     from stage1_tokenizer.train import load_tokenizer
-    from stage2_prior.train import PriorExperiment, train_prior
+    from stage2_prior.train import PriorExperiment, estimate_prior, train_prior
 
     config = load_config(PriorExperiment, options.config, options.overrides)
+    if options.dry_run:
+        say_once("\n".join(estimate_prior(config)))
+        return
     if not config.tokenizer:
         raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
     tokenizer = load_tokenizer(config.tokenizer)

@@ -79,6 +79,8 @@ class VectorQuantizer(Quantizer):
 class NoQuantizer(Quantizer):
     """The ceiling: latents pass unchanged. Its one "code" is zero, so there is nothing for a prior to learn."""
 
+    has_codes = False
+
     def __init__(self, codebook_size: int, dim: int):
         super().__init__()
         check_codebook_shape(codebook_size, dim)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,16 +17,27 @@ class Quantized(NamedTuple):
     stats: dict[str, Tensor]  # name -> 0-dim tensor, detached
 
 
+class Mixture(NamedTuple):
+    """Which codes a quantizer mixes for latents z (B, F, h, w)."""
+
+    z_q: Tensor  # (B, F, h, w) float32
+    indices: Tensor  # (B, h, w) int64, the dominant codes
+    support: Tensor  # (B, h, w, S) int64, the codes mixed, padded; S is 1 for a hard quantizer
+    weights: Tensor  # (B, h, w, S) float32, theirs: at least 0, summing to one; padding has 0
+
+
 class Quantizer(nn.Module):
     """Base of all quantizers.
 
     Attributes:
         codebook_size: K, the number of codes; indices are in [0, K).
         dim: F, the channels of a latent.
+        has_codes: False where there is nothing to look up, and for a prior nothing to learn.
     """
 
     codebook_size: int
     dim: int
+    has_codes: bool = True
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         """Quantize latents.
@@ -40,6 +52,11 @@ class Quantizer(nn.Module):
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, F, h, w) of indices (B, h, w)."""
         raise NotImplementedError
+
+    def mix(self, z: Tensor) -> Mixture:
+        """What `forward` does with z (B, F, h, w) in eval mode, code by code."""
+        z_q, indices, _, _ = self(z)
+        return Mixture(z_q, indices, indices.unsqueeze(-1), torch.ones_like(indices, dtype=z_q.dtype).unsqueeze(-1))
 
 
 _REGISTRY: dict[str, Callable[..., Quantizer]] = {}

@@ -84,6 +84,9 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
 
 
 def _in_turn(work, *arguments) -> None:
+    threads = torch.get_num_threads()
     with _turn:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        if torch.get_num_threads() != threads:  # when numba starts OpenMP's threads, it sets their number for torch too
+            torch.set_num_threads(threads)
         work(*arguments)

@@ -19,6 +19,7 @@ from stage1_tokenizer.quantizers.codebook import (
 )
 from stage1_tokenizer.quantizers.convex_solver import METHODS, ConvexSolution, check_finite, soft_convex_solve
 from stage1_tokenizer.quantizers.interface import (
+    Mixture,
     Quantized,
     Quantizer,
     check_codebook_shape,
@@ -155,6 +156,13 @@ class SoftConvexQuantizer(Quantizer):
             rows, codes = self._rows(z), self._codes()
             reg = self._reg(rows, codes)
             return soft_convex_solve(rows, codes, reg, method=self.method, neighbours=self.neighbours)
+
+    def mix(self, z: Tensor) -> Mixture:
+        solution, grid = self.solve(z), (z.shape[0], *z.shape[2:])
+        z_q = unflatten_latents(solution.z_q if self.up is None else self.up(solution.z_q), z)
+        return Mixture(
+            z_q, solution.dominant.view(grid), solution.support.view(*grid, -1), solution.weights.view(*grid, -1)
+        )
 
     def current_rho(self) -> float:
         """rho at the present training step."""

@@ -1,0 +1,101 @@
+"""What a training would take, measured on a few images and thrown away: ``--dry-run``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from engine.config import LoopConfig
+from engine.loop import Task
+
+PROBED_IMAGES = 4  # small enough for any machine; memory and time are scaled from them
+
+
+def estimate(
+    task: Task, probe: Any, probed: int, images: int | None, config: LoopConfig, accelerator: Accelerator
+) -> list[str]:
+    """Lines for a person: parameters, memory, steps per epoch, time to the end.
+
+    Args:
+        probe: a batch of ``probed`` images, on which three training steps are taken, with every loss switched on.
+        images: in the training set; None where it is not at hand.
+    """
+    share = -(-config.batch_size // accelerator.num_processes)
+    together = -(-share // max(1, config.accumulate))
+    last = config.steps - 1
+    with _SavedForBackward(list(task.modules.values())) as saved:
+        task.training_step(probe, last)  # also the warm-up: compilation, first allocations
+    seconds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        terms = task.training_step(probe, last)
+        float(terms["loss"])  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    step = min(seconds) * share / probed
+    states = _state_bytes(task)
+    activations = saved.bytes / probed * together
+    sizes = ", ".join(f"{name} {_parameters(module) / 1e6:.1f}M" for name, module in task.modules.items())
+    epoch = "training set not at hand"
+    if images is not None:
+        steps = images / config.batch_size
+        epoch = f"{images:,} images, {steps:,.0f} steps per epoch, {config.steps / steps:,.1f} epochs"
+    return [
+        f"parameters: {sizes}",
+        f"memory of each process: about {(states + activations) / 1e9:.2f} GB ({states / 1e9:.2f} GB of weights, "
+        f"averages, gradients and optimizer state, {activations / 1e9:.2f} GB of activations of {together} images)",
+        f"data: {epoch}",
+        f"time on this machine: {step:.2f} s per step (measured on {probed} images, scaled to {share}), "
+        f"{_duration(step * config.steps)} for {config.steps:,} steps of {config.batch_size} images in "
+        f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}",
+    ]
+
+
+class _SavedForBackward:
+    """Counts the bytes that autograd keeps for the backward pass, every storage once, parameters left out."""
+
+    def __init__(self, modules: list[nn.Module]):
+        self._known = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.bytes = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> _SavedForBackward:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hooks.__exit__(*exception)
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _state_bytes(task: Task) -> int:
+    """Weights, their averages, gradients as large as the weights, and the optimizers' state."""
+    weights = sum(p.numel() * p.element_size() for module in task.modules.values() for p in module.parameters())
+    averages = sum(p.numel() * p.element_size() for p in task.average.module.parameters())
+    state = sum(
+        value.numel() * value.element_size()
+        for optimizer in task.optimizers.values()
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, Tensor)
+    )
+    return 2 * weights + averages + state
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,173 @@
+"""Tokenizers that differ in one thing, trained alike, compared by reconstructions: ``scq benchmark tokenizers``.
+
+Numbers of z_q and of the dominant codes stand in one row, but never in one column: they do not cost the same.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import as_dict, load_config, write_atomically
+from engine.progress import progress_bar
+from engine.tracking import read_metrics
+from evaluation.evaluate import Reference, evaluate_codebook, evaluate_reconstructions
+from evaluation.features import FeatureSet
+from evaluation.inception import InceptionFeatures, load_inception
+from evaluation.phases import Phases
+from evaluation.report import markdown_table
+from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
+from stage1_tokenizer.losses import PerceptualLoss
+from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer, train_tokenizer
+
+
+@dataclass
+class ComparisonConfig:
+    """``arms`` maps a title to overrides of the ``tokenizer`` config, which lies beside this one."""
+
+    tokenizer: str = ""
+    images: int = 2000  # held-out images to reconstruct
+    rfid: bool = False  # FID of reconstructions; the network takes about 15 images a second on two cores
+    lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
+    seeds: dict[str, int] = field(default_factory=dict)  # how many seeds an arm is trained with, if not one
+    arms: dict[str, list[str]] = field(default_factory=dict)
+
+
+def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, overrides: list[str]) -> str:
+    """Train every arm, or go on with it, and write results.json and table.md to ``out``.
+
+    Args:
+        train, held_out: shards.
+        overrides: of the comparison's config, ``key=value``.
+
+    Returns:
+        the table.
+    """
+    config = load_config(ComparisonConfig, config_path, overrides)
+    runs = [(title, seed) for title in config.arms for seed in range(config.seeds.get(title, 1))]
+    phases = Phases(out / "phases", total=len(runs))
+    yardsticks = _Yardsticks(config, held_out, out)
+    rows: dict[str, list[dict[str, Any]]] = {title: [] for title in config.arms}
+    for title, seed in runs:
+        experiment = load_config(TokenizerExperiment, config_path.parent / config.tokenizer, config.arms[title])
+        name = f"{list(config.arms).index(title):02d}_{seed}"
+        experiment.out, experiment.training.seed = str(out / name), experiment.training.seed + seed
+        experiment.data.train, experiment.data.validation = train, held_out
+        settings = {key: value for key, value in as_dict(experiment).items() if key not in ("out", "data")}
+        rows[title].append(
+            phases.run(
+                f"{name} {title}", [settings, yardsticks.description], lambda e=experiment: _measure(e, yardsticks)
+            )
+        )
+    write_atomically(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    table = "\n".join(render(rows)) + "\n"
+    write_atomically(out / "table.md", table)
+    return table
+
+
+class _Yardsticks:
+    """What every arm is measured with; the networks are loaded when the first arm needs them."""
+
+    def __init__(self, config: ComparisonConfig, held_out: str, out: Path):
+        self.reference = Reference(held_out, config.images)
+        self.perceptual = PerceptualLoss(config.lpips_weights) if config.lpips_weights else None
+        self.network: InceptionFeatures | None = None
+        self.real: FeatureSet | None = None
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if config.rfid:
+            self.network = load_inception(None, self.device)
+            with progress_bar("features of held-out images") as bar:
+                self.real = self.reference.features(self.network, out / "reference_features.npz", bar)
+        network = self.network.description if self.network else None
+        self.description = [vars(self.reference.description), network, bool(self.perceptual)]
+
+
+def _measure(experiment: TokenizerExperiment, yardsticks: _Yardsticks) -> dict[str, Any]:
+    trained = train_tokenizer(experiment)
+    tokenizer = load_tokenizer(experiment.out).to(yardsticks.device)
+    reference = yardsticks.reference
+    with progress_bar("reconstructions") as bar:
+        found = evaluate_reconstructions(
+            tokenizer, reference, yardsticks.network, yardsticks.real, bar, perceptual=yardsticks.perceptual
+        )
+    usage = evaluate_codebook(tokenizer, reference.batches()).summary() if tokenizer.quantizer.has_codes else None
+    log = read_metrics(Path(experiment.out))
+    return {
+        **found,
+        "codebook": usage,
+        "latents": _of_latents(tokenizer, reference, log[-1]),
+        # Of the median logging window: what else the machine did for a while does not count.
+        "images_per_second": statistics.median(row["images_per_second"] for row in log),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "images_seen": trained.steps * experiment.training.batch_size,
+        "batch_size": experiment.training.batch_size,
+        "seconds": trained.seconds,
+    }
+
+
+@torch.no_grad()
+def _of_latents(tokenizer: ImageTokenizer, reference: Reference, last: dict[str, float]) -> dict[str, float]:
+    """How often the dominant code is the nearest, its mean weight, and what mixing wins in latent space."""
+    images = torch.cat([batch.images for batch in islice(reference.batches(), 4)]).to(tokenizer.device)
+    stats = tokenizer.quantizer(tokenizer.latents(to_float(images))).stats
+    found = {name: float(stats[name]) for name in ("dominant_is_nearest", "dominant_weight") if name in stats}
+    if "soft_error" in last:
+        found["soft_over_hard"] = last["soft_error"] / last["hard_error"]
+    return found
+
+
+# (head, way into a row, format); a column that no arm has is left out.
+_COLUMNS = [
+    ("MSE of z_q", ("z_q", "mse"), ".5f"),
+    ("MSE of dominant codes", ("dominant", "mse"), ".5f"),
+    ("PSNR", ("z_q", "psnr"), ".2f"),
+    ("of dominant", ("dominant", "psnr"), ".2f"),
+    ("SSIM", ("z_q", "ssim"), ".3f"),
+    ("of dominant", ("dominant", "ssim"), ".3f"),
+    ("LPIPS", ("z_q", "lpips"), ".3f"),
+    ("of dominant", ("dominant", "lpips"), ".3f"),
+    ("rFID", ("z_q", "rfid"), ".1f"),
+    ("of dominant", ("dominant", "rfid"), ".1f"),
+    ("codes used", ("codebook", "used_share"), ".1%"),
+    ("perplexity", ("codebook", "perplexity"), ".0f"),
+    ("bits per image", ("codebook", "fixed_bits_per_image"), ".0f"),
+    ("entropy", ("codebook", "bits_per_image"), ".0f"),
+    ("dominant is nearest", ("latents", "dominant_is_nearest"), ".1%"),
+    ("dominant weight", ("latents", "dominant_weight"), ".2f"),
+    ("soft / hard latent error", ("latents", "soft_over_hard"), ".2f"),
+    ("images/s", ("images_per_second",), ".0f"),
+]
+
+
+def render(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The results as a Markdown table; of several seeds the mean, and the range in brackets."""
+
+    def look(row: dict[str, Any], way: tuple[str, ...]) -> float | None:
+        for key in way:
+            row = None if row is None else row.get(key)
+        return row
+
+    def show(values: list[float | None], form: str) -> str:
+        there = [value for value in values if value is not None]
+        if not there:
+            return "-"
+        mean = format(statistics.fmean(there), form)
+        return mean if len(there) == 1 else f"{mean} ({format(min(there), form)} - {format(max(there), form)})"
+
+    columns = [
+        column for column in _COLUMNS if any(look(row, column[1]) is not None for each in rows.values() for row in each)
+    ]
+    return markdown_table(
+        ["arm", *(head for head, _, _ in columns)],
+        [
+            [title if len(each) == 1 else f"{title}, {len(each)} seeds"]
+            + [show([look(row, way) for row in each], form) for _, way, form in columns]
+            for title, each in rows.items()
+        ],
+    )

@@ -1,0 +1,94 @@
+"""The two sides of the adversarial game, and what keeps it from being won on a small set.
+
+Logits are (B, 1, h, w), positive for real; images (B, 3, H, W) in [-1, 1]; every loss is 0-dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stage1_tokenizer.quantizers.codebook import sum_across_processes
+
+GAMES = ("hinge", "non-saturating")
+AUGMENTATIONS = ("colour", "shift", "cutout")
+
+
+def generator_loss(fake: Tensor, game: str) -> Tensor:
+    """What the autoencoder pays for reconstructions that are not taken for real."""
+    return -fake.float().mean() if game == "hinge" else F.softplus(-fake.float()).mean()
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, game: str) -> Tensor:
+    """The hinge loss (Lim and Ye, arXiv 1705.02894), or the non-saturating one (Goodfellow et al., arXiv 1406.2661)."""
+    real, fake = real.float(), fake.float()
+    if game == "hinge":
+        return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def gradient_penalty(real_images: Tensor, real: Tensor) -> Tensor:
+    """R1 (Mescheder et al., arXiv 1801.04406): half the squared gradient of the verdict on real images, which must
+    require gradients. Summed over pixels, averaged over images."""
+    (gradient,) = torch.autograd.grad(real.float().sum(), real_images, create_graph=True)
+    return 0.5 * gradient.float().square().sum((1, 2, 3)).mean()
+
+
+class LeCam(nn.Module):
+    """LeCam regularization (Tseng et al., arXiv 2104.03310, eq. 7): verdicts stay near the other side's running mean.
+
+    Its running means are buffers, so that a checkpoint has them.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        real, fake = real.float(), fake.float()
+        return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
+
+    @torch.no_grad()
+    def update(self, real: Tensor, fake: Tensor) -> None:
+        """Move the running means by the verdicts of all processes."""
+        here = torch.stack([real.float().mean(), fake.float().mean(), real.new_ones((), dtype=torch.float32)])
+        summed = sum_across_processes(here)
+        self.real_mean.lerp_(summed[0] / summed[2], 1 - self.decay)
+        self.fake_mean.lerp_(summed[1] / summed[2], 1 - self.decay)
+
+
+def augment(images: Tensor, noise: Tensor, kinds: tuple[str, ...]) -> Tensor:
+    """Differentiable augmentation (Zhao et al., arXiv 2006.10738) of what a discriminator sees.
+
+    Args:
+        images: (B, 3, H, W).
+        noise: (B, 7) uniform in [0, 1), each image's own.
+        kinds: of AUGMENTATIONS, applied in their order: brightness, saturation and contrast; a shift by up to an eighth
+            of the side, zeros coming in; a square of half the side set to zero.
+    """
+    brightness, saturation, contrast, down, right, top, left = noise[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1)
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device)[:, None]
+    columns = torch.arange(width, device=images.device)
+    if "colour" in kinds:
+        images = images + (brightness - 0.5)
+        grey = images.mean(1, keepdim=True)
+        images = (images - grey) * (2 * saturation) + grey
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * (contrast + 0.5) + mean
+    if "shift" in kinds:
+        most = max(1, round(height / 8))
+        down, right = ((2 * most + 1) * down).long() - most, ((2 * most + 1) * right).long() - most
+        source = (rows - down).squeeze(1), (columns - right).squeeze(1)  # (B, H, 1), (B, 1, W) or broadcast to them
+        inside = (source[0] >= 0) & (source[0] < height) & (source[1] >= 0) & (source[1] < width)  # (B, H, W)
+        flat = source[0].clamp(0, height - 1) * width + source[1].clamp(0, width - 1)
+        taken = images.flatten(2).gather(2, flat.view(len(images), 1, -1).expand(-1, images.shape[1], -1))
+        images = taken.view_as(images) * inside.unsqueeze(1)
+    if "cutout" in kinds:
+        above, before = (height * top).long() - height // 4, (width * left).long() - width // 4
+        cut = (rows >= above) & (rows < above + height // 2) & (columns >= before) & (columns < before + width // 2)
+        images = images * ~cut
+    return images

@@ -1,0 +1,216 @@
+"""The strongest hard quantizers to stand beside, as `vector-quantize-pytorch` implements them, behind our interface.
+
+Their training rules are the library's; ours are the float32 arithmetic, the checks, and the statistics.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from vector_quantize_pytorch import FSQ, ResidualVQ, SimVQ, VectorQuantize
+
+from stage1_tokenizer.quantizers.baselines import flatten_latents, perplexity, unflatten_latents
+from stage1_tokenizer.quantizers.convex_solver import check_finite
+from stage1_tokenizer.quantizers.interface import (
+    Quantized,
+    Quantizer,
+    check_codebook_shape,
+    check_indices,
+    check_latents,
+    register_quantizer,
+)
+
+# Levels per channel, Mentzer et al. (arXiv 2309.15505), table 1; 64 and 512, which it lacks, are powers of 8.
+_FSQ_LEVELS = {
+    64: [8, 8],
+    240: [8, 6, 5],
+    512: [8, 8, 8],
+    1000: [8, 5, 5, 5],
+    4375: [7, 5, 5, 5, 5],
+    15360: [8, 8, 8, 6, 5],
+    64000: [8, 8, 8, 5, 5, 5],
+}
+
+
+class LibraryQuantizer(Quantizer):
+    """Base of the wrappers: ``layer`` maps (1, N, F) latents to (quantized, indices, loss)."""
+
+    def __init__(self, codebook_size: int, dim: int, layer: nn.Module):
+        super().__init__()
+        self.codebook_size, self.dim, self.layer = codebook_size, dim, layer
+
+    def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
+        check_latents(z, self.dim)
+        check_finite("z", z)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = flatten_latents(z)  # (N, F)
+            z_q, index, loss = self._quantize(rows.unsqueeze(0))
+            index = index.reshape(-1).long()  # (N,)
+            # A straight-through output is its code only up to rounding, so not in eval mode.
+            z_q = z_q[0] if self.training else self._codes(index)
+            counts = torch.bincount(index, minlength=self.codebook_size).float()
+            stats = {
+                "usage": (counts > 0).float().mean(),
+                "perplexity": perplexity(counts),
+                "hard_error": (rows - z_q).detach().square().sum(1).mean(),
+            }
+        indices = index.view(z.shape[0], *z.shape[2:])
+        return Quantized(unflatten_latents(z_q, z), indices, loss.float().sum(), stats)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        check_indices(indices, self.codebook_size)
+        with torch.autocast(indices.device.type, enabled=False):
+            codes = self._codes(indices.flatten())
+        return codes.view(*indices.shape, self.dim).permute(0, 3, 1, 2).contiguous()
+
+    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(1, N, F) -> quantized (1, N, F), indices with N entries, loss."""
+        return self.layer(rows)
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        """(N,) -> (N, F)."""
+        raise NotImplementedError
+
+
+@register_quantizer("vq_ema")
+class AveragedVectorQuantizer(LibraryQuantizer):
+    """Codes as running means of their latents, from a k-means start, with dead codes replaced.
+
+    The averages are of van den Oord et al. (arXiv 1711.00937), appendix A.1; low-dimensional, l2-normalised codes of Yu
+    et al. (arXiv 2110.04627), section 3.2.
+
+    Args:
+        commitment: weight of |z - sg(c)|^2, >= 0.
+        decay: of the running means, in (0, 1).
+        expiry: a code whose running count falls below this many latents a batch is replaced by a latent; 0 for never.
+        cosine: compare directions; codes are then l2-normalised.
+        projection_dim: channels of the codes, if not those of the latents.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        commitment: float = 0.25,
+        decay: float = 0.99,
+        expiry: float = 1.0,
+        cosine: bool = False,
+        projection_dim: int | None = None,
+    ):
+        check_codebook_shape(codebook_size, dim)
+        layer = VectorQuantize(
+            dim,
+            codebook_size,
+            codebook_dim=projection_dim,
+            decay=decay,
+            kmeans_init=True,
+            use_cosine_sim=cosine,
+            threshold_ema_dead_code=expiry,
+            commitment_weight=commitment,
+            rotation_trick=False,
+        )
+        super().__init__(codebook_size, dim, layer)
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        return self.layer.get_output_from_indices(indices)
+
+
+@register_quantizer("simvq")
+class LinearVectorQuantizer(LibraryQuantizer):
+    """SimVQ (Zhu et al., arXiv 2411.02038): a frozen random codebook behind one learned linear map.
+
+    Args:
+        commitment: weight of |z - sg(c)|^2 beside |sg(z) - c|^2, >= 0.
+        rotation: gradients by the rotation trick (arXiv 2410.06424), the library's default, or straight through.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, commitment: float = 0.25, rotation: bool = True):
+        check_codebook_shape(codebook_size, dim)
+        layer = SimVQ(dim, codebook_size, rotation_trick=rotation, input_to_quantize_commit_loss_weight=commitment)
+        super().__init__(codebook_size, dim, layer)
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        return self.layer.code_transform(self.layer.frozen_codebook[indices])
+
+
+@register_quantizer("fsq")
+class FiniteScalarQuantizer(LibraryQuantizer):
+    """Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a few channels, each rounded to a few levels.
+
+    Args:
+        levels: per channel; their product is the codebook size. None: the published ones for that size.
+
+    Raises:
+        ValueError: the levels' product is not ``codebook_size``, or none are known for it.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, levels: list[int] | None = None):
+        check_codebook_shape(codebook_size, dim)
+        levels = list(levels) if levels is not None else _FSQ_LEVELS.get(codebook_size)
+        if levels is None or prod(levels) != codebook_size:
+            raise ValueError(
+                f"levels must be integers whose product is codebook_size={codebook_size}, not {levels}; sizes with "
+                f"published levels: {', '.join(map(str, _FSQ_LEVELS))}"
+            )
+        super().__init__(codebook_size, dim, FSQ(levels, dim=dim))
+
+    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, indices = self.layer(rows)
+        return quantized, indices, rows.new_zeros(())
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        return self.layer.indices_to_codes(indices)
+
+
+@register_quantizer("rvq2")
+class ResidualVectorQuantizer(LibraryQuantizer):
+    """Two codebooks, the second for what the first leaves (Lee et al., arXiv 2203.01941), at one codebook's rate.
+
+    A pair of codes is one index of the product, so that tokens, rate and prior are those of the other quantizers.
+
+    Args:
+        sizes: of the two codebooks; their product is the codebook size. None: as equal as possible.
+        commitment, decay, expiry: as for ``vq_ema``.
+
+    Raises:
+        ValueError: the sizes' product is not ``codebook_size``.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        sizes: list[int] | None = None,
+        commitment: float = 0.25,
+        decay: float = 0.99,
+        expiry: float = 1.0,
+    ):
+        check_codebook_shape(codebook_size, dim)
+        sizes = list(sizes) if sizes is not None else _nearly_square(codebook_size)
+        if len(sizes) != 2 or prod(sizes) != codebook_size:
+            raise ValueError(f"sizes must be two integers whose product is codebook_size={codebook_size}, not {sizes}")
+        layer = ResidualVQ(
+            dim=dim,
+            codebook_size=tuple(sizes),
+            decay=decay,
+            kmeans_init=True,
+            threshold_ema_dead_code=expiry,
+            commitment_weight=commitment,
+            rotation_trick=False,
+        )
+        super().__init__(codebook_size, dim, layer)
+        self.sizes = sizes
+
+    def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, pairs, losses = self.layer(rows)  # pairs (1, N, 2)
+        return quantized, pairs[..., 0] * self.sizes[1] + pairs[..., 1], losses
+
+    def _codes(self, indices: Tensor) -> Tensor:
+        pairs = torch.stack([indices // self.sizes[1], indices % self.sizes[1]], dim=-1)  # (N, 2)
+        return self.layer.get_output_from_indices(pairs.unsqueeze(0))[0]
+
+
+def _nearly_square(number: int) -> list[int]:
+    """Two factors, the larger first, as near to each other as can be."""
+    small = next(factor for factor in range(int(number**0.5), 0, -1) if number % factor == 0)
+    return [number // small, small]

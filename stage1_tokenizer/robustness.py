@@ -1,0 +1,78 @@
+"""What prepares a decoder for the tokens of a prior, which are not always those that an encoder would have chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.errors import UserError
+from stage1_tokenizer.quantizers import Quantized, Quantizer
+
+
+@dataclass
+class RobustnessConfig:
+    """Token perturbation as in RobustTok (Qiu et al., arXiv 2503.08354), annealed over training."""
+
+    swapped_share: float = 0.0  # of the tokens, decoded from a neighbour of their code; 0 switches it off
+    neighbours: int = 8  # how many nearest codes a token may be swapped for
+    final_share: float = 0.0  # swapped_share moves to this in a straight line
+    steps: int = 0  # length of that move; 0 keeps swapped_share throughout
+
+
+class NeighbourSwap(NamedTuple):
+    """Which tokens are swapped, and for which neighbour."""
+
+    share: float  # in [0, 1]
+    neighbours: int
+    noise: Tensor  # (B, 2, h, w) uniform in [0, 1): who is swapped, and for whom
+
+
+def swapped_share(step: int, config: RobustnessConfig) -> float:
+    """The share of tokens to swap at ``step``.
+
+    Raises:
+        UserError: a share outside [0, 1], or neighbours below 1.
+    """
+    for name in ("swapped_share", "final_share"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"robustness.{name} is {getattr(config, name)}; it must be in [0, 1]")
+    if config.neighbours < 1:
+        raise UserError(f"robustness.neighbours is {config.neighbours}; it must be at least 1")
+    if config.steps <= 0:
+        return config.swapped_share
+    progress = min(1.0, step / config.steps)
+    return (1 - progress) * config.swapped_share + progress * config.final_share
+
+
+def swap_for_neighbours(quantized: Quantized, quantizer: Quantizer, swap: NeighbourSwap) -> Tensor:
+    """z_q (B, F, h, w) with a share of its places replaced by a code near their dominant code.
+
+    The gradient goes straight through to z_q: the encoder is not asked to follow the swap.
+    """
+    who, whom = swap.noise.unbind(1)  # (B, h, w)
+    chosen = who < swap.share
+    if quantizer.codebook_size < 2 or not bool(chosen.any()):
+        return quantized.z_q
+    with torch.no_grad():
+        near = nearest_codes(quantizer, quantized.indices[chosen], swap.neighbours)  # (n, neighbours)
+        place = (whom[chosen] * near.shape[1]).long()
+        indices = quantized.indices.clone()
+        indices[chosen] = near.gather(1, place.unsqueeze(1)).squeeze(1)
+        difference = quantizer.lookup(indices) - quantized.z_q  # (B, F, h, w)
+    return quantized.z_q + torch.where(chosen.unsqueeze(1), difference, 0.0)
+
+
+def nearest_codes(quantizer: Quantizer, indices: Tensor, count: int) -> Tensor:
+    """The ``count`` codes (n, count) nearest to each of the codes ``indices`` (n,), itself left out."""
+    size = quantizer.codebook_size
+    codes = quantizer.lookup(torch.arange(size, device=indices.device).view(1, 1, size))[0, :, 0].t()  # (K, F)
+    asked, back = indices.unique(return_inverse=True)
+    found = []
+    for part in asked.split(max(1, (1 << 24) // size)):  # a block of distances at a time
+        distance = torch.cdist(codes[part], codes)
+        distance.scatter_(1, part.unsqueeze(1), torch.inf)
+        found.append(distance.topk(min(count, size - 1), largest=False).indices)
+    return torch.cat(found)[back]
