@@ -20,18 +20,22 @@ def test_the_python_examples_run(code: str, tiny_run: Path) -> None:
     exec(code.replace("runs/quickstart/model", str(tiny_run / "model")), {})
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/data.md", "docs/quantizer.md"])
+PAGES = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/data.md", "docs/quantizer.md", "docs/training.md"])
 def test_the_commands_parse(document: str) -> None:
     text = (REPOSITORY / document).read_text()
     blocks = [body for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M) if not language]
-    commands = re.findall(r"^scq (.+?)(?:  +#.*)?$", "\n".join(blocks), re.M)
+    lines = "\n".join(blocks).replace("\\\n", " ")
+    commands = re.findall(r"^scq (.+?)(?:  +#.*)?$", lines, re.M)
     assert commands
     for command in commands:
         if "|" not in command:
             build_parser().parse_args(shlex.split(command))
 
 
-@pytest.mark.parametrize("document", ["README.md", *(f"docs/{name}.md" for name in ("data", "scale", "quantizer"))])
+@pytest.mark.parametrize("document", ["README.md", *PAGES])
 def test_links_lead_somewhere(document: str) -> None:
     path = REPOSITORY / document
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text()):

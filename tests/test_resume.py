@@ -66,7 +66,7 @@ def finish(process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(processes: int, emoji: dict[str, Path], tmp_path: Path) -> None:
     """Weights, averages, discriminator and LeCam's means after kill -9 and resume equal those of a whole run."""
-    steps = ["training.steps=24", "training.checkpoint_every=6", "loss.lecam=0.1", "loss.augment=[shift]"]
+    steps = ["training.steps=40", "training.checkpoint_every=6", "loss.lecam=0.1", "loss.augment=[shift]"]
     finish(launch(processes, command(emoji, tmp_path / "whole", *steps)))
 
     killed = tmp_path / "killed"
@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_bit_for_bit(processes: int, emoji: dict[str, Path]
         for run in (tmp_path / "whole", killed)
     ]
     assert rows[0] == rows[1], "each step stands in the log once, with the same losses"
-    assert [row["step"] for row in rows[0]] == list(range(1, 25))
+    assert [row["step"] for row in rows[0]] == list(range(1, 41))
 
 
 def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Path) -> None:
