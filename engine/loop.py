@@ -37,6 +37,7 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]  # saved and restored by name
     optimizers: dict[str, torch.optim.Optimizer]
+    score_name: str  # what `score` returns
     average: ModelEmaV3  # of modules["model"]; copied before accelerate wraps that model's forward in autocast
 
     def training_step(self, batch: Any, step: int) -> dict[str, torch.Tensor]:
@@ -139,12 +140,12 @@ def train(
                 progress(done, config.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
                 values["learning_rate"] = optimizer.learning_rate * share
                 with meter.paused():
+                    score = task.score(average.module.eval()) if saves and run.is_main else None
+                    # Logged before it is saved: a kill in between leaves a line that the resumed run drops.
+                    run.log(done, values if score is None else {**values, task.score_name: score})
                     if saves and run.is_main:
-                        score = task.score(average.module.eval())
                         seconds = spent + time.monotonic() - started
                         checkpoints.save(done, seconds=seconds, stream=stream.state_dict(), score=score)
-                        values |= {} if score is None else {"score": score}
-                    run.log(done, values)
             if config.images_every and (done % config.images_every == 0 or last) and run.is_main:
                 with meter.paused():
                     run.picture("curves", curves(read_metrics(run.path)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 from engine.config import write_atomically
 from engine.errors import UserError
-from sampling.samplers import Step, guided, maskgit
+from sampling.samplers import SAMPLERS, SamplerSettings, Step, guided
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_uint8
 from stage1_tokenizer.train import load_tokenizer
 from stage2_prior.transformer import MaskedTransformer
@@ -26,14 +26,12 @@ CHUNK = {"cpu": 8, "cuda": 64}
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(SamplerSettings):
     """How images are drawn; saved with the model as its defaults."""
 
-    steps: int = 12  # 1 .. number of tokens
-    temperature: float = 1.0
-    choice_temperature: float = 4.5
-    guidance_scale: float = 0.0
-    schedule: str = "cosine"
+    sampler: str = "maskgit"  # one of sampling.samplers.SAMPLERS
+    guidance_scale: float = 0.0  # for a class-conditional prior; 0 is the plain conditional
+    guidance_schedule: str = "constant"  # constant | linear
 
 
 @dataclass
@@ -69,13 +67,11 @@ class SoftConvexPipeline(DiffusionPipeline):
         num_images: int = 16,
         seed: int = 0,
         class_labels: list[int] | None = None,
-        steps: int | None = None,
-        temperature: float | None = None,
-        choice_temperature: float | None = None,
-        guidance_scale: float | None = None,
+        start: torch.Tensor | None = None,
         batch_size: int = 16,
         output_type: str = "pil",
         callback: Callable[[Step], None] | None = None,
+        **sampling: float | str | None,
     ) -> ImageOutput:
         """Draw images.
 
@@ -83,28 +79,30 @@ class SoftConvexPipeline(DiffusionPipeline):
             num_images: how many.
             seed: of the first image; image i has seed + i, so any of them can be drawn again alone.
             class_labels: one for each image, for a class-conditional prior.
-            steps, temperature, choice_temperature, guidance_scale: see sampling.samplers; None takes the model's own.
+            start: (num_images, h, w) int64, codes to keep, and the prior's mask token where to draw; None: draw all.
             batch_size: images drawn together; changes the time, never the images.
             output_type: ``pil`` or ``pt`` (uint8).
             callback: called after each step of each batch.
+            sampling: fields of SamplingConfig, such as steps or temperature; those left out, or None, are the model's.
 
         Raises:
-            ValueError: a setting is out of range.
+            ValueError: a setting is unknown or out of range.
         """
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1")
         labels = self._labels(class_labels, num_images)
         images, grids = [], []
-        for start in range(0, num_images, batch_size):
-            stop = min(start + batch_size, num_images)
+        if start is not None and start.shape != (num_images, *self.prior.config.grid):
+            wanted = (num_images, *self.prior.config.grid)
+            raise ValueError(f"start must be {wanted}, a grid for each image, not {tuple(start.shape)}")
+        for first in range(0, num_images, batch_size):
+            stop = min(first + batch_size, num_images)
             tokens = self.draw_tokens(
-                torch.arange(seed + start, seed + stop),
-                None if labels is None else labels[start:stop],
-                steps=steps,
-                temperature=temperature,
-                choice_temperature=choice_temperature,
-                guidance_scale=guidance_scale,
+                torch.arange(seed + first, seed + stop),
+                None if labels is None else labels[first:stop],
+                None if start is None else start[first:stop],
                 callback=callback,
+                **sampling,
             )
             grids.append(tokens.cpu())
             images.append(self.decode_tokens(tokens).cpu())
@@ -116,22 +114,42 @@ class SoftConvexPipeline(DiffusionPipeline):
         self,
         seeds: torch.Tensor,
         labels: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
         *,
         callback: Callable[[Step], None] | None = None,
-        **overrides: float | None,
+        **sampling: float | str | None,
     ) -> torch.Tensor:
-        """Grids of codes (B, h, w) for these seeds (B,); ``overrides`` replace fields of ``self.sampling``."""
-        chosen = {**vars(self.sampling), **{k: v for k, v in overrides.items() if v is not None}}
-        guidance_scale = chosen.pop("guidance_scale")
-        prior = self.prior
+        """Grids of codes (B, h, w) for these seeds (B,); labels (B,), start (B, h, w) and sampling as in a call."""
+        prior, settings = self.prior, self._settings(sampling)
+        if start is None:
+            start = torch.full((len(seeds), prior.length), prior.mask_token)
         predict = guided(
             partial(in_equal_chunks, prior),
             None if labels is None else labels.to(self.device),
-            guidance_scale,
+            settings.guidance_scale,
             prior.config.num_classes,
+            settings.guidance_schedule,
         )
-        tokens = maskgit(predict, seeds.to(self.device), prior.length, prior.mask_token, callback=callback, **chosen)
+        tokens = SAMPLERS[settings.sampler](
+            predict,
+            start.flatten(1).to(self.device),
+            seeds.to(self.device),
+            prior.mask_token,
+            tuple(prior.config.grid),
+            settings,
+            callback,
+        )
         return tokens.view(-1, *prior.config.grid)
+
+    def _settings(self, overrides: dict[str, float | str | None]) -> SamplingConfig:
+        known = [field.name for field in fields(SamplingConfig)]
+        unknown = sorted(set(overrides) - set(known))
+        if unknown:
+            raise ValueError(f"sampling has no setting {unknown[0]!r}; it has: {', '.join(known)}")
+        settings = SamplingConfig(**{**asdict(self.sampling), **{k: v for k, v in overrides.items() if v is not None}})
+        if settings.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {settings.sampler!r} does not exist; choose {', '.join(SAMPLERS)}")
+        return settings
 
     def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W)."""
@@ -151,7 +169,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         super().save_pretrained(temporary, **kwargs)
-        write_atomically(temporary / "sampling.json", json.dumps(vars(self.sampling), indent=2) + "\n")
+        write_atomically(temporary / "sampling.json", json.dumps(asdict(self.sampling), indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 

@@ -99,8 +99,10 @@ class TokenizerTask:
 
     Args:
         pictured: (n, 3, H, W) uint8 images for the run's pictures.
-        measure: what `score` says of averaged weights, rFID as a rule; None for no score.
+        measure: rFID of averaged weights; None for no score.
     """
+
+    score_name = "rfid"
 
     def __init__(
         self,

@@ -7,27 +7,33 @@ from typing import NamedTuple
 
 import torch
 
+SCHEDULES = ("cosine", "uniform", "arccos", "exp")
+_EXP_BASE = 64.0  # of the exponential schedule: MaskGIT takes the number of tokens, 64 on an 8x8 grid
+
 
 def mask_share(progress: torch.Tensor, schedule: str = "cosine") -> torch.Tensor:
     """The share of tokens that is masked at ``progress`` through the generation, from 1 at 0 down to 0 at 1.
 
     Training draws ``progress`` uniformly; sampling walks it from 0 to 1. Source: MaskGIT (Chang et al., CVPR 2022,
-    section 3.3) for ``cosine`` and ``linear``; ``arccos`` is the inverse of cosine mirrored, concave to convex.
+    section 3.3) for ``cosine``, ``uniform`` (a straight line) and ``exp`` (most is masked until the end); ``arccos`` is
+    the inverse function of cosine.
 
     Args:
         progress: any shape, in [0, 1].
-        schedule: cosine | linear | arccos.
+        schedule: one of SCHEDULES.
 
     Raises:
         ValueError: an unknown schedule.
     """
     if schedule == "cosine":
         return torch.cos(progress * (math.pi / 2))
-    if schedule == "linear":
+    if schedule == "uniform":
         return 1.0 - progress
     if schedule == "arccos":
         return torch.arccos(progress) / (math.pi / 2)
-    raise ValueError(f"mask schedule {schedule!r} does not exist; choose cosine, linear or arccos")
+    if schedule == "exp":
+        return (1.0 - _EXP_BASE ** (progress - 1.0)) / (1.0 - 1.0 / _EXP_BASE)
+    raise ValueError(f"mask schedule {schedule!r} does not exist; choose {', '.join(SCHEDULES)}")
 
 
 class Masked(NamedTuple):

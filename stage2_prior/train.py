@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -21,13 +22,17 @@ from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batc
 from engine.progress import say
 from engine.randomness import image_uniform
 from engine.tracking import RunFolder
+from stage2_prior.likelihood import likelihood_bound
 from stage2_prior.masking import mask_share, mask_tokens
 from stage2_prior.transformer import MaskedTransformer
+
+SCORED_IMAGES = 2000  # held-out images that validation takes
 
 
 @dataclass
 class TokenDataConfig:
     train: str = "tokens/train"  # a folder that `scq tokenize` wrote
+    validation: str = ""  # tokens of held-out images, to measure bits per token at every checkpoint; empty for none
 
 
 @dataclass
@@ -43,7 +48,7 @@ class PriorArchitectureConfig:
 
 @dataclass
 class MaskingConfig:
-    schedule: str = "cosine"  # cosine | linear | arccos: how much of an image a training step hides
+    schedule: str = "cosine"  # cosine | uniform | arccos | exp: how much of an image a training step hides
     label_smoothing: float = 0.1
     class_dropout: float = 0.1  # share of images trained without their class, for classifier-free guidance
 
@@ -86,7 +91,10 @@ class PriorTask:
 
     Args:
         draw: makes a picture of samples from the averaged prior, for the run folder.
+        held_out: tokens for `score`; None for no score.
     """
+
+    score_name = "bits_per_token"
 
     def __init__(
         self,
@@ -94,8 +102,9 @@ class PriorTask:
         accelerator: Accelerator,
         tokens: TokenDataset,
         draw: Callable[[MaskedTransformer], Image.Image] | None = None,
+        held_out: TokenDataset | None = None,
     ):
-        self.config, self.accelerator, self.draw = config, accelerator, draw
+        self.config, self.accelerator, self.draw, self.held_out = config, accelerator, draw, held_out
         torch.manual_seed(config.training.seed)  # the same initial weights in every process
         prior = build_prior(config, tokens).to(accelerator.device)
         mask_share(torch.zeros(1), config.masking.schedule)
@@ -119,8 +128,21 @@ class PriorTask:
         norm = optimizer_step(self.prior, self.optimizers["prior"], self.accelerator, self.config.optimizer.clip_norm)
         return {**mean_terms(terms), "gradient_norm": norm}
 
-    def score(self, averaged: MaskedTransformer) -> None:
-        return None
+    def score(self, averaged: MaskedTransformer) -> float | None:
+        """An upper bound on the bits that held-out tokens need, see `likelihood_bound`."""
+        if self.held_out is None:
+            return None
+        count = min(len(self.held_out), SCORED_IMAGES)
+        images = np.arange(count)
+        codes = self.held_out.read(images, np.zeros(count, np.int64))
+        labels = torch.from_numpy(self.held_out.labels[images])
+        return likelihood_bound(
+            averaged,
+            codes.flatten(1),
+            averaged.mask_token,
+            labels if averaged.config.num_classes else None,
+            device=self.accelerator.device,
+        ).bits_per_token
 
     def picture(self, averaged: MaskedTransformer) -> Image.Image | None:
         return self.draw(averaged) if self.draw is not None else None
@@ -181,12 +203,14 @@ def train_prior(
         raise UserError("out is empty: say where the run goes, for example out=runs/prior")
     accelerator = make_accelerator(config.training)
     stream = open_stream(config, accelerator)
-    if stream.fingerprint != fingerprint:
-        raise UserError(
-            f"{config.data.train} was written by tokenizer {stream.fingerprint}, but {config.tokenizer} is tokenizer "
-            f"{fingerprint}; run `scq tokenize` with it again"
-        )
-    task = PriorTask(config, accelerator, stream.dataset, draw)
+    held_out = TokenDataset(config.data.validation) if config.data.validation else None
+    for path, tokens in ((config.data.train, stream.dataset), (config.data.validation, held_out)):
+        if tokens is not None and tokens.fingerprint != fingerprint:
+            raise UserError(
+                f"{path} was written by tokenizer {tokens.fingerprint}, but {config.tokenizer} is tokenizer "
+                f"{fingerprint}; run `scq tokenize` with it again"
+            )
+    task = PriorTask(config, accelerator, stream.dataset, draw, held_out)
     run = RunFolder(config.out, config, accelerator)
     if run.is_main:
         size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6

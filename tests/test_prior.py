@@ -8,12 +8,13 @@ import torch
 from data.tokens import TokenWriter
 from engine.config import load_config
 from engine.errors import UserError
-from stage2_prior.masking import mask_share, mask_tokens
+from engine.tracking import read_metrics
+from stage2_prior.masking import SCHEDULES, mask_share, mask_tokens
 from stage2_prior.train import PriorExperiment, masked_cross_entropy, train_prior
 from stage2_prior.transformer import MaskedTransformer
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_mask_schedules_fall_from_all_to_none(schedule: str) -> None:
     share = mask_share(torch.linspace(0, 1, 101, dtype=torch.float64), schedule)
     assert share[0] == pytest.approx(1)
@@ -118,6 +119,20 @@ def test_a_class_conditional_prior_needs_classes(tmp_path: Path) -> None:
     tokens = write_stripes(tmp_path / "tokens")
     with pytest.raises(UserError, match="no classes"):
         train_prior(stripes_config(tokens, tmp_path / "run", "architecture.class_conditional=true"), "stripes")
+
+
+def test_validation_is_a_bound_in_bits_and_keeps_the_best(tmp_path: Path) -> None:
+    tokens = write_stripes(tmp_path / "tokens")
+    settings = ["training.steps=300", "training.checkpoint_every=100", f"data.validation={tokens}"]
+    trained = train_prior(stripes_config(tokens, tmp_path / "run", *settings), "stripes")
+    found = {row["step"]: row["bits_per_token"] for row in read_metrics(tmp_path / "run") if "bits_per_token" in row}
+    assert list(found) == [100, 200, 300]
+    assert 1.0 < found[300] < found[100] < 4.2, "four rows of four bits are one bit a token, knowing nothing is four"
+    assert trained.best.name == "step_00000300"
+    other = write_stripes(tmp_path / "other", fingerprint="another")
+    settings[-1] = f"data.validation={other}"
+    with pytest.raises(UserError, match=r"other was written by tokenizer another"):
+        train_prior(stripes_config(tokens, tmp_path / "again", *settings), "stripes")
 
 
 def test_a_saved_prior_is_the_same_prior(tmp_path: Path) -> None:

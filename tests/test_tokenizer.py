@@ -247,7 +247,7 @@ def test_the_best_checkpoint_is_kept_and_exported(emoji: dict[str, Path], tmp_pa
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
     assert load_tokenizer(tmp_path / "best").fingerprint() == seen[1]
     assert load_tokenizer(tmp_path / "model").fingerprint() == seen[3]
-    assert [row["score"] for row in read_metrics(tmp_path)] == [3.0, 1.0, 2.0, 1.5]
+    assert [row["rfid"] for row in read_metrics(tmp_path)] == [3.0, 1.0, 2.0, 1.5]
     assert (tmp_path / "images" / "curves.png").stat().st_size > 1000
 
 

@@ -27,13 +27,22 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--steps", type=positive, help="sampling steps; by default the model's own")
     parser.add_argument("--temperature", type=float, help="of the codes' distribution; by default the model's own")
     parser.add_argument("--guidance-scale", type=float, help="towards the class; by default the model's own")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="other sampling settings, as sampler=halton or top_p=0.9"
+    )
 
 
 def _sample(options: argparse.Namespace) -> None:
     from data.files import atomic_write
+    from engine.config import as_dict, load_config
     from engine.progress import progress_bar
-    from sampling.pipeline import SoftConvexPipeline
+    from sampling.pipeline import SamplingConfig, SoftConvexPipeline
 
+    settings = as_dict(load_config(SamplingConfig, None, options.settings))
+    settings = {name: settings[name] for name in (setting.partition("=")[0] for setting in options.settings)}
+    for name in ("steps", "temperature", "guidance_scale"):
+        if (value := getattr(options, name)) is not None:
+            settings[name] = value
     pipeline = SoftConvexPipeline.from_pretrained(options.model, device())
     make_folder(options.out)
     with progress_bar("sample") as bar:
@@ -44,10 +53,8 @@ def _sample(options: argparse.Namespace) -> None:
                     num_images=count,
                     seed=options.seed + start,
                     class_labels=None if options.label is None else [options.label] * count,
-                    steps=options.steps,
-                    temperature=options.temperature,
-                    guidance_scale=options.guidance_scale,
                     batch_size=count,
+                    **settings,
                 ).images
             except ValueError as error:
                 raise UserError(str(error)) from error

@@ -66,6 +66,7 @@ def _rfid(config: Any) -> Any:
 
 def _train_prior(options: argparse.Namespace) -> None:
     from accelerate import PartialState
+    from safetensors.torch import load_model
 
     from engine.config import load_config
     from engine.pictures import picture_grid
@@ -87,7 +88,11 @@ def _train_prior(options: argparse.Namespace) -> None:
 
     trained = train_prior(config, tokenizer.fingerprint(), draw)
     if PartialState().is_main_process:
-        SoftConvexPipeline(tokenizer, trained.averaged.cpu()).save_pretrained(Path(config.out) / "model")
+        prior = trained.averaged.cpu()
+        SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "model")
+        if trained.best is not None:
+            load_model(prior, str(trained.best / "ema.safetensors"))
+            SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "best")
     say_once(f"{Path(config.out) / 'model'}")
 
 
