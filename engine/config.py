@@ -46,6 +46,7 @@ class LoopConfig:
     seed: int = 0
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto is bf16 where the hardware computes it natively
     compile: bool = False
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
     ema_decay: float = 0.999
     log_every: int = 20
     checkpoint_every: int = 500

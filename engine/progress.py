@@ -15,7 +15,8 @@ console = Console(stderr=True, highlight=False)
 
 
 class Bar:
-    """One running task: call it with (done, total) and, if there is more to say, a short text."""
+    """One running task: call it with (done, total) and, if there is more to say, a short text, which stays until the
+    next one."""
 
     def __init__(self, title: str, progress: Progress | None):
         self.title = title
@@ -23,10 +24,12 @@ class Bar:
         self.task = progress.add_task(title, total=None, info="") if progress else None
         self.started = self.last_line = time.monotonic()
         self.first_done: int | None = None
+        self.info = ""
 
     def __call__(self, done: int, total: int, info: str = "") -> None:
+        self.info = info or self.info
         if self.progress is not None:
-            self.progress.update(self.task, completed=done, total=total, info=info)
+            self.progress.update(self.task, completed=done, total=total, info=self.info)
             return
         now = time.monotonic()
         if self.first_done is None:
@@ -36,7 +39,7 @@ class Bar:
         self.last_line = now
         fresh = max(1, done - self.first_done)
         left = (now - self.started) / fresh * (total - done)
-        print(f"{self.title}: {done}/{total}, {left:.0f} s left {info}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{self.title}: {done}/{total}, {left:.0f} s left {self.info}".rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def remask(
     settings: SamplerSettings,
     callback: Callable[[Step], None] | None = None,
 ) -> torch.Tensor:
-    """ReMDM with a capped rate (Wang et al., arXiv 2503.00307, section 4.1): a step may mask revealed tokens again, so
+    """ReMDM with a capped rate (Wang et al., arXiv 2503.00307): a step may mask revealed tokens again, so
     that early mistakes can be mended. Arguments as for `maskgit`; ``settings.remask`` is the cap, and there may be more
     steps than tokens."""
     settings.check()

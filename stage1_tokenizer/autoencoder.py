@@ -35,6 +35,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         ValueError: the image size is not a multiple of the factor; an unknown quantizer or option.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config
     def __init__(
         self,

@@ -115,6 +115,8 @@ class TokenizerTask:
         swapped_share(0, config.robustness)  # refuses what is out of range now rather than at the first step
         torch.manual_seed(config.training.seed)  # the same initial weights in every process
         tokenizer = build_tokenizer(config).to(accelerator.device)
+        if config.training.gradient_checkpointing:
+            tokenizer.enable_gradient_checkpointing()
         self.average = ModelEmaV3(tokenizer, decay=config.training.ema_decay, use_warmup=True)
         self.losses = TokenizerLoss(config.loss).to(accelerator.device)
         discriminator = self.losses.discriminator

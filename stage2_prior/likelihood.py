@@ -37,7 +37,7 @@ def likelihood_bound(
     """The evidence lower bound of an absorbing-state diffusion, negated, in bits.
 
     With m of L places masked at random, m uniform in 1 .. L, the bound is the expectation of L / m times the sum of
-    -log2 p(code | the other places) over the masked ones (Hoogeboom et al., arXiv 2110.02037, eq. 6; for every noise
+    -log2 p(code | the other places) over the masked ones (Hoogeboom et al., arXiv 2110.02037; for every noise
     schedule the same: Sahoo et al., arXiv 2406.07524). It is what the any-order model needs in the mean over orders.
 
     Args:

@@ -60,3 +60,23 @@ def mask_tokens(
     rank = order.argsort(1).argsort(1)  # (B, L), each token's place in the image's own random order
     mask = rank < count[:, None]
     return Masked(torch.where(mask, mask_token, codes), mask)
+
+
+def loss_weight(hidden: torch.Tensor, length: int, weighting: str = "tokens") -> torch.Tensor:
+    """The weight of one masked token's cross-entropy in an image with ``hidden`` masked tokens; means over a batch are
+    taken with these weights.
+
+    Args:
+        hidden: (B,) masked tokens of each image, >= 1.
+        length: L, tokens of an image.
+        weighting: ``tokens``, every masked token alike (MaskGIT, eq. 1), or ``images``, every image alike: with the
+            uniform schedule, training then minimises the very bound of stage2_prior.likelihood.
+
+    Raises:
+        ValueError: an unknown weighting.
+    """
+    if weighting == "tokens":
+        return torch.ones_like(hidden, dtype=torch.float32)
+    if weighting == "images":
+        return length / hidden.float()
+    raise ValueError(f"loss weighting {weighting!r} does not exist; choose tokens or images")

@@ -23,7 +23,7 @@ from engine.progress import say
 from engine.randomness import image_uniform
 from engine.tracking import RunFolder
 from stage2_prior.likelihood import likelihood_bound
-from stage2_prior.masking import mask_share, mask_tokens
+from stage2_prior.masking import loss_weight, mask_share, mask_tokens
 from stage2_prior.transformer import MaskedTransformer
 
 SCORED_IMAGES = 2000  # held-out images that validation takes
@@ -44,12 +44,17 @@ class PriorArchitectureConfig:
     heads: int = 6
     dropout: float = 0.0
     class_conditional: bool = False
+    tied: bool = True
 
 
 @dataclass
 class MaskingConfig:
     schedule: str = "cosine"  # cosine | uniform | arccos | exp: how much of an image a training step hides
+    weighting: str = "tokens"  # tokens | images: what counts alike in the loss, every masked token or every image
     label_smoothing: float = 0.1
+    corrupted_share: float = (
+        0.0  # of the tokens shown, replaced by random codes, so that a prior bears its own mistakes
+    )
     class_dropout: float = 0.1  # share of images trained without their class, for classifier-free guidance
 
 
@@ -81,9 +86,20 @@ def build_prior(config: PriorExperiment, tokens: TokenDataset) -> MaskedTransfor
         depth=architecture.depth,
         heads=architecture.heads,
         dropout=architecture.dropout,
+        tied=architecture.tied,
         num_classes=tokens.num_classes if architecture.class_conditional else 0,
         tokenizer_fingerprint=tokens.fingerprint,
     )
+
+
+def _check_masking(masking: MaskingConfig) -> None:
+    try:
+        mask_share(torch.zeros(1), masking.schedule)
+        loss_weight(torch.ones(1), 1, masking.weighting)
+    except ValueError as error:
+        raise UserError(f"masking: {error}") from error
+    if not 0 <= masking.corrupted_share < 1:
+        raise UserError(f"masking.corrupted_share is {masking.corrupted_share}; it must be in [0, 1)")
 
 
 class PriorTask:
@@ -107,7 +123,9 @@ class PriorTask:
         self.config, self.accelerator, self.draw, self.held_out = config, accelerator, draw, held_out
         torch.manual_seed(config.training.seed)  # the same initial weights in every process
         prior = build_prior(config, tokens).to(accelerator.device)
-        mask_share(torch.zeros(1), config.masking.schedule)
+        if config.training.gradient_checkpointing:
+            prior.enable_gradient_checkpointing()
+        _check_masking(config.masking)
         self.average = ModelEmaV3(prior, decay=config.training.ema_decay, use_warmup=True)
         self.modules: dict[str, nn.Module] = {"model": prior}
         self.prior = accelerator.prepare(_LossOfPrior(prior, config, compiled=config.training.compile))
@@ -162,28 +180,42 @@ class _LossOfPrior(nn.Module):
         progress = image_uniform(positions, seed=self.seed, purpose="mask progress")  # (B,)
         order = image_uniform(positions, codes.shape[1], seed=self.seed, purpose="mask order")  # (B, L)
         masked = mask_tokens(codes, self.prior.mask_token, progress, order, self.masking.schedule)
+        shown = self._corrupt(masked.tokens, masked.mask, positions)
         num_classes = self.prior.config.num_classes
         if num_classes:
             dropped = image_uniform(positions, seed=self.seed, purpose="class dropout") < self.masking.class_dropout
             labels = torch.where(dropped, num_classes, labels)
-        return masked_cross_entropy(
-            self.run(masked.tokens, labels if num_classes else None), masked.mask, codes, self.masking.label_smoothing
-        )
+        logits = self.run(shown, labels if num_classes else None)
+        return masked_cross_entropy(logits, masked.mask, codes, self.masking.label_smoothing, self.masking.weighting)
+
+    def _corrupt(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Replace a share of the shown tokens (B, L) by random codes."""
+        if self.masking.corrupted_share == 0:
+            return tokens
+        who, what = image_uniform(positions, 2, tokens.shape[1], seed=self.seed, purpose="corruption").unbind(1)
+        codes = (what * self.prior.config.codebook_size).long()
+        return torch.where(~mask & (who < self.masking.corrupted_share), codes, tokens)
 
 
 def masked_cross_entropy(
-    logits: torch.Tensor, mask: torch.Tensor, codes: torch.Tensor, label_smoothing: float = 0.0
+    logits: torch.Tensor,
+    mask: torch.Tensor,
+    codes: torch.Tensor,
+    label_smoothing: float = 0.0,
+    weighting: str = "tokens",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy over the masked places (MaskGIT, eq. 1), and the share of them predicted rightly. Both 0-dim.
+    """Cross-entropy over the masked places, and the share of them predicted rightly. Both 0-dim.
 
     Args:
         logits: (B, L, K).
         mask: (B, L) bool, True where the code was hidden.
         codes: (B, L) int64, the truth.
+        weighting: see stage2_prior.masking.loss_weight.
     """
     hidden, wanted = logits[mask].float(), codes[mask]  # (masked, K), (masked,)
-    loss = nn.functional.cross_entropy(hidden, wanted, label_smoothing=label_smoothing)
-    return loss, (hidden.argmax(1) == wanted).float().mean().detach()
+    losses = nn.functional.cross_entropy(hidden, wanted, label_smoothing=label_smoothing, reduction="none")
+    weights = loss_weight(mask.sum(1), mask.shape[1], weighting)[:, None].expand_as(mask)[mask]  # (masked,)
+    return (losses * weights).sum() / weights.sum(), (hidden.argmax(1) == wanted).float().mean().detach()
 
 
 def train_prior(

@@ -22,8 +22,12 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         num_classes: 0 for an unconditional prior; else the class 'num_classes' stands for 'no class', which training
             shows now and then so that sampling can guide away from it (Ho and Salimans, 2022).
         dropout: of attention outputs and MLPs, against memorising small sets.
+        tied: whether output weights are the input embeddings (Press and Wolf, arXiv 1608.05859): what a code means is
+            learned once.
         tokenizer_fingerprint: of the tokenizer whose codes these are.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -35,6 +39,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         heads: int = 6,
         num_classes: int = 0,
         dropout: float = 0.0,
+        tied: bool = True,
         tokenizer_fingerprint: str = "",
     ):
         super().__init__()
@@ -47,7 +52,9 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         )
         self.norm = nn.LayerNorm(width)
         self.to_embedding = nn.Linear(width, width)
+        self.to_logits = None if tied else nn.Linear(width, codebook_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(codebook_size))
+        self.gradient_checkpointing = False
         self.apply(_initialise)
         nn.init.trunc_normal_(self.position_embedding, std=0.02)
 
@@ -75,10 +82,11 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
                 labels = torch.full((len(tokens),), self.config.num_classes, device=tokens.device)
             x = x + self.class_embedding(labels)[:, None]
         for block in self.blocks:
-            x = block(x)
+            checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
         x = F.gelu(self.to_embedding(self.norm(x)))
-        # Output weights are the input embeddings (Press and Wolf, 2017): what a code means is learned once.
-        return F.linear(x, self.token_embedding.weight[:-1], self.bias)
+        weight = self.token_embedding.weight[:-1] if self.to_logits is None else self.to_logits.weight
+        return F.linear(x, weight, self.bias)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokens import TokenWriter
+from data.tokens import TokenDataset, TokenWriter
 from engine.config import load_config
 from engine.errors import UserError
 from engine.tracking import read_metrics
 from stage2_prior.masking import SCHEDULES, mask_share, mask_tokens
-from stage2_prior.train import PriorExperiment, masked_cross_entropy, train_prior
+from stage2_prior.train import PriorExperiment, _LossOfPrior, build_prior, masked_cross_entropy, train_prior
 from stage2_prior.transformer import MaskedTransformer
 
 
@@ -47,6 +47,48 @@ def test_the_loss_counts_masked_places_only() -> None:
     assert torch.isclose(loss, -(picked[0, codes[0, 1]] + picked[1, codes[1, 4]]) / 2)
     loss.backward()
     assert (logits.grad[~mask] == 0).all()
+
+
+def test_every_image_alike_is_the_likelihood_bound() -> None:
+    """With the uniform schedule and no smoothing, the loss is the bound's estimate from these masks, in nats."""
+    torch.manual_seed(0)
+    logits, codes = torch.randn(3, 8, 5), torch.randint(0, 5, (3, 8))
+    mask = torch.arange(8) < torch.tensor([[1], [4], [8]])
+    found, _ = masked_cross_entropy(logits, mask, codes, weighting="images")
+    nats = -logits.log_softmax(-1).gather(-1, codes[..., None])[..., 0] * mask
+    torch.testing.assert_close(found, (nats.sum(1) * 8 / mask.sum(1)).sum() / 8 / 3)
+    with pytest.raises(ValueError, match="'pixels' does not exist"):
+        masked_cross_entropy(logits, mask, codes, weighting="pixels")
+
+
+def test_corruption_changes_only_what_is_shown(tmp_path: Path) -> None:
+    tokens = TokenDataset(write_stripes(tmp_path / "tokens"))
+    config = stripes_config(tmp_path / "tokens", tmp_path / "run", "masking.corrupted_share=0.5")
+    loss = _LossOfPrior(build_prior(config, tokens), config, compiled=False)
+    shown = torch.randint(0, 16, (200, 16))
+    mask = torch.rand(200, 16) < 0.5
+    hidden = torch.where(mask, 16, shown)
+    corrupted = loss._corrupt(hidden, mask, torch.arange(200))
+    assert torch.equal(corrupted[mask], hidden[mask])
+    changed = (corrupted != hidden)[~mask].float().mean()
+    assert changed == pytest.approx(0.5 * 15 / 16, abs=0.04), "of sixteen codes, one is the right one by chance"
+    with pytest.raises(UserError, match=r"corrupted_share is 1.0; it must be in \[0, 1\)"):
+        train_prior(stripes_config(tmp_path / "tokens", tmp_path / "r", "masking.corrupted_share=1.0"), "stripes")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_checkpointing_changes_memory_and_not_gradients(tied: bool) -> None:
+    torch.manual_seed(0)
+    prior = MaskedTransformer(codebook_size=8, grid=(3, 3), width=16, depth=2, heads=2, tied=tied)
+    tokens = torch.randint(0, 9, (2, 9))
+    gradients = []
+    for _ in range(2):
+        prior.zero_grad()
+        prior(tokens).square().sum().backward()
+        gradients.append([p.grad.clone() for p in prior.parameters() if p.grad is not None])
+        prior.enable_gradient_checkpointing()
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 def test_every_place_is_predicted_from_both_sides() -> None:

@@ -15,15 +15,24 @@ README = (REPOSITORY / "README.md").read_text()
 RESULTS = REPOSITORY / "docs" / "results" / "quickstart"
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=["pipeline", "quantizer"])
-def test_the_python_examples_run(code: str, tiny_run: Path) -> None:
+EXAMPLES = [
+    (page, code)
+    for page in ("README.md", "docs/sampling.md")
+    for code in re.findall(r"```python\n(.*?)```", (REPOSITORY / page).read_text(), re.S)
+]
+
+
+@pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[page for page, _ in EXAMPLES])
+def test_the_python_examples_run(page: str, code: str, tiny_run: Path) -> None:
     exec(code.replace("runs/quickstart/model", str(tiny_run / "model")), {})
 
 
 PAGES = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/data.md", "docs/quantizer.md", "docs/training.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/data.md", "docs/quantizer.md", "docs/sampling.md", "docs/training.md"]
+)
 def test_the_commands_parse(document: str) -> None:
     text = (REPOSITORY / document).read_text()
     blocks = [body for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M) if not language]
