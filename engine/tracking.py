@@ -17,6 +17,7 @@ _FREE_KEYS = frozenset(
     [
         "out",
         "tokenizer",
+        "prior",
         "data.train",
         "data.validation",
         "data.workers",

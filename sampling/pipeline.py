@@ -19,6 +19,7 @@ from engine.errors import UserError
 from sampling.samplers import SAMPLERS, SamplerSettings, Step, guided
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_uint8
 from stage1_tokenizer.train import load_tokenizer
+from stage2_prior.refiner import ConvexRefiner
 from stage2_prior.transformer import MaskedTransformer
 
 # Images computed together: enough to keep the device busy, few enough that filling up the last chunk costs little.
@@ -32,6 +33,8 @@ class SamplingConfig(SamplerSettings):
     sampler: str = "maskgit"  # one of sampling.samplers.SAMPLERS
     guidance_scale: float = 0.0  # for a class-conditional prior; 0 is the plain conditional
     guidance_schedule: str = "constant"  # constant | linear
+    refine: bool = True  # give the convex detail back, where the model has a refiner
+    refiner_steps: int = 8  # of a flow; >= 1
 
 
 @dataclass
@@ -43,22 +46,31 @@ class ImageOutput(BaseOutput):
 
 
 class SoftConvexPipeline(DiffusionPipeline):
-    """Draws images: the prior fills a grid of dominant codes, the tokenizer decodes it.
+    """Draws images: the prior fills a grid of dominant codes, a refiner turns them into latents, the tokenizer decodes.
 
     Args:
         tokenizer: of stage 1.
         prior: of stage 2, trained on the codes of that very tokenizer.
+        refiner: likewise, or None: dominant codes are decoded as they are.
 
     Raises:
-        UserError: the prior belongs to another tokenizer.
+        UserError: prior or refiner belongs to another tokenizer.
     """
 
-    def __init__(self, tokenizer: ImageTokenizer, prior: MaskedTransformer):
+    _optional_components = ["refiner"]  # noqa: RUF012, diffusers reads a list
+
+    def __init__(self, tokenizer: ImageTokenizer, prior: MaskedTransformer, refiner: ConvexRefiner | None = None):
         super().__init__()
-        wanted, found = prior.config.tokenizer_fingerprint, tokenizer.fingerprint()
-        if wanted and wanted != found:
-            raise UserError(f"the prior was trained on tokens of tokenizer {wanted}, but this is tokenizer {found}")
-        self.register_modules(tokenizer=tokenizer.eval(), prior=prior.eval())
+        found = tokenizer.fingerprint()
+        for name, part in (("prior", prior), ("refiner", refiner)):
+            wanted = part.config.tokenizer_fingerprint if part is not None else ""
+            if wanted and wanted != found:
+                raise UserError(
+                    f"the {name} was trained on tokens of tokenizer {wanted}, but this is tokenizer {found}"
+                )
+        self.register_modules(
+            tokenizer=tokenizer.eval(), prior=prior.eval(), refiner=None if refiner is None else refiner.eval()
+        )
         self.sampling = SamplingConfig()
 
     @torch.no_grad()
@@ -97,15 +109,16 @@ class SoftConvexPipeline(DiffusionPipeline):
             raise ValueError(f"start must be {wanted}, a grid for each image, not {tuple(start.shape)}")
         for first in range(0, num_images, batch_size):
             stop = min(first + batch_size, num_images)
+            seeds = torch.arange(seed + first, seed + stop)
             tokens = self.draw_tokens(
-                torch.arange(seed + first, seed + stop),
+                seeds,
                 None if labels is None else labels[first:stop],
                 None if start is None else start[first:stop],
                 callback=callback,
                 **sampling,
             )
             grids.append(tokens.cpu())
-            images.append(self.decode_tokens(tokens).cpu())
+            images.append(self.decode_tokens(tokens, seeds, **sampling).cpu())
         pixels = torch.cat(images)
         shown = pixels if output_type == "pt" else [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
         return ImageOutput(images=shown, tokens=torch.cat(grids))
@@ -147,13 +160,26 @@ class SoftConvexPipeline(DiffusionPipeline):
         if unknown:
             raise ValueError(f"sampling has no setting {unknown[0]!r}; it has: {', '.join(known)}")
         settings = SamplingConfig(**{**asdict(self.sampling), **{k: v for k, v in overrides.items() if v is not None}})
+        if settings.refiner_steps < 1:
+            raise ValueError(f"refiner_steps={settings.refiner_steps} must be at least 1")
         if settings.sampler not in SAMPLERS:
             raise ValueError(f"sampler {settings.sampler!r} does not exist; choose {', '.join(SAMPLERS)}")
         return settings
 
-    def decode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W)."""
-        return to_uint8(in_equal_chunks(self.tokenizer.decode_indices, tokens.to(self.device)))
+    @torch.no_grad()
+    def decode_tokens(
+        self, tokens: torch.Tensor, seeds: torch.Tensor | None = None, **sampling: float | str | None
+    ) -> torch.Tensor:
+        """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W); seeds (B,) are a flow's, by default 0 .. B-1."""
+        settings, tokens = self._settings(sampling), tokens.to(self.device)
+        if self.refiner is None or not settings.refine:
+            return to_uint8(in_equal_chunks(self.tokenizer.decode_indices, tokens))
+        seeds = torch.arange(len(tokens)) if seeds is None else seeds
+
+        def decode(part: torch.Tensor, part_seeds: torch.Tensor) -> torch.Tensor:
+            return self.tokenizer.decode(self.refiner.refine(part, part_seeds, settings.refiner_steps))
+
+        return to_uint8(in_equal_chunks(decode, tokens, seeds.to(self.device)))
 
     def stream(self, num_images: int, seed: int = 0, batch_size: int = 16) -> Iterator[torch.Tensor]:
         """Images as uint8 batches (b, 3, H, W), drawn as they are consumed: what metrics want. Classes take turns."""
@@ -164,7 +190,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             yield self(count, seed + start, class_labels=labels, batch_size=batch_size, output_type="pt").images
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write tokenizer/, prior/, model_index.json and sampling.json; the folder appears when it is complete."""
+        """Write every component, model_index.json and sampling.json; the folder appears when it is complete."""
         folder = Path(save_directory)
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -189,11 +215,13 @@ class SoftConvexPipeline(DiffusionPipeline):
         tokenizer = load_tokenizer(root / "tokenizer")
         try:
             prior = MaskedTransformer.from_pretrained(root / "prior", local_files_only=True)
+            refined = (root / "refiner").is_dir()
+            refiner = ConvexRefiner.from_pretrained(root / "refiner", local_files_only=True) if refined else None
             saved = json.loads((root / "sampling.json").read_text())
             sampling = SamplingConfig(**saved)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{root} cannot be loaded: {str(error).splitlines()[0]}") from error
-        pipeline = cls(tokenizer, prior)
+        pipeline = cls(tokenizer, prior, refiner)
         pipeline.sampling = sampling
         return pipeline.to(device) if device is not None else pipeline
 
@@ -212,9 +240,9 @@ class SoftConvexPipeline(DiffusionPipeline):
 
 
 def in_equal_chunks(
-    network: Callable[..., torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor | None = None
+    network: Callable[..., torch.Tensor], inputs: torch.Tensor, others: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``network(inputs)`` or ``network(inputs, labels)``, computed for a fixed number of images at a time.
+    """``network(inputs)`` or ``network(inputs, others)``, computed for a fixed number of images at a time.
 
     Matrix products of different sizes add in different orders. With chunks of one size, the last one filled up, an
     image's pixels are the same to the last bit whatever was asked for together with it.
@@ -222,7 +250,7 @@ def in_equal_chunks(
     chunk = CHUNK.get(inputs.device.type, CHUNK["cuda"])
     outputs = []
     for start in range(0, len(inputs), chunk):
-        given = [x[start : start + chunk] for x in (inputs, labels) if x is not None]
+        given = [x[start : start + chunk] for x in (inputs, others) if x is not None]
         count = len(given[0])
         filled = [torch.cat([x, x[-1:].expand(chunk - count, *x.shape[1:])]) for x in given]
         outputs.append(network(*filled)[:count])

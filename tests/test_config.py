@@ -10,6 +10,7 @@ from evaluation.benchmark import BenchmarkConfig
 from evaluation.tokenizers import ComparisonConfig
 from stage1_tokenizer.train import TokenizerExperiment
 from stage2_prior.train import PriorExperiment
+from stage2_prior.train_refiner import RefinerExperiment
 
 ALL_CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))
 
@@ -19,6 +20,8 @@ def schema_of(path: Path) -> type:
         return TokenizerExperiment
     if path.parent.name in ("ablation", "tokenizers"):
         return ComparisonConfig
+    if path.stem.startswith("refiner"):
+        return RefinerExperiment
     return PriorExperiment if path.stem.startswith("prior") else BenchmarkConfig
 
 

@@ -16,6 +16,7 @@ def add_train(commands: Any) -> None:
     for stage, run, help in (
         ("tokenizer", _train_tokenizer, "stage 1: train an autoencoder with a quantizer"),
         ("prior", _train_prior, "stage 2: train a masked transformer over the dominant codes"),
+        ("refiner", _train_refiner, "stage 2: train a network that gives dominant codes their convex detail back"),
     ):
         each = command(
             stages,
@@ -26,9 +27,10 @@ def add_train(commands: Any) -> None:
             f"accelerate launch --module engine.cli train {stage} --config FILE",
         )
         each.add_argument("--config", type=Path, required=True, help="YAML file; the ready ones are in configs/")
-        each.add_argument(
-            "--dry-run", action="store_true", help="print parameters, memory, steps per epoch and time; train nothing"
-        )
+        if stage != "refiner":
+            each.add_argument(
+                "--dry-run", action="store_true", help="print parameters, memory, steps per epoch, time; train nothing"
+            )
         each.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.steps=1000")
 
 
@@ -94,6 +96,29 @@ def _train_prior(options: argparse.Namespace) -> None:
             load_model(prior, str(trained.best / "ema.safetensors"))
             SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "best")
     say_once(f"{Path(config.out) / 'model'}")
+
+
+def _train_refiner(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from engine.config import load_config
+    from sampling.pipeline import SoftConvexPipeline
+    from stage1_tokenizer.train import export, load_tokenizer
+    from stage2_prior.train_refiner import RefinerExperiment, train_refiner
+
+    config = load_config(RefinerExperiment, options.config, options.overrides)
+    if not config.tokenizer:
+        raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
+    tokenizer = load_tokenizer(config.tokenizer)
+    pipeline = SoftConvexPipeline.from_pretrained(config.prior) if config.prior else None
+    trained = train_refiner(config, tokenizer, None if pipeline is None else pipeline.prior)
+    folder = Path(config.out) / "model"
+    if PartialState().is_main_process:
+        if pipeline is None:
+            export(trained.averaged.cpu(), folder)
+        else:
+            SoftConvexPipeline(tokenizer.cpu(), pipeline.prior.cpu(), trained.averaged.cpu()).save_pretrained(folder)
+    say_once(f"{folder}")
 
 
 def add_tokenize(commands: Any) -> None:

@@ -1,0 +1,159 @@
+"""The refiner: from a grid of dominant codes to the convex latents that the decoder was trained on.
+
+A prior emits dominant codes, and decoding them alone throws the convex detail away. The refiner predicts, in units of
+its spread, the difference between a convex latent and its dominant code: as its mean (``regression``), or by
+transporting noise to it (``flow``: rectified flow, Liu et al., arXiv 2209.03003). It is convolutional, so it also
+refines grids larger than those of training.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from engine.randomness import image_uniform
+
+KINDS = ("regression", "flow")
+
+
+class ConvexRefiner(ModelMixin, ConfigMixin):
+    """Grids of codes (B, h, w) -> latents (B, F, h, w).
+
+    Args:
+        codebook_size: K.
+        latent_dim: F.
+        kind: ``regression`` or ``flow``.
+        width: channels of the blocks.
+        depth: number of blocks, each a depthwise 7x7 convolution and an MLP (ConvNeXt, Liu et al., arXiv 2201.03545).
+        tokenizer_fingerprint: of the tokenizer whose latents these are.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        codebook_size: int = 512,
+        latent_dim: int = 8,
+        kind: str = "regression",
+        width: int = 192,
+        depth: int = 8,
+        tokenizer_fingerprint: str = "",
+    ):
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
+        self.register_buffer("codes", torch.zeros(codebook_size, latent_dim))
+        self.register_buffer("spread", torch.ones(latent_dim))  # standard deviation of latent - code, per channel
+        self.embedding = nn.Embedding(codebook_size, width)
+        self.enter = nn.Conv2d(2 * latent_dim if kind == "flow" else latent_dim, width, 1)
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width)) if kind == "flow" else None
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.leave = nn.Conv2d(width, latent_dim, 1)
+        nn.init.zeros_(self.leave.weight)  # untrained, it changes nothing
+        nn.init.zeros_(self.leave.bias)
+
+    @torch.no_grad()
+    def describe(self, codes: Tensor, spread: Tensor) -> None:
+        """Take over the tokenizer's codes (K, F), and the standard deviation (F,) of latents around their codes."""
+        self.codes.copy_(codes)
+        self.spread.copy_(spread.clamp_min(1e-6))
+
+    def forward(self, indices: Tensor, noisy: Tensor | None = None, time: Tensor | None = None) -> Tensor:
+        """The predicted difference, or the velocity of a flow, in units of ``spread``.
+
+        Args:
+            indices: (B, h, w) int64.
+            noisy: flow only: (B, F, h, w), where the flow is at ``time``.
+            time: flow only: (B,) in [0, 1].
+
+        Returns:
+            (B, F, h, w).
+        """
+        code = self.codes[indices].permute(0, 3, 1, 2) / self.spread.mean()  # (B, F, h, w)
+        given = code if noisy is None else torch.cat([code, noisy], 1)
+        x = self.enter(given) + self.embedding(indices).permute(0, 3, 1, 2)  # (B, width, h, w)
+        moment = None if time is None else self.time(_waves(time))[:, :, None, None]  # (B, width, 1, 1)
+        for block in self.blocks:
+            x = block(x if moment is None else x + moment)
+        return self.leave(self.norm(x.movedim(1, -1)).movedim(-1, 1))
+
+    def loss(self, indices: Tensor, latents: Tensor, noise: Tensor | None, time: Tensor | None) -> Tensor:
+        """Mean squared error of the prediction, 0-dim; 1 is what predicting nothing costs a regression.
+
+        Args:
+            indices: (B, h, w); latents: (B, F, h, w).
+            noise: flow only: (B, F, h, w) standard normal; time: flow only: (B,) uniform in [0, 1].
+        """
+        wanted = self.difference(indices, latents)
+        if self.config.kind == "regression":
+            return F.mse_loss(self(indices), wanted)
+        t = time[:, None, None, None]
+        return F.mse_loss(self(indices, (1 - t) * noise + t * wanted, time), wanted - noise)
+
+    def difference(self, indices: Tensor, latents: Tensor) -> Tensor:
+        """(B, F, h, w): latents minus their codes in units of ``spread``."""
+        return (latents - self._code(indices)) / self.spread[:, None, None]
+
+    @torch.no_grad()
+    def refine(self, indices: Tensor, seeds: Tensor | None = None, steps: int = 8) -> Tensor:
+        """Latents (B, F, h, w) for codes (B, h, w).
+
+        Args:
+            seeds: flow only: (B,) int64, each image's own: the same seed gives the same latents in any batch.
+            steps: flow only: of Heun's method, the last one of Euler's; >= 1.
+
+        Raises:
+            ValueError: a flow without seeds, or steps below 1.
+        """
+        if self.config.kind == "regression":
+            return self._code(indices) + self(indices) * self.spread[:, None, None]
+        if seeds is None or steps < 1:
+            raise ValueError(f"a flow needs seeds and at least one step, not seeds={seeds} and steps={steps}")
+        x = standard_normal(seeds, self.config.latent_dim, *indices.shape[1:], purpose="refiner")
+        for step in range(steps):
+            now = torch.full((len(x),), step / steps, device=x.device)
+            velocity = self(indices, x, now)
+            ahead = x + velocity / steps
+            if step + 1 < steps:
+                velocity = (velocity + self(indices, ahead, now + 1 / steps)) / 2
+            x = x + velocity / steps
+        return self._code(indices) + x * self.spread[:, None, None]
+
+    def _code(self, indices: Tensor) -> Tensor:
+        return self.codes[indices].permute(0, 3, 1, 2)
+
+
+def standard_normal(keys: Tensor, *shape: int, seed: int = 0, purpose: str = "") -> Tensor:
+    """Standard normal numbers (B, *shape), addressed like `engine.randomness.image_uniform` (Box and Muller)."""
+    radius = (-2 * image_uniform(keys, *shape, seed=seed, purpose=f"{purpose} radius").log()).sqrt()
+    return radius * (2 * math.pi * image_uniform(keys, *shape, seed=seed, purpose=f"{purpose} angle")).cos()
+
+
+class _Block(nn.Module):
+    """ConvNeXt's block with a learned scale on its branch, which starts small."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.spatial = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.scale = nn.Parameter(torch.full((width,), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm(self.spatial(x).movedim(1, -1))  # (B, h, w, width)
+        return x + (self.scale * self.mlp(branch)).movedim(-1, 1)
+
+
+def _waves(time: Tensor) -> Tensor:
+    """(B,) -> (B, 64): sines and cosines of the time at frequencies from 1 to 1000."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=time.device))
+    angles = time[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], 1)
