@@ -209,7 +209,7 @@ def train_tokenizer(config: TokenizerExperiment, measure: Callable[[ImageTokeniz
     if not config.out:
         raise UserError("out is empty: say where the run goes, for example out=runs/tokenizer")
     accelerator = make_accelerator(config.training)
-    stream = open_stream(config, accelerator)
+    stream = open_stream(config.data, config.training, config.architecture.image_size, accelerator)
     pictured = next(iterate_once(config.data.validation or config.data.train, batch_size=12)).images
     task = TokenizerTask(config, accelerator, pictured, measure)
     run = RunFolder(config.out, config, accelerator)
@@ -240,29 +240,29 @@ def estimate_tokenizer(config: TokenizerExperiment) -> list[str]:
     )
     images = None
     if (Path(config.data.train) / MANIFEST).is_file():
-        stream = open_stream(config, accelerator)
+        stream = open_stream(config.data, config.training, config.architecture.image_size, accelerator)
         images, probe = stream.num_images, Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream))))
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
     task = TokenizerTask(single, accelerator, probe.images)
     return estimate(task, probe, len(probe.images), images, config.training, accelerator)
 
 
-def open_stream(config: TokenizerExperiment, accelerator: Accelerator) -> ImageStream:
-    """This process's share of the training images."""
+def open_stream(data: DataConfig, training: LoopConfig, image_size: int, accelerator: Accelerator) -> ImageStream:
+    """This process's share of the training images; UserError if they are not of ``image_size`` pixels."""
     stream = ImageStream(
-        config.data.train,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
+        data.train,
+        batch_size=training.batch_size,
+        seed=training.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        workers=config.data.workers,
-        flip=config.data.flip,
-        cache=config.data.cache or None,
+        workers=data.workers,
+        flip=data.flip,
+        cache=data.cache or None,
     )
-    if stream.image_size != config.architecture.image_size:
+    if stream.image_size != image_size:
         raise UserError(
-            f"{config.data.train} holds images of {stream.image_size} pixels, architecture.image_size is "
-            f"{config.architecture.image_size}; pack the images again with --size, or change the config"
+            f"{data.train} holds images of {stream.image_size} pixels, architecture.image_size is "
+            f"{image_size}; pack the images again with --size, or change the config"
         )
     return stream
 

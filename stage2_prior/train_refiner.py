@@ -21,6 +21,7 @@ from engine.progress import say
 from engine.randomness import image_gumbel, image_uniform
 from engine.tracking import RunFolder
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from stage1_tokenizer.train import open_stream
 from stage2_prior.refiner import ConvexRefiner, standard_normal
 from stage2_prior.transformer import MaskedTransformer
 
@@ -199,16 +200,7 @@ def train_refiner(
     if config.resampled_share > 0 and prior is None:
         raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
     accelerator = make_accelerator(config.training)
-    stream = ImageStream(
-        config.data.train,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        workers=config.data.workers,
-        flip=config.data.flip,
-        cache=config.data.cache or None,
-    )
+    stream = open_stream(config.data, config.training, tokenizer.config.image_size, accelerator)
     measured = _images(config.data.train)
     held_out = _images(config.data.validation or config.data.train)
     task = RefinerTask(config, accelerator, tokenizer, prior, measured, held_out)

@@ -14,7 +14,14 @@ from engine.loop import make_accelerator
 from engine.tracking import read_metrics
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.losses import LossConfig, PerceptualLoss
-from stage1_tokenizer.train import TokenizerExperiment, TokenizerTask, build_tokenizer, load_tokenizer, train_tokenizer
+from stage1_tokenizer.train import (
+    TokenizerExperiment,
+    TokenizerTask,
+    build_tokenizer,
+    estimate_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from stage1_tokenizer.write_tokens import write_tokens
 
 
@@ -226,6 +233,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(emoji: dict[str, Pat
     assert float(whole["loss"]) == pytest.approx(float(parts["loss"]), rel=1e-5)
     with pytest.raises(UserError, match=r"training.accumulate=3 does not divide the 16 images"):
         one_step(emoji, loss, accumulate=3)
+
+
+def test_a_dry_run_estimates_and_writes_nothing(emoji: dict[str, Path], tmp_path: Path) -> None:
+    settings = [f"out={tmp_path / 'run'}", f"data.train={emoji['train']}", "training.batch_size=32"]
+    path = CONFIG_ROOT / "quickstart" / "tokenizer_vqgan.yaml"
+    config = load_config(TokenizerExperiment, path, settings)
+    lines = "\n".join(estimate_tokenizer(config))
+    size = sum(p.numel() for p in build_tokenizer(config).parameters())
+    assert f"model {size / 1e6:.1f}M" in lines
+    assert "3,616 images, 113 steps per epoch" in lines
+    assert "activations of 32 images" in lines
+    settings[1] = f"data.train={tmp_path / 'none'}"
+    assert "training set not at hand" in "\n".join(estimate_tokenizer(load_config(TokenizerExperiment, path, settings)))
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_best_checkpoint_is_kept_and_exported(emoji: dict[str, Path], tmp_path: Path) -> None:
