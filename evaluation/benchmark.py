@@ -1,6 +1,7 @@
-"""Arms of one experiment through both stages with everything shared but the quantizer: ``scq quickstart``.
+"""Arms of one experiment through both stages with everything shared but the quantizer: ``scq quickstart`` and
+``scq benchmark quality``.
 
-images -> shards -> tokenizers -> token shards -> priors -> samples -> FID, KID and the report.
+images -> shards -> tokenizers -> token shards -> priors, refiners -> samples -> FID, KID and the report.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from data import pack as packing
-from data.stream import iterate_once
 from engine.config import CONFIG_ROOT, as_dict, git_revision, load_config, write_atomically
 from engine.errors import UserError
 from engine.progress import progress_bar, say
-from evaluation.evaluate import Reference, evaluate_codebook, evaluate_reconstructions, evaluate_samples
-from evaluation.inception import load_inception
-from evaluation.metrics import codebook_usage
+from evaluation.arm import Arm, SampleBudget
+from evaluation.evaluate import Reference
+from evaluation.features import FeatureSet
+from evaluation.inception import InceptionFeatures, load_inception
 from evaluation.phases import Phases
-from evaluation.report import save_images, write_report
-from sampling.pipeline import SamplingConfig, SoftConvexPipeline
-from stage1_tokenizer.autoencoder import to_float, to_uint8
-from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer, train_tokenizer
-from stage1_tokenizer.write_tokens import write_tokens
-from stage2_prior.train import PriorExperiment, train_prior
+from evaluation.report import write_report
+from evaluation.tokenizers import Yardsticks
+from sampling.pipeline import SoftConvexPipeline
+from sampling.scheduler import UnmaskingScheduler
+from stage1_tokenizer.train import TokenizerExperiment
+from stage2_prior.train import PriorExperiment
+from stage2_prior.train_refiner import RefinerExperiment
 
 
 @dataclass
@@ -50,35 +51,51 @@ class MeasureConfig:
     samples: int = 0  # generated images; 0 for as many as the reference
     pictured: int = 64  # samples in the picture
     seed: int = 0
+    steps: list[int] = field(default_factory=list)  # further numbers of sampling steps, for arms that name no others
+    steps_samples: int = 1000  # generated images for each of those
+    weight_bits: list[int] = field(default_factory=list)  # soft latents with weights of so many bits, and their rate
+    lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
+    neighbours: int = 0  # training images among which samples' nearest neighbours are looked for; 0 for none
+
+
+@dataclass
+class ArmConfig:
+    """What makes an arm differ from the others."""
+
+    tokenizer: str = ""  # its config file, relative to the benchmark's; empty: the benchmark's tokenizer
+    overrides: list[str] = field(default_factory=list)  # of the tokenizer's config
+    seeds: int = 1
+    prior: bool = True  # False: reconstructions only
+    refiners: list[str] = field(default_factory=list)  # kinds of refiners: regression, flow
+    steps: bool = False  # measure the benchmark's further numbers of sampling steps
 
 
 @dataclass
 class BenchmarkConfig:
-    """An experiment with several arms.
+    """An experiment with several arms; config files are relative to this one.
 
-    ``arms`` maps a plain name to the tokenizer's config file, ``prior`` is the prior's; both relative to this file.
-    The first arm is the one that is exported.
+    The first arm is the one that is exported, with its last refiner.
     """
 
     title: str = ""
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    arms: dict[str, str] = field(default_factory=dict)
+    tokenizer: str = ""
     prior: str = ""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    refiner: str = ""
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    sampling: UnmaskingScheduler = field(default_factory=UnmaskingScheduler)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-
-
-PHASES_PER_ARM = 5
-PICTURED_RECONSTRUCTIONS = 12
 
 
 def quickstart(out: Path | str) -> dict[str, Any]:
     """The whole main job on emoji; see configs/quickstart."""
-    return run_benchmark(CONFIG_ROOT / "quickstart" / "benchmark.yaml", out)
+    return run_benchmark(CONFIG_ROOT / "quickstart" / "benchmark.yaml", out, results_name="metrics.json")
 
 
-def run_benchmark(config_path: Path, out: Path | str, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Run, or go on with, an experiment; write metrics.json, report.md, its pictures and ``model/`` to ``out``.
+def run_benchmark(
+    config_path: Path, out: Path | str, overrides: list[str] | None = None, results_name: str = "results.json"
+) -> dict[str, Any]:
+    """Run, or go on with, an experiment; write its results, report.md, its pictures and ``model/`` to ``out``.
 
     Raises:
         UserError, DataError: a config, the data or an earlier run in ``out`` does not fit.
@@ -87,163 +104,118 @@ def run_benchmark(config_path: Path, out: Path | str, overrides: list[str] | Non
     if not config.arms or not config.prior:
         raise UserError(f"{config_path} names no arms, or no prior")
     out = Path(out)
-    network = load_inception()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = load_inception(None, device)
     say(f"Inception: {network.description}")
-    phases = Phases(out / "phases", total=2 + PHASES_PER_ARM * len(config.arms))
-    shards = _pack(config.dataset, phases, out)
+    phases = Phases(out / "phases", total=0)
+    shards = {"train": out / "shards" / "train", "test": out / "shards" / "test"}
+    phases.total = (
+        2
+        + bool(config.measure.neighbours)
+        + sum(each.seeds * _count_phases(each, config) for each in config.arms.values())
+    )
+    phases.run("pack", as_dict(config.dataset), lambda: _pack(config.dataset, shards))
     reference = Reference(shards["test"], config.measure.reference_images)
-    reference_name = vars(reference.description)
-
-    def reference_features() -> dict[str, Any]:
-        with progress_bar("real images") as bar:
-            reference.features(network, out / "reference.safetensors", bar)
-        return {}
-
-    phases.run("features of the held-out images", [reference_name, network.fingerprint], reference_features)
-    real = reference.features(network, out / "reference.safetensors")
-
-    arms = {}
-    for name, file in config.arms.items():
-        arm = _Arm(name, config_path.parent / file, config, config_path.parent / config.prior, out, shards)
-        arms[name] = arm.run(phases, reference, network, real)
+    real = _features(phases, "features of the held-out images", reference, network, out / "reference.safetensors")
+    training_set = None
+    if config.measure.neighbours:
+        known = Reference(shards["train"], config.measure.neighbours)
+        training_set = _features(phases, "features of training images", known, network, out / "training.safetensors")
+    measure = config.measure
+    yardsticks = Yardsticks(reference, network, real, measure.lpips_weights, measure.weight_bits, device)
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for name, each in config.arms.items():
+        runs[name] = [
+            _arm(config, config_path, out, name, each, seed, yardsticks, shards, training_set).run(
+                phases, network, real
+            )
+            for seed in range(each.seeds)
+        ]
     results = {
         "title": config.title,
         "revision": git_revision(),
         "machine": _machine(),
-        "reference": reference_name,
+        "reference": vars(reference.description),
         "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
-        "sampling": vars(config.sampling),
-        "arms": arms,
+        "sampling": as_dict(config.sampling),
+        "arms": runs,
         "seconds": phases.seconds,
         "seconds_in_all": round(sum(phases.seconds.values()), 1),
     }
-    best = next(iter(config.arms))
-    SoftConvexPipeline.from_pretrained(out / "arms" / best / "model").save_pretrained(out / "model")
-    write_atomically(out / "metrics.json", json.dumps(results, indent=2) + "\n")
+    first, each = next(iter(config.arms.items()))
+    model = f"model_{each.refiners[-1]}" if each.refiners else "model"
+    SoftConvexPipeline.from_pretrained(out / "arms" / first / model).save_pretrained(out / "model")
+    write_atomically(out / results_name, json.dumps(results, indent=2) + "\n")
     write_report(results, out)
     return results
 
 
-def _pack(dataset: DatasetConfig, phases: Phases, out: Path) -> dict[str, Path]:
-    folders = {"train": out / "shards" / "train", "test": out / "shards" / "test"}
+def _count_phases(each: ArmConfig, config: BenchmarkConfig) -> int:
+    if not each.prior:
+        return 1
+    return 4 + 3 * len(each.refiners) + (len(config.measure.steps) if each.steps else 0)
 
+
+def _pack(dataset: DatasetConfig, folders: dict[str, Path]) -> dict[str, Any]:
+    counts = {}
+    for part, split in (("train", dataset.train_split), ("test", dataset.test_split)):
+        with progress_bar(f"pack {dataset.format} {split}") as bar:
+            manifest = packing.pack(
+                dataset.source,
+                folders[part],
+                format=dataset.format,
+                size=dataset.size,
+                crop=dataset.crop or None,
+                split=split,
+                progress=bar,
+            )
+        counts[part] = manifest["num_images"]
+    return counts
+
+
+def _features(phases: Phases, name: str, images: Reference, network: InceptionFeatures, cache: Path) -> FeatureSet:
     def work() -> dict[str, Any]:
-        counts = {}
-        for part, split in (("train", dataset.train_split), ("test", dataset.test_split)):
-            with progress_bar(f"pack {dataset.format} {split}") as bar:
-                manifest = packing.pack(
-                    dataset.source,
-                    folders[part],
-                    format=dataset.format,
-                    size=dataset.size,
-                    crop=dataset.crop or None,
-                    split=split,
-                    progress=bar,
-                )
-            counts[part] = manifest["num_images"]
-        return counts
+        with progress_bar(name) as bar:
+            images.features(network, cache, bar)
+        return {}
 
-    phases.run("pack", as_dict(dataset), work)
-    return folders
+    phases.run(name, [vars(images.description), network.fingerprint], work)
+    return images.features(network, cache)
 
 
-class _Arm:
-    """One quantizer through both stages."""
-
-    def __init__(
-        self, name: str, tokenizer: Path, config: BenchmarkConfig, prior: Path, out: Path, shards: dict[str, Path]
-    ):
-        self.name, self.config, self.shards, self.folder = name, config, shards, out / "arms" / name
-        self.tokenizer_config = load_config(TokenizerExperiment, tokenizer)
-        self.tokenizer_config.out = str(self.folder / "tokenizer")
-        self.tokenizer_config.data.train = str(shards["train"])
-        self.tokenizer_config.data.validation = str(shards["test"])
-        self.prior_config = load_config(PriorExperiment, prior)
-        self.prior_config.out = str(self.folder / "prior")
-        self.prior_config.tokenizer = str(self.folder / "tokenizer" / "model")
-        self.prior_config.data.train = str(self.folder / "tokens")
-
-    def run(self, phases: Phases, reference: Reference, network: Any, real: Any) -> dict[str, Any]:
-        measured = [vars(reference.description), network.fingerprint]
-        trained = phases.run(
-            f"{self.name} train tokenizer", self._settings(self.tokenizer_config), self._train_tokenizer
-        )
-        fingerprint = trained["fingerprint"]
-        reconstruction = phases.run(
-            f"{self.name} reconstruct",
-            [fingerprint, measured],
-            lambda: self._reconstruct(reference, network, real),
-        )
-        codebook = phases.run(f"{self.name} tokenize", [fingerprint], self._tokenize)
-        prior = phases.run(
-            f"{self.name} train prior", [fingerprint, self._settings(self.prior_config)], self._train_prior
-        )
-        settings = [prior, measured, vars(self.config.sampling), vars(self.config.measure)]
-        samples = phases.run(f"{self.name} sample", settings, lambda: self._sample(reference, network, real))
-        return {"tokenizer": trained, "reconstruction": reconstruction, "codebook": codebook, "prior": prior} | {
-            "samples": samples
-        }
-
-    def _settings(self, experiment: TokenizerExperiment | PriorExperiment) -> list[Any]:
-        """What the result of a training depends on; not where on this disk it lies."""
-        places = {"out", "tokenizer", "data"}
-        choices = {key: value for key, value in as_dict(experiment).items() if key not in places}
-        return [choices, as_dict(experiment)["data"].get("flip"), as_dict(self.config.dataset)]
-
-    def _train_tokenizer(self) -> dict[str, Any]:
-        trained = train_tokenizer(self.tokenizer_config)
-        tokenizer = load_tokenizer(self.tokenizer_config.out)
-        return {
-            "fingerprint": tokenizer.fingerprint(),
-            "quantizer": self.tokenizer_config.quantizer.name,
-            "parameters": tokenizer.num_parameters(),
-            "steps": trained.steps,
-            "images_seen": trained.steps * self.tokenizer_config.training.batch_size,
-            "seconds": trained.seconds,
-        }
-
-    def _reconstruct(self, reference: Reference, network: Any, real: Any) -> dict[str, Any]:
-        tokenizer = load_tokenizer(self.tokenizer_config.out)
-        with progress_bar("reconstructions") as bar:
-            results = evaluate_reconstructions(tokenizer, reference, network, real, bar)
-        images = next(reference.batches()).images[:PICTURED_RECONSTRUCTIONS]
-        with torch.no_grad():
-            encoding = tokenizer.encode(to_float(images))
-            rows = [images, to_uint8(tokenizer.decode(encoding.z_q))]
-            rows.append(to_uint8(tokenizer.decode_indices(encoding.indices)))
-        save_images(self.folder / "reconstructions.npy", torch.cat(rows))
-        return results
-
-    def _tokenize(self) -> dict[str, Any]:
-        tokenizer = load_tokenizer(self.tokenizer_config.out)
-        with progress_bar("tokenize") as bar:
-            tokens = write_tokens(tokenizer, self.shards["train"], self.prior_config.data.train, progress=bar)
-        held_out = evaluate_codebook(tokenizer, iterate_once(self.shards["test"], batch_size=64))
-        everything = (tokens.read(np.array([i]), np.array([0])) for i in range(len(tokens)))
-        return {"train": codebook_usage(everything, tokens.codebook_size).summary(), "held_out": held_out.summary()}
-
-    def _train_prior(self) -> dict[str, Any]:
-        tokenizer = load_tokenizer(self.tokenizer_config.out)
-        trained = train_prior(self.prior_config, tokenizer.fingerprint())
-        pipeline = SoftConvexPipeline(tokenizer, trained.averaged)
-        pipeline.sampling = self.config.sampling
-        pipeline.save_pretrained(self.folder / "model")
-        return {
-            "parameters": trained.averaged.num_parameters(),
-            "steps": trained.steps,
-            "images_seen": trained.steps * self.prior_config.training.batch_size,
-            "seconds": trained.seconds,
-        }
-
-    def _sample(self, reference: Reference, network: Any, real: Any) -> dict[str, Any]:
-        pipeline = SoftConvexPipeline.from_pretrained(self.folder / "model")
-        measure = self.config.measure
-        with progress_bar("samples") as bar:
-            images = pipeline.stream(measure.samples or reference.count, measure.seed)
-            results = evaluate_samples(images, measure.samples or reference.count, network, real, bar)
-        pictured = torch.cat(list(pipeline.stream(measure.pictured, measure.seed)))
-        save_images(self.folder / "samples.npy", pictured)
-        return results
+def _arm(
+    config: BenchmarkConfig,
+    config_path: Path,
+    out: Path,
+    name: str,
+    each: ArmConfig,
+    seed: int,
+    yardsticks: Yardsticks,
+    shards: dict[str, Path],
+    training_set: FeatureSet | None,
+) -> Arm:
+    """One arm with one seed; all its experiments shift their seeds alike."""
+    beside = config_path.parent
+    tokenizer = load_config(TokenizerExperiment, beside / (each.tokenizer or config.tokenizer), each.overrides)
+    prior = load_config(PriorExperiment, beside / config.prior) if each.prior else None
+    refiners = {kind: load_config(RefinerExperiment, beside / config.refiner) for kind in each.refiners}
+    for experiment in (tokenizer, prior, *refiners.values()):
+        if experiment is not None:
+            experiment.training.seed += seed
+    measure = config.measure
+    samples = SampleBudget(
+        count=measure.samples or yardsticks.reference.count,
+        pictured=measure.pictured,
+        seed=measure.seed,
+        steps=measure.steps if each.steps else [],
+        steps_count=measure.steps_samples,
+        scheduler=config.sampling,
+    )
+    title = f"{name}_seed{seed}" if seed else name
+    return Arm(
+        title, out / "arms" / title, tokenizer, prior, refiners, yardsticks, samples, shards, config.dataset,
+        training_set,
+    )  # fmt: skip
 
 
 def _machine() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -13,10 +13,15 @@ import torch
 
 from data.stream import Batch, ImageStream
 from engine.errors import UserError
+from engine.processes import process_place, sum_across_processes
 from evaluation.features import FeatureSet, RealSet, cached_features, extract_features
+from evaluation.fid_infinity import fid_infinity
 from evaluation.inception import InceptionFeatures
-from evaluation.metrics import CodebookUsage, ReconstructionMetrics, codebook_usage, fid, kid
+from evaluation.metrics import CodebookUsage, ReconstructionMetrics, codebook_usage, fid, kid, precision_recall
+from evaluation.mixture_rate import round_mixture
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from stage1_tokenizer.quantizers import Mixture
+from stage2_prior.refiner import ConvexRefiner
 
 Progress = Callable[[int, int], None]
 _REFERENCE_SEED = 0  # of the shuffle that picks a reference when not the whole split is asked for
@@ -34,7 +39,11 @@ class Reference:
     """
 
     def __init__(self, shards: Path | str, count: int = 0, batch_size: int = 64):
-        self.stream = ImageStream(shards, batch_size=batch_size, seed=_REFERENCE_SEED)
+        self.rank, self.processes = process_place()
+        batch_size = -(-batch_size // self.processes) * self.processes
+        self.stream = ImageStream(
+            shards, batch_size=batch_size, seed=_REFERENCE_SEED, rank=self.rank, world_size=self.processes
+        )
         self.count = count or self.stream.num_images
         self.batch_size = batch_size
         if self.count > self.stream.num_images:
@@ -49,19 +58,21 @@ class Reference:
         )
 
     def batches(self) -> Iterator[Batch]:
-        left = self.count
+        """This process's share."""
+        left = self.count - self.rank * self.batch_size // self.processes
         for batch in islice(self.stream.iterate(), -(-self.count // self.batch_size)):
-            yield Batch(*(field[:left] for field in batch))
+            if left > 0:
+                yield Batch(*(field[:left] for field in batch))
             left -= self.batch_size
 
     def features(
         self, network: InceptionFeatures, cache: Path | None = None, progress: Progress | None = None
     ) -> FeatureSet:
         """Inception features, from the file ``cache`` where an earlier run left them."""
-        count = _counter(progress, self.count)
+        count = _counter(progress, self.count, self.processes)
         if cache is not None:
             return cached_features(cache, self.description, network, self.batches, count)
-        return extract_features(self.batches(), network, name="real", progress=count)
+        return extract_features(self.batches(), network, name="real", progress=count).gather()
 
 
 @torch.no_grad()
@@ -72,56 +83,93 @@ def evaluate_reconstructions(
     real: FeatureSet | None,
     progress: Progress | None = None,
     perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    refiners: dict[str, ConvexRefiner] | None = None,
+    weight_bits: Sequence[int] = (),
+    only: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Reconstructions from z_q and from the dominant codes alone, against the originals.
 
     Args:
         network, real: for the FID; without them it is left out.
         perceptual: for LPIPS; without it it is left out.
+        refiners: by name; each decodes what it makes of the dominant codes, at their rate.
+        weight_bits: for a soft quantizer, each decodes z_q with its weights rounded to so many bits, and says its cost.
+        only: measure no other ways than these.
 
     Returns:
-        ``z_q`` and, where the quantizer has codes, ``dominant``, each with mse, psnr, ssim, lpips, rfid, rkid.
+        ``z_q`` and, where the quantizer has codes, ``dominant``, the refiners' names, and ``z_q_4_bits`` and such; each
+        with mse, psnr, ssim, lpips, rfid, rkid, and the rounded ones with bits_per_image.
     """
     tokenizer.eval()
-    names = ("z_q", "dominant") if tokenizer.quantizer.has_codes else ("z_q",)
-    pixels = {name: ReconstructionMetrics(perceptual=perceptual) for name in names}
-    parts: dict[str, list[FeatureSet]] = {name: [] for name in names}
-    count = _counter(progress, reference.count)
+    pixels: dict[str, ReconstructionMetrics] = {}
+    parts: dict[str, list[FeatureSet]] = {}
+    bits: dict[str, list[torch.Tensor]] = {}
+    count = _counter(progress, reference.count, reference.processes)
     for batch in reference.batches():
         encoding = tokenizer.encode(to_float(batch.images.to(tokenizer.device)))
-        decoded = {"z_q": to_uint8(tokenizer.decode(encoding.z_q)).cpu()}
-        if "dominant" in names:
-            decoded["dominant"] = to_uint8(tokenizer.decode_indices(encoding.indices)).cpu()
-        for name, images in decoded.items():
-            pixels[name].update(batch.images, images)
-            if network is None:
+        latents = _latents(tokenizer, encoding, batch.positions, refiners or {}, weight_bits, bits)
+        done: list[tuple[torch.Tensor, FeatureSet | None]] = []
+        for name, z_q in latents.items():
+            if only is not None and name not in only:
                 continue
-            if name == "dominant" and torch.equal(decoded["z_q"], images):
-                parts[name].append(parts["z_q"][-1])  # a hard quantizer decodes one and the same thing
-                continue
-            part = Batch(images, batch.labels, batch.positions)
-            parts[name].append(extract_features([part], network, name=f"reconstructions from {name}"))
+            images = to_uint8(tokenizer.decode(z_q)).cpu()
+            metrics = pixels.setdefault(
+                name, ReconstructionMetrics(across_processes=reference.processes > 1, perceptual=perceptual)
+            )
+            metrics.update(batch.images, images)
+            features = next((known for same, known in done if torch.equal(same, images)), None)
+            if network is not None and features is None:  # a hard quantizer decodes one and the same thing twice
+                part = Batch(images, batch.labels, batch.positions)
+                features = extract_features([part], network, name=f"reconstructions from {name}")
+            done.append((images, features))
+            parts.setdefault(name, []).append(features)
         count(len(batch.images))
-    results = {name: pixels[name].compute()._asdict() for name in names}
-    for name, sets in parts.items():
-        if sets:
-            features = FeatureSet.merge(sets)
+    results = {name: metrics.compute()._asdict() for name, metrics in pixels.items()}
+    for name, found in results.items():
+        if network is not None:
+            features = FeatureSet.merge(parts[name]).gather()
             kernel = kid(real, features)
-            results[name] |= {"rfid": fid(real, features).value, "rkid": kernel.value, "rkid_error": kernel.error}
+            found |= {"rfid": fid(real, features).value, "rkid": kernel.value, "rkid_error": kernel.error}
+        if name in bits:
+            found["bits_per_image"] = float(sum_across_processes(torch.cat(bits[name]).sum()[None])) / found["count"]
     return results
 
 
-def evaluate_samples(
-    images: Iterable[torch.Tensor],
-    count: int,
-    network: InceptionFeatures,
-    real: FeatureSet,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """FID and KID of generated images (uint8 batches) against the features of real ones."""
-    features = extract_features(images, network, name="samples", limit=count, progress=_counter(progress, count))
-    distance, kernel = fid(real, features), kid(real, features)
-    return {
+def _latents(
+    tokenizer: ImageTokenizer,
+    encoding: Mixture,
+    positions: torch.Tensor,
+    refiners: dict[str, ConvexRefiner],
+    weight_bits: Sequence[int],
+    bits: dict[str, list[torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """What a decoder can be given for a batch, (B, F, h, w) each; ``bits`` collects what rounded weights cost."""
+    latents = {"z_q": encoding.z_q}
+    if tokenizer.quantizer.has_codes:
+        latents["dominant"] = tokenizer.quantizer.lookup(encoding.indices).to(encoding.z_q.dtype)
+    for name, refiner in refiners.items():
+        latents[name] = refiner.refine(encoding.indices, positions.to(encoding.indices.device))
+    if encoding.support.shape[-1] > 1:
+        for width in weight_bits:
+            rounded = round_mixture(tokenizer.quantizer, encoding, width)
+            latents[f"z_q_{width}_bits"] = rounded.z_q
+            bits.setdefault(f"z_q_{width}_bits", []).append(rounded.bits)
+    return latents
+
+
+def sample_features(
+    images: Iterable[Any], count: int, network: InceptionFeatures, progress: Progress | None = None
+) -> FeatureSet:
+    """Features of generated images: batches as in evaluation.features, this process's share of ``count`` images."""
+    bar = _counter(progress, count, process_place()[1])
+    return extract_features(images, network, name="samples", progress=bar).gather()
+
+
+def evaluate_samples(features: FeatureSet, real: FeatureSet) -> dict[str, Any]:
+    """Every number of generated images against real ones: FID, KID, precision and recall, and, from 4,098 images on,
+    FID extrapolated to infinitely many."""
+    distance, kernel, manifold = fid(real, features), kid(real, features), precision_recall(real, features)
+    found = {
         "count": features.count,
         "fid": distance.value,
         "fid_biased": distance.biased,
@@ -130,40 +178,50 @@ def evaluate_samples(
         "kid_error": kernel.error,
         "kid_subsets": kernel.subsets,
         "kid_subset_size": kernel.subset_size,
+        "precision": manifold.precision,
+        "recall": manifold.recall,
     }
+    if features.count >= 2 * (features.features.shape[1] + 1):
+        found["fid_infinity"] = fid_infinity(real, features, resamples=5)._asdict()
+    return found
 
 
 @torch.no_grad()
 def evaluate_codebook(
     tokenizer: ImageTokenizer, batches: Iterable[Batch], progress: Progress | None = None, total: int = 0
 ) -> CodebookUsage:
-    """Usage of the codebook over a whole set of images."""
-    count = _counter(progress, total)
+    """Usage of the codebook over a whole set of images; of several processes, over all their shares."""
+    count = _counter(progress, total, process_place()[1])
 
     def indices() -> Iterator[torch.Tensor]:
         for batch in batches:
             yield tokenizer.encode(to_float(batch.images.to(tokenizer.device))).indices
             count(len(batch.images))
 
-    return codebook_usage(indices(), tokenizer.quantizer.codebook_size)
+    return codebook_usage(indices(), tokenizer.quantizer.codebook_size).gather()
 
 
 def evaluate(
     tokenizer: ImageTokenizer,
-    draw: Callable[[int], Iterable[torch.Tensor]] | None,
+    draw: Callable[[int], Iterable[Any]] | None,
     reference: Reference,
     network: InceptionFeatures,
     num_samples: int = 0,
     cache: Path | None = None,
     progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
+    **reconstructions: Any,
 ) -> dict[str, Any]:
-    """All numbers of one model against one reference.
+    """All numbers of one model against one reference, in one pass over real and generated images.
+
+    With several processes every one must call it, and every one gets the whole result.
 
     Args:
-        draw: ``draw(n)`` yields n images as uint8 batches; None where there is only a tokenizer.
+        draw: ``draw(n)`` yields this process's share of n images (see evaluation.features); None where there is only a
+            tokenizer.
         num_samples: how many to draw; 0 for as many as the reference holds.
         cache: file for the reference's features.
         progress: opens a progress bar from the name of what runs.
+        reconstructions: further arguments of `evaluate_reconstructions`.
 
     Returns:
         ``reference``, ``network``, ``reconstruction``, ``codebook``, ``samples`` and ``seconds``.
@@ -181,31 +239,32 @@ def evaluate(
     wanted = num_samples or reference.count
     real = timed("real images", lambda report: reference.features(network, cache, report))
     reconstruction = timed(
-        "reconstructions", lambda report: evaluate_reconstructions(tokenizer, reference, network, real, report)
-    )
-    codebook = timed(
-        "codebook", lambda report: evaluate_codebook(tokenizer, reference.batches(), report, reference.count)
+        "reconstructions",
+        lambda report: evaluate_reconstructions(tokenizer, reference, network, real, report, **reconstructions),
     )
     results = {
         "reference": vars(reference.description),
         "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
         "reconstruction": reconstruction,
-        "codebook": codebook.summary(),
     }
-    if draw is not None:
-        results["samples"] = timed(
-            "samples", lambda report: evaluate_samples(draw(wanted), wanted, network, real, report)
+    if tokenizer.quantizer.has_codes:
+        codebook = timed(
+            "codebook", lambda report: evaluate_codebook(tokenizer, reference.batches(), report, reference.count)
         )
+        results["codebook"] = codebook.summary()
+    if draw is not None:
+        features = timed("samples", lambda report: sample_features(draw(wanted), wanted, network, report))
+        results["samples"] = evaluate_samples(features, real)
     return {**results, "seconds": seconds}
 
 
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A callback that takes the size of each batch, from one that takes (done, total)."""
+def _counter(progress: Progress | None, total: int, processes: int = 1) -> Callable[[int], None]:
+    """A callback that takes the size of each of this process's batches, from one that takes (done, total)."""
     done = 0
 
     def add(fresh: int) -> None:
         nonlocal done
-        done += fresh
+        done = min(done + fresh * processes, total) if total else done + fresh
         if progress is not None:
             progress(done, total)
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.processes import across_processes, process_place
 from evaluation.inception import InceptionFeatures
 
 
@@ -66,15 +67,11 @@ class FeatureSet:
 
         Every process must call it.
         """
-        if _processes() == 1:
+        if not across_processes():
             return self
-        parts: list[Any] = [None] * _processes()
+        parts: list[Any] = [None] * process_place()[1]
         distributed.all_gather_object(parts, self)
         return FeatureSet.merge(parts)
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def extract_features(
@@ -155,7 +152,7 @@ def cached_features(
         raise UserError(
             f"{real_set.dataset} ({real_set.split}) gave {features.count} images, not {real_set.count} as asked"
         )
-    if _processes() > 1 and distributed.get_rank() > 0:
+    if process_place()[0] > 0:
         return features
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")

@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric, MeanSquaredError, SumMetric
 from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance, StructuralSimilarityIndexMeasure
 
 from engine.errors import UserError
+from engine.processes import sum_across_processes
 from evaluation.features import FeatureSet
 
 
@@ -271,6 +272,11 @@ class CodebookUsage:
 
     def __add__(self, other: "CodebookUsage") -> "CodebookUsage":
         return CodebookUsage(self.counts + other.counts, self.images + other.images)
+
+    def gather(self) -> "CodebookUsage":
+        """The sum over all processes, on every process; every one must call it."""
+        images = int(sum_across_processes(torch.tensor([self.images])))
+        return CodebookUsage(sum_across_processes(self.counts), images)
 
     @property
     def tokens(self) -> int:

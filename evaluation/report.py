@@ -5,120 +5,62 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
-
 from engine.config import write_atomically
-from engine.pictures import picture_grid
-from engine.tracking import read_metrics
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-TITLE_HEIGHT = 28
-
-
-def save_images(path: Path, images: torch.Tensor) -> None:
-    """Keep uint8 images (N, 3, H, W) for the report."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.save(file, images.cpu().numpy(), allow_pickle=False)
-    temporary.rename(path)
+from evaluation.plots import (
+    Runs,
+    draw_curves,
+    draw_neighbours,
+    draw_rates,
+    draw_reconstructions,
+    draw_samples,
+    draw_steps,
+)
+from evaluation.tables import look, markdown_table, spread, verdict
+from evaluation.tokenizers import render as render_tokenizers
 
 
 def write_report(results: dict[str, Any], out: Path) -> None:
-    """Write samples.png, reconstructions.png, curves.png and report.md to ``out``.
+    """Write report.md and its pictures to ``out``.
 
     Args:
         results: what evaluation.benchmark.run_benchmark measured.
         out: its folder; the arms' images and training logs are read from ``out/arms``.
     """
-    arms = list(results["arms"])
+    arms: Runs = results["arms"]
+    pictures = ["samples", "reconstructions", "curves", "rates"]
     draw_samples(out, arms).save(out / "samples.png")
     draw_reconstructions(out, arms).save(out / "reconstructions.png")
-    draw_curves(out, arms)
-    write_atomically(out / "report.md", render(results))
+    draw_curves(out, arms, out / "curves.png")
+    draw_rates(arms, out / "rates.png")
+    if draw_steps(arms, out / "steps.png"):
+        pictures.append("steps")
+    neighbours = draw_neighbours(out, arms)
+    if neighbours is not None:
+        neighbours.save(out / "neighbours.png")
+        pictures.append("neighbours")
+    write_atomically(out / "report.md", render(results, pictures))
 
 
-def draw_samples(out: Path, arms: list[str]) -> Image.Image:
-    """The arms' samples beside each other, not chosen: the first ones of the seed."""
-    sheets = [picture_grid(_load_images(out / "arms" / arm / "samples.npy"), columns=8) for arm in arms]
-    width = sum(sheet.width for sheet in sheets) + 24 * (len(sheets) - 1)
-    picture = Image.new("RGB", (width, max(sheet.height for sheet in sheets) + TITLE_HEIGHT), "white")
-    left = 0
-    for arm, sheet in zip(arms, sheets, strict=True):
-        _write(picture, (left, 4), f"{arm}: samples")
-        picture.paste(sheet, (left, TITLE_HEIGHT))
-        left += sheet.width + 24
-    return picture
+def render(results: dict[str, Any], pictures: list[str]) -> str:
+    """The text of report.md.
 
-
-def draw_reconstructions(out: Path, arms: list[str]) -> Image.Image:
-    """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to."""
-    rows: list[tuple[str, torch.Tensor]] = []
-    for arm in arms:
-        original, soft, dominant = _load_images(out / "arms" / arm / "reconstructions.npy").chunk(3)
-        if not rows:
-            rows.append(("held-out originals", original))
-        if torch.equal(soft, dominant):
-            rows.append((f"{arm}: reconstructed", soft))
-        else:
-            rows += [(f"{arm}: from z_q", soft), (f"{arm}: from dominant codes", dominant)]
-    sheets = [(title, picture_grid(images, columns=len(images))) for title, images in rows]
-    height = sum(sheet.height + TITLE_HEIGHT for _, sheet in sheets)
-    picture = Image.new("RGB", (max(sheet.width for _, sheet in sheets), height), "white")
-    top = 0
-    for title, sheet in sheets:
-        _write(picture, (0, top + 4), title)
-        picture.paste(sheet, (0, top + TITLE_HEIGHT))
-        top += sheet.height + TITLE_HEIGHT
-    return picture
-
-
-def draw_curves(out: Path, arms: list[str]) -> None:
-    """Training curves of both stages, one line for each arm."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
-    panels = [("tokenizer", "l2", "tokenizer: mean squared error"), ("tokenizer", "perplexity", "codebook perplexity")]
-    panels.append(("prior", "loss", "prior: masked cross-entropy"))
-    for axis, (stage, key, title) in zip(axes, panels, strict=True):
-        for arm in arms:
-            rows = [row for row in read_metrics(out / "arms" / arm / stage) if key in row]
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=arm)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=110)
-    plt.close(figure)
-
-
-def render(results: dict[str, Any]) -> str:
-    """The text of report.md."""
-    arms, reference = results["arms"], results["reference"]
-    samples = [arm["samples"] for arm in arms.values()]
+    Args:
+        pictures: the names of those there are.
+    """
+    arms, reference, machine = results["arms"], results["reference"], results["machine"]
+    seeds = max(len(runs) for runs in arms.values())
     lines = [
         f"# {results['title']}",
         "",
         f"Reference: {reference['count']} {reference['dataset']} images of the split '{reference['split']}', "
         f"{reference['crop']} pixels, which no model was trained on. Features: {results['network']['weights']}; "
-        f"protocol: {results['network']['protocol']}.",
+        f"protocol: {results['network']['protocol']}."
+        + (" Of several seeds: the mean, and the range in brackets." if seeds > 1 else ""),
         "",
         "## Samples",
         "![samples](samples.png)",
         "",
-        "KID leads; " + (samples[0]["fid_note"] or f"FID at {samples[0]['count']} samples") + ".",
-        "",
-        *markdown_table(
-            ["", "KID x 1000", "FID (biased)" if samples[0]["fid_biased"] else "FID", "samples"],
-            [
-                [name, f"{1e3 * s['kid']:.1f} ± {1e3 * s['kid_error']:.1f}", f"{s['fid']:.1f}", s["count"]]
-                for name, s in zip(arms, samples, strict=True)
-            ],
-        ),
+        *_samples(arms),
         "",
         "## Reconstructions of held-out images",
         "![reconstructions](reconstructions.png)",
@@ -126,74 +68,171 @@ def render(results: dict[str, Any]) -> str:
         "The prior draws dominant codes only; z_q is what the soft quantizer hands to the decoder in training. It is "
         "continuous and costs more than the rate of the codes: never compare the two as if they had one rate.",
         "",
-        *markdown_table(
-            ["", "decoded from", "MSE", "PSNR", "SSIM", "rFID (biased)", "rKID x 1000"], _reconstruction_rows(arms)
-        ),
+        *render_tokenizers({name: [run["tokenizer"] for run in runs] for name, runs in arms.items()}),
+        "",
+        *_at_a_rate(arms),
+        "![rFID over bits per image](rates.png)",
         "",
         "## Codebook",
-        *markdown_table(
-            ["", "images", "codes used", "perplexity", "bits per token", "bits per image"],
-            [
-                [name, part.replace("_", "-"), f"{u['used_share']:.1%}", f"{u['perplexity']:.0f}"]
-                + [f"{u['bits_per_token']:.2f}", f"{u['bits_per_image']:.0f} of {u['fixed_bits_per_image']:.0f}"]
-                for name, arm in arms.items()
-                for part, u in arm["codebook"].items()
-            ],
-        ),
+        *_codebook(arms),
         "",
         "## Training",
         "![curves](curves.png)",
         "",
-        *markdown_table(
-            ["", "tokenizer parameters", "steps", "prior parameters", "steps"],
-            [
-                [name, f"{a['tokenizer']['parameters']:,}", f"{a['tokenizer']['steps']:,}"]
-                + [f"{a['prior']['parameters']:,}", f"{a['prior']['steps']:,}"]
-                for name, a in arms.items()
-            ],
-        ),
-        "",
-        "## Seconds",
-        *markdown_table(["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in results["seconds"].items()]),
-        "",
-        f"In all {results['seconds_in_all']:.0f} s on {results['machine']['device']} with "
-        f"{results['machine']['threads']} threads, torch {results['machine']['torch']}, code at {results['revision']}.",
+        *_training(arms),
         "",
     ]
-    return "\n".join(lines)
+    if "steps" in pictures:
+        lines += ["## Sampling steps", "![FID over sampling steps](steps.png)", ""]
+    if "neighbours" in pictures:
+        lines += [
+            "## Memorised?",
+            "Samples, and below each the training image nearest to it in Inception features.",
+            "",
+            "![samples and their nearest training images](neighbours.png)",
+            "",
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "## Seconds",
+            *markdown_table(["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in results["seconds"].items()]),
+            "",
+            f"In all {results['seconds_in_all']:.0f} s on {machine['device']} with {machine['threads']} threads, "
+            f"torch {machine['torch']}, code at {results['revision']}.",
+            "",
+        ]
+    )
 
 
 def summary_table(results: dict[str, Any]) -> list[str]:
-    """The few numbers that a README shows, one row for each arm."""
+    """The few numbers that a README shows, one row for each arm and way of decoding its samples."""
     rows = []
-    for name, arm in results["arms"].items():
-        soft, dominant, samples = arm["reconstruction"]["z_q"], arm["reconstruction"]["dominant"], arm["samples"]
-        usage, kid = arm["codebook"]["train"], f"{1e3 * samples['kid']:.1f} ± {1e3 * samples['kid_error']:.1f}"
-        reconstruction = [f"{r['mse']:.4f} / {r['rfid']:.1f}" for r in (soft, dominant)]
-        rows.append([name, *reconstruction, f"{usage['used_share']:.0%} / {usage['perplexity']:.0f}", kid])
-        rows[-1].append(f"{samples['fid']:.1f}")
+    for name, runs in results["arms"].items():
+        tokenizers = [run["tokenizer"] for run in runs]
+        reconstruction = [
+            f"{spread([look(t, way, 'mse') for t in tokenizers], '.4f')} / "
+            f"{spread([look(t, way, 'rfid') for t in tokenizers], '.1f')}"
+            for way in ("z_q", "dominant")
+        ]
+        usage = [run["codebook"]["train"] for run in runs if "codebook" in run]
+        used = f"{spread([u['used_share'] for u in usage], '.0%')} / {spread([u['perplexity'] for u in usage], '.0f')}"
+        ways = list(runs[0].get("samples", {})) or [""]
+        for way in ways:
+            found = [run["samples"][way] for run in runs if way]
+            generated = [
+                spread([1e3 * f["kid"] for f in found], ".1f")
+                + (f" ± {1e3 * found[0]['kid_error']:.1f}" if len(found) == 1 else ""),
+                spread([f["fid"] for f in found], ".1f"),
+            ]
+            title = name if way in ("", "codes") else f"{name}, {way} refiner"
+            rows.append([title, *(reconstruction if way in ("", "codes") else ["", ""]), used, *generated])
     head = ["arm", "z_q: MSE / rFID", "dominant codes: MSE / rFID", "codes used / perplexity", "KID x 1000", "FID"]
     return markdown_table(head, rows)
 
 
-def _reconstruction_rows(arms: dict[str, Any]) -> list[list[Any]]:
+def _samples(arms: Runs) -> list[str]:
+    """What was measured of samples, and how the first arm's stand beside the others'."""
+    rows, values = [], {}
+    for name, runs in arms.items():
+        for way in runs[0].get("samples", ()):
+            found = [run["samples"][way] for run in runs]
+            title = name if way == "codes" else f"{name}, {way} refiner"
+            values[title] = [each["fid"] for each in found]
+            rows.append(
+                [title, *(spread([scale * each[key] for each in found], form) for key, scale, form in _OF_SAMPLES)]
+                + [spread([look(each, "fid_infinity", "value") for each in found], ".1f")]
+                + [spread([_refiner_share(run, way) for run in runs], ".1%"), found[0]["count"]]
+            )
+    first = next(runs[0]["samples"]["codes"] for runs in arms.values() if "samples" in runs[0])
+    fid = "FID (biased)" if first["fid_biased"] else "FID"
+    head = ["", "KID x 1000", "±", fid, "precision", "recall", "FID at infinity", "refiner's share of time", "samples"]
+    ours = [title for title in values if title.split(",")[0] == next(iter(arms))]
+    best = min(ours, key=lambda title: sum(values[title]) / len(values[title]))
+    told = [
+        f"- against {title}: {_ratio(values[best], values[title])} of its FID, {verdict(values[best], values[title])}"
+        for title in values
+        if title not in ours
+    ]
+    return [
+        "KID leads; " + (first["fid_note"] or f"FID at {first['count']} samples") + ".",
+        "",
+        *markdown_table(head, rows),
+        "",
+        f"**{best}** beside the other arms (a difference under 5%, or within the seeds' range, is a tie):",
+        "",
+        *told,
+    ]
+
+
+_OF_SAMPLES = [
+    ("kid", 1e3, ".1f"),
+    ("kid_error", 1e3, ".1f"),
+    ("fid", 1, ".1f"),
+    ("precision", 1, ".3f"),
+    ("recall", 1, ".3f"),
+]
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> str:
+    return f"{sum(ours) / len(ours) / (sum(theirs) / len(theirs)):.2f}"
+
+
+def _refiner_share(run: dict[str, Any], way: str) -> float | None:
+    """Of the time from nothing to images: what a refiner adds to decoding the same codes."""
+    if way == "codes":
+        return None
+    plain, refined = run["samples"]["codes"]["seconds_of"], run["samples"][way]["seconds_of"]
+    return max(0.0, refined["decode"] - plain["decode"]) / (refined["prior"] + refined["decode"])
+
+
+def _at_a_rate(arms: Runs) -> list[str]:
+    """What soft latents cost when their weights are rounded, and what refiners make of codes alone."""
     rows = []
-    for name, arm in arms.items():
-        for source, r in arm["reconstruction"].items():
-            numbers = [f"{r['mse']:.5f}", f"{r['psnr']:.2f}", f"{r['ssim']:.3f}", f"{r['rfid']:.1f}"]
-            rows.append([name, source, *numbers, f"{1e3 * r['rkid']:.1f} ± {1e3 * r['rkid_error']:.1f}"])
-    return rows
+    for name, runs in arms.items():
+        row = runs[0]["tokenizer"]
+        for way, found in row.items():
+            if isinstance(found, dict) and "bits_per_image" in found and "mse" in found:
+                title = f"{name}: {way.replace('_', ' ').replace('z q', 'z_q, weights of')}"
+                rows.append([title, f"{found['bits_per_image']:.0f}", *_pixels(found)])
+        if "dominant" in row and len(runs[0].get("samples", {})) > 1:
+            rows.append([f"{name}: codes", f"{row['codebook']['fixed_bits_per_image']:.0f}", *_pixels(row["dominant"])])
+        for way, found in runs[0].get("samples", {}).items():
+            if "reconstruction" in found:
+                bits = f"{row['codebook']['fixed_bits_per_image']:.0f}"
+                rows.append([f"{name}: codes, {way} refiner", bits, *_pixels(found["reconstruction"])])
+        if rows and rows[-1][0].startswith(f"{name}:"):
+            rows.append([f"{name}: z_q", "continuous", *_pixels(row["z_q"])])
+    head = ["decoded from", "bits per image", "MSE", "PSNR", "rFID"]
+    return [*markdown_table(head, rows), ""] if rows else []
 
 
-def markdown_table(head: list[str], rows: list[list[Any]]) -> list[str]:
-    """A table as lines of Markdown."""
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+def _pixels(found: dict[str, Any]) -> list[str]:
+    return [f"{found['mse']:.5f}", f"{found['psnr']:.2f}", f"{found['rfid']:.1f}" if "rfid" in found else "-"]
 
 
-def _load_images(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.load(path, allow_pickle=False))
+def _codebook(arms: Runs) -> list[str]:
+    rows = [
+        [name, part.replace("_", "-"), f"{usage['used_share']:.1%}", f"{usage['perplexity']:.0f}"]
+        + [f"{usage['bits_per_token']:.2f}", f"{usage['bits_per_image']:.0f} of {usage['fixed_bits_per_image']:.0f}"]
+        for name, runs in arms.items()
+        for part, usage in runs[0].get("codebook", {}).items()
+    ]
+    return markdown_table(["", "images", "codes used", "perplexity", "bits per token", "bits per image"], rows)
 
 
-def _write(picture: Image.Image, place: tuple[int, int], text: str) -> None:
-    ImageDraw.Draw(picture).text(place, text, fill="black", font=ImageFont.load_default(size=16))
+def _training(arms: Runs) -> list[str]:
+    rows = []
+    for name, runs in arms.items():
+        parts = {"tokenizer": runs[0]["tokenizer"], "prior": runs[0].get("prior")}
+        parts |= {
+            f"{way} refiner": found["refiner"]
+            for way, found in runs[0].get("samples", {}).items()
+            if "refiner" in found
+        }
+        rows += [
+            [name, part, f"{found['parameters']:,}", f"{found['steps']:,}", f"{found['images_seen']:,}"]
+            for part, found in parts.items()
+            if found is not None
+        ]
+    return markdown_table(["", "", "parameters", "steps", "images seen"], rows)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,7 +23,7 @@ from evaluation.evaluate import Reference, evaluate_codebook, evaluate_reconstru
 from evaluation.features import FeatureSet
 from evaluation.inception import InceptionFeatures, load_inception
 from evaluation.phases import Phases
-from evaluation.report import markdown_table
+from evaluation.tables import look, markdown_table, spread
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer, train_tokenizer
@@ -39,6 +41,38 @@ class ComparisonConfig:
     arms: dict[str, list[str]] = field(default_factory=dict)
 
 
+class Yardsticks:
+    """What every arm is measured with.
+
+    Args:
+        network, real: the FID network and its features of the reference; None to leave FID out.
+        lpips_weights: file of VGG16's weights; empty leaves LPIPS out.
+        weight_bits: see `evaluate_reconstructions`.
+    """
+
+    def __init__(
+        self,
+        reference: Reference,
+        network: InceptionFeatures | None,
+        real: FeatureSet | None,
+        lpips_weights: str = "",
+        weight_bits: Sequence[int] = (),
+        device: str = "cpu",
+    ):
+        self.reference, self.network, self.real, self.device = reference, network, real, device
+        self.perceptual = PerceptualLoss(lpips_weights) if lpips_weights else None
+        self.weight_bits = list(weight_bits)
+        name = network.description if network else None
+        self.description = [vars(reference.description), name, bool(lpips_weights), self.weight_bits]
+
+    def reconstructions(self, tokenizer: ImageTokenizer, **choices: Any) -> dict[str, Any]:
+        """What `evaluate_reconstructions` finds, with its further arguments ``choices``."""
+        with progress_bar("reconstructions") as bar:
+            return evaluate_reconstructions(
+                tokenizer, self.reference, self.network, self.real, bar, perceptual=self.perceptual, **choices
+            )
+
+
 def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, overrides: list[str]) -> str:
     """Train every arm, or go on with it, and write results.json and table.md to ``out``.
 
@@ -52,7 +86,12 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
     config = load_config(ComparisonConfig, config_path, overrides)
     runs = [(title, seed) for title in config.arms for seed in range(config.seeds.get(title, 1))]
     phases = Phases(out / "phases", total=len(runs))
-    yardsticks = _Yardsticks(config, held_out, out)
+    reference = Reference(held_out, config.images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = load_inception(None, device) if config.rfid else None
+    with progress_bar("features of held-out images") as bar:
+        real = reference.features(network, out / "reference_features.npz", bar) if network else None
+    yardsticks = Yardsticks(reference, network, real, config.lpips_weights, device=device)
     rows: dict[str, list[dict[str, Any]]] = {title: [] for title in config.arms}
     for title, seed in runs:
         experiment = load_config(TokenizerExperiment, config_path.parent / config.tokenizer, config.arms[title])
@@ -62,7 +101,9 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
         settings = {key: value for key, value in as_dict(experiment).items() if key not in ("out", "data")}
         rows[title].append(
             phases.run(
-                f"{name} {title}", [settings, yardsticks.description], lambda e=experiment: _measure(e, yardsticks)
+                f"{name} {title}",
+                [settings, yardsticks.description],
+                lambda e=experiment: measure_tokenizer(e, yardsticks),
             )
         )
     write_atomically(out / "results.json", json.dumps(rows, indent=1) + "\n")
@@ -71,43 +112,30 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
     return table
 
 
-class _Yardsticks:
-    """What every arm is measured with; the networks are loaded when the first arm needs them."""
-
-    def __init__(self, config: ComparisonConfig, held_out: str, out: Path):
-        self.reference = Reference(held_out, config.images)
-        self.perceptual = PerceptualLoss(config.lpips_weights) if config.lpips_weights else None
-        self.network: InceptionFeatures | None = None
-        self.real: FeatureSet | None = None
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if config.rfid:
-            self.network = load_inception(None, self.device)
-            with progress_bar("features of held-out images") as bar:
-                self.real = self.reference.features(self.network, out / "reference_features.npz", bar)
-        network = self.network.description if self.network else None
-        self.description = [vars(self.reference.description), network, bool(self.perceptual)]
-
-
-def _measure(experiment: TokenizerExperiment, yardsticks: _Yardsticks) -> dict[str, Any]:
+def measure_tokenizer(experiment: TokenizerExperiment, yardsticks: Yardsticks) -> dict[str, Any]:
+    """Train a tokenizer, or go on with it, and measure it: a row of results."""
     trained = train_tokenizer(experiment)
+    started = time.monotonic()
     tokenizer = load_tokenizer(experiment.out).to(yardsticks.device)
     reference = yardsticks.reference
-    with progress_bar("reconstructions") as bar:
-        found = evaluate_reconstructions(
-            tokenizer, reference, yardsticks.network, yardsticks.real, bar, perceptual=yardsticks.perceptual
-        )
+    found = yardsticks.reconstructions(tokenizer, weight_bits=yardsticks.weight_bits)
     usage = evaluate_codebook(tokenizer, reference.batches()).summary() if tokenizer.quantizer.has_codes else None
     log = read_metrics(Path(experiment.out))
     return {
+        "quantizer": experiment.quantizer.name,
+        "fingerprint": tokenizer.fingerprint(),
+        "seed": experiment.training.seed,
         **found,
         "codebook": usage,
         "latents": _of_latents(tokenizer, reference, log[-1]),
         # Of the median logging window: what else the machine did for a while does not count.
         "images_per_second": statistics.median(row["images_per_second"] for row in log),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "steps": trained.steps,
         "images_seen": trained.steps * experiment.training.batch_size,
         "batch_size": experiment.training.batch_size,
-        "seconds": trained.seconds,
+        "training_seconds": trained.seconds,
+        "seconds": trained.seconds + time.monotonic() - started,
     }
 
 
@@ -148,26 +176,13 @@ _COLUMNS = [
 def render(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The results as a Markdown table; of several seeds the mean, and the range in brackets."""
 
-    def look(row: dict[str, Any], way: tuple[str, ...]) -> float | None:
-        for key in way:
-            row = None if row is None else row.get(key)
-        return row
-
-    def show(values: list[float | None], form: str) -> str:
-        there = [value for value in values if value is not None]
-        if not there:
-            return "-"
-        mean = format(statistics.fmean(there), form)
-        return mean if len(there) == 1 else f"{mean} ({format(min(there), form)} - {format(max(there), form)})"
-
-    columns = [
-        column for column in _COLUMNS if any(look(row, column[1]) is not None for each in rows.values() for row in each)
-    ]
+    every = [row for each in rows.values() for row in each]
+    columns = [column for column in _COLUMNS if any(look(row, *column[1]) is not None for row in every)]
     return markdown_table(
         ["arm", *(head for head, _, _ in columns)],
         [
             [title if len(each) == 1 else f"{title}, {len(each)} seeds"]
-            + [show([look(row, way) for row in each], form) for _, way, form in columns]
+            + [spread([look(row, *way) for row in each], form) for _, way, form in columns]
             for title, each in rows.items()
         ],
     )

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
-from engine.config import write_atomically
+from data.stream import Batch
 from engine.errors import UserError
-from sampling.samplers import SAMPLERS, SamplerSettings, Step, guided
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_uint8
+from engine.processes import process_place
+from sampling.editing import fill, tokens_under, variation_mask
+from sampling.images import Pictures, to_mask, to_pictures, to_pixels
+from sampling.samplers import SAMPLERS, Step, guided
+from sampling.scheduler import UnmaskingScheduler
+from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from stage1_tokenizer.quantizers import Mixture
 from stage1_tokenizer.train import load_tokenizer
 from stage2_prior.refiner import ConvexRefiner
 from stage2_prior.transformer import MaskedTransformer
@@ -25,24 +33,17 @@ from stage2_prior.transformer import MaskedTransformer
 # Images computed together: enough to keep the device busy, few enough that filling up the last chunk costs little.
 CHUNK = {"cpu": 8, "cuda": 64}
 
-
-@dataclass
-class SamplingConfig(SamplerSettings):
-    """How images are drawn; saved with the model as its defaults."""
-
-    sampler: str = "maskgit"  # one of sampling.samplers.SAMPLERS
-    guidance_scale: float = 0.0  # for a class-conditional prior; 0 is the plain conditional
-    guidance_schedule: str = "constant"  # constant | linear
-    refine: bool = True  # give the convex detail back, where the model has a refiner
-    refiner_steps: int = 8  # of a flow; >= 1
+StepCallback = Callable[["SoftConvexPipeline", int, int, dict[str, torch.Tensor]], Any]
 
 
 @dataclass
 class ImageOutput(BaseOutput):
-    """images: PIL images or a uint8 tensor (N, 3, H, W); tokens: (N, h, w) int64."""
+    """images: PIL images or a uint8 tensor (N, 3, H, W); tokens: (N, h, w) int64; seeds: (N,) int64, each of which
+    draws its image again."""
 
     images: list[Image.Image] | torch.Tensor
     tokens: torch.Tensor
+    seeds: torch.Tensor
 
 
 class SoftConvexPipeline(DiffusionPipeline):
@@ -52,14 +53,21 @@ class SoftConvexPipeline(DiffusionPipeline):
         tokenizer: of stage 1.
         prior: of stage 2, trained on the codes of that very tokenizer.
         refiner: likewise, or None: dominant codes are decoded as they are.
+        scheduler: the defaults of sampling; None for the usual ones.
 
     Raises:
         UserError: prior or refiner belongs to another tokenizer.
     """
 
-    _optional_components = ["refiner"]  # noqa: RUF012, diffusers reads a list
+    _optional_components = ["refiner", "scheduler"]  # noqa: RUF012, diffusers reads a list
 
-    def __init__(self, tokenizer: ImageTokenizer, prior: MaskedTransformer, refiner: ConvexRefiner | None = None):
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        prior: MaskedTransformer,
+        refiner: ConvexRefiner | None = None,
+        scheduler: UnmaskingScheduler | None = None,
+    ):
         super().__init__()
         found = tokenizer.fingerprint()
         for name, part in (("prior", prior), ("refiner", refiner)):
@@ -69,59 +77,156 @@ class SoftConvexPipeline(DiffusionPipeline):
                     f"the {name} was trained on tokens of tokenizer {wanted}, but this is tokenizer {found}"
                 )
         self.register_modules(
-            tokenizer=tokenizer.eval(), prior=prior.eval(), refiner=None if refiner is None else refiner.eval()
+            tokenizer=tokenizer.eval(),
+            prior=prior.eval(),
+            refiner=None if refiner is None else refiner.eval(),
+            scheduler=scheduler or UnmaskingScheduler(),
         )
-        self.sampling = SamplingConfig()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.tokenizer.config.image_size
 
     @torch.no_grad()
     def __call__(
         self,
         num_images: int = 16,
-        seed: int = 0,
-        class_labels: list[int] | None = None,
+        class_labels: list[int] | int | None = None,
+        num_inference_steps: int | None = None,
+        temperature: float | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+        init_image: Pictures | None = None,
+        mask_image: Pictures | None = None,
+        strength: float = 0.5,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        *,
+        seed: int | None = None,
         start: torch.Tensor | None = None,
         batch_size: int = 16,
-        output_type: str = "pil",
-        callback: Callable[[Step], None] | None = None,
         **sampling: float | str | None,
     ) -> ImageOutput:
-        """Draw images.
+        """Draw images, or redraw parts of images.
 
         Args:
             num_images: how many.
-            seed: of the first image; image i has seed + i, so any of them can be drawn again alone.
-            class_labels: one for each image, for a class-conditional prior.
-            start: (num_images, h, w) int64, codes to keep, and the prior's mask token where to draw; None: draw all.
-            batch_size: images drawn together; changes the time, never the images.
+            class_labels: one for each image, or one for all, for a class-conditional prior.
+            num_inference_steps: calls of the prior; None, here and below: as ``scheduler`` says.
+            temperature: of the codes' distribution, above 0.
+            guidance_scale: towards the class, 0 is the plain conditional.
+            generator: draws each image's seed; without it and ``seed``, torch's global one does.
+            init_image: one image, or one for each, to start from.
+            mask_image: one mask, or one for each; its light pixels are drawn anew (to whole tokens). With
+                ``init_image`` and no mask, a random share of the tokens is: a variation.
+            strength: that share, in [0, 1].
             output_type: ``pil`` or ``pt`` (uint8).
-            callback: called after each step of each batch.
-            sampling: fields of SamplingConfig, such as steps or temperature; those left out, or None, are the model's.
+            callback_on_step_end: called as ``callback(pipeline, step, steps_left, {"tokens": (B, h, w)})`` after each
+                step of each batch; the tokens are the mask token where nothing is revealed. What it returns is ignored,
+                what it raises ends the drawing.
+            seed: of the first image; image i has seed + i, so any of them can be drawn again alone. Instead of
+                ``generator``.
+            start: (num_images, h, w) int64, codes to keep, and the prior's mask token where to draw; instead of
+                ``init_image``. A grid larger than the prior's is drawn window after window.
+            batch_size: images drawn together; changes the time, never the images.
+            sampling: further fields of UnmaskingScheduler, such as sampler or top_p.
 
         Raises:
-            ValueError: a setting is unknown or out of range.
+            ValueError: a setting is unknown or out of range, or two of them contradict each other.
         """
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1")
-        labels = self._labels(class_labels, num_images)
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type must be pil or pt, not {output_type!r}")
+        sampling |= {"steps": num_inference_steps or sampling.get("steps"), "temperature": temperature}
+        sampling["guidance_scale"] = guidance_scale
+        labels, seeds = self._labels(class_labels, num_images), _seeds(num_images, seed, generator)
+        if init_image is not None:
+            if start is not None:
+                raise ValueError("give init_image or start, not both")
+            start = self._start(init_image, mask_image, strength, seeds)
+        elif mask_image is not None:
+            raise ValueError("mask_image says which part of init_image to draw anew; there is no init_image")
+        if start is not None and (start.dim() != 3 or len(start) != num_images):
+            raise ValueError(f"start must be ({num_images}, h, w), a grid for each image, not {tuple(start.shape)}")
         images, grids = [], []
-        if start is not None and start.shape != (num_images, *self.prior.config.grid):
-            wanted = (num_images, *self.prior.config.grid)
-            raise ValueError(f"start must be {wanted}, a grid for each image, not {tuple(start.shape)}")
         for first in range(0, num_images, batch_size):
-            stop = min(first + batch_size, num_images)
-            seeds = torch.arange(seed + first, seed + stop)
+            part = slice(first, first + batch_size)
             tokens = self.draw_tokens(
-                seeds,
-                None if labels is None else labels[first:stop],
-                None if start is None else start[first:stop],
-                callback=callback,
+                seeds[part],
+                None if labels is None else labels[part],
+                None if start is None else start[part],
+                callback_on_step_end=callback_on_step_end,
                 **sampling,
             )
             grids.append(tokens.cpu())
-            images.append(self.decode_tokens(tokens, seeds, **sampling).cpu())
+            images.append(self.decode_tokens(tokens, seeds[part], **sampling).cpu())
         pixels = torch.cat(images)
-        shown = pixels if output_type == "pt" else [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in pixels]
-        return ImageOutput(images=shown, tokens=torch.cat(grids))
+        return ImageOutput(pixels if output_type == "pt" else to_pictures(pixels), torch.cat(grids), seeds)
+
+    def inpaint(self, image: Pictures, mask: Pictures, num_images: int = 1, **settings: Any) -> ImageOutput:
+        """Draw the light part of ``mask`` anew; every other pixel stays as it was.
+
+        Args:
+            image, mask: as ``init_image`` and ``mask_image`` of a call.
+            num_images: how many answers, if ``image`` is one image; else as many as there are images.
+            settings: of a call.
+        """
+        kept, redrawn = to_pixels(image, self.image_size), to_mask(mask, self.image_size)
+        num_images = num_images if len(kept) == 1 else len(kept)
+        kind = settings.pop("output_type", "pil")
+        output = self(num_images, init_image=kept, mask_image=redrawn, output_type="pt", **settings)
+        output.images = torch.where(redrawn[:, None], output.images, kept)
+        output.images = output.images if kind == "pt" else to_pictures(output.images)
+        return output
+
+    def outpaint(
+        self, image: Pictures, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0, **settings: Any
+    ) -> ImageOutput:
+        """Continue an image beyond its borders, by so many pixels on each side, rounded up to whole tokens.
+
+        Args:
+            image: one image; it comes back as the tokenizer reconstructs it.
+            settings: of a call, ``num_images`` among them (default 1).
+
+        Raises:
+            ValueError: a negative number of pixels.
+        """
+        if min(left, right, top, bottom) < 0:
+            raise ValueError(f"an image grows by at least 0 pixels, not {min(left, right, top, bottom)}")
+        left, right, top, bottom = (-(-pixels // self.tokenizer.factor) for pixels in (left, right, top, bottom))
+        tokens = self.encode(image).indices[:1].cpu()  # (1, h, w)
+        start = torch.nn.functional.pad(tokens, (left, right, top, bottom), value=self.prior.mask_token)
+        num_images = settings.pop("num_images", 1)
+        return self(num_images, start=start.expand(num_images, -1, -1), **settings)
+
+    @torch.no_grad()
+    def encode(self, images: Pictures) -> Mixture:
+        """Images -> z_q, dominant codes, and which codes are mixed with which weights (see ImageTokenizer.encode)."""
+        return self.tokenizer.encode(to_float(to_pixels(images, self.image_size).to(self.device)))
+
+    @torch.no_grad()
+    def decode(self, z_q: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | torch.Tensor:
+        """Latents (B, F, h, w) -> images, ``pil`` or ``pt`` (uint8); `decode_tokens` is for codes."""
+        pixels = to_uint8(in_equal_chunks(self.tokenizer.decode, z_q.to(self.device)))
+        return pixels if output_type == "pt" else to_pictures(pixels)
+
+    def interpolate(
+        self, first: Pictures, second: Pictures, num_images: int = 8, output_type: str = "pil"
+    ) -> list[Image.Image] | torch.Tensor:
+        """Images on the straight line between the convex latents of two images, both ends included.
+
+        The codebook's hull is convex, so every point on the line is a convex combination of codes as well.
+
+        Raises:
+            ValueError: fewer than two images asked for.
+        """
+        if num_images < 2:
+            raise ValueError(f"num_images={num_images} must be at least 2, the two ends")
+        one, other = (self.encode(picture).z_q[:1] for picture in (first, second))
+        way = torch.linspace(0, 1, num_images, device=one.device)[:, None, None, None]
+        return self.decode(torch.lerp(one, other, way), output_type)
 
     def draw_tokens(
         self,
@@ -129,13 +234,14 @@ class SoftConvexPipeline(DiffusionPipeline):
         labels: torch.Tensor | None = None,
         start: torch.Tensor | None = None,
         *,
-        callback: Callable[[Step], None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
         **sampling: float | str | None,
     ) -> torch.Tensor:
         """Grids of codes (B, h, w) for these seeds (B,); labels (B,), start (B, h, w) and sampling as in a call."""
-        prior, settings = self.prior, self._settings(sampling)
+        prior, settings = self.prior, self.scheduler.changed(**sampling)
+        grid = tuple(prior.config.grid)
         if start is None:
-            start = torch.full((len(seeds), prior.length), prior.mask_token)
+            start = torch.full((len(seeds), *grid), prior.mask_token)
         predict = guided(
             partial(in_equal_chunks, prior),
             None if labels is None else labels.to(self.device),
@@ -143,35 +249,25 @@ class SoftConvexPipeline(DiffusionPipeline):
             prior.config.num_classes,
             settings.guidance_schedule,
         )
-        tokens = SAMPLERS[settings.sampler](
-            predict,
-            start.flatten(1).to(self.device),
-            seeds.to(self.device),
-            prior.mask_token,
-            tuple(prior.config.grid),
-            settings,
-            callback,
-        )
-        return tokens.view(-1, *prior.config.grid)
 
-    def _settings(self, overrides: dict[str, float | str | None]) -> SamplingConfig:
-        known = [field.name for field in fields(SamplingConfig)]
-        unknown = sorted(set(overrides) - set(known))
-        if unknown:
-            raise ValueError(f"sampling has no setting {unknown[0]!r}; it has: {', '.join(known)}")
-        settings = SamplingConfig(**{**asdict(self.sampling), **{k: v for k, v in overrides.items() if v is not None}})
-        if settings.refiner_steps < 1:
-            raise ValueError(f"refiner_steps={settings.refiner_steps} must be at least 1")
-        if settings.sampler not in SAMPLERS:
-            raise ValueError(f"sampler {settings.sampler!r} does not exist; choose {', '.join(SAMPLERS)}")
-        return settings
+        def report(step: Step) -> None:
+            if callback_on_step_end is not None:
+                tokens = step.tokens.view(-1, *grid)
+                callback_on_step_end(self, step.step - 1, step.steps - step.step, {"tokens": tokens})
+
+        def draw(window: torch.Tensor, window_seeds: torch.Tensor) -> torch.Tensor:
+            sampler = SAMPLERS[settings.sampler]
+            found = sampler(predict, window.flatten(1), window_seeds, prior.mask_token, grid, settings, report)
+            return found.view(-1, *grid)
+
+        return fill(draw, start.to(self.device), grid, prior.mask_token, seeds.to(self.device))
 
     @torch.no_grad()
     def decode_tokens(
         self, tokens: torch.Tensor, seeds: torch.Tensor | None = None, **sampling: float | str | None
     ) -> torch.Tensor:
         """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W); seeds (B,) are a flow's, by default 0 .. B-1."""
-        settings, tokens = self._settings(sampling), tokens.to(self.device)
+        settings, tokens = self.scheduler.changed(**sampling), tokens.to(self.device)
         if self.refiner is None or not settings.refine:
             return to_uint8(in_equal_chunks(self.tokenizer.decode_indices, tokens))
         seeds = torch.arange(len(tokens)) if seeds is None else seeds
@@ -181,32 +277,49 @@ class SoftConvexPipeline(DiffusionPipeline):
 
         return to_uint8(in_equal_chunks(decode, tokens, seeds.to(self.device)))
 
-    def stream(self, num_images: int, seed: int = 0, batch_size: int = 16) -> Iterator[torch.Tensor]:
-        """Images as uint8 batches (b, 3, H, W), drawn as they are consumed: what metrics want. Classes take turns."""
-        classes = self.prior.config.num_classes
-        for start in range(0, num_images, batch_size):
-            count = min(batch_size, num_images - start)
-            labels = [i % classes for i in range(start, start + count)] if classes else None
-            yield self(count, seed + start, class_labels=labels, batch_size=batch_size, output_type="pt").images
+    def preview(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Unfinished grids (B, h, w) -> uint8 images (B, 3, H, W), grey where nothing is revealed yet."""
+        hidden = tokens == self.prior.mask_token
+        pixels = self.decode_tokens(tokens.masked_fill(hidden, 0), refine=False)
+        cells = hidden[:, None].repeat_interleave(self.tokenizer.factor, 2).repeat_interleave(self.tokenizer.factor, 3)
+        return pixels.masked_fill(cells.to(pixels.device), 128)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Write every component, model_index.json and sampling.json; the folder appears when it is complete."""
+    def stream(self, num_images: int, seed: int = 0, batch_size: int = 16) -> Iterator[Batch]:
+        """Images as batches, drawn as they are consumed: what metrics want. Classes take turns; image i has seed + i.
+
+        Of several processes each draws every so many batches.
+        """
+        classes = self.prior.config.num_classes
+        rank, processes = process_place()
+        for start in range(rank * batch_size, num_images, processes * batch_size):
+            positions = torch.arange(start, min(start + batch_size, num_images))
+            labels = (positions % classes).tolist() if classes else None
+            drawn = self(len(positions), labels, seed=seed + start, batch_size=batch_size, output_type="pt")
+            yield Batch(drawn.images, torch.tensor(labels or [-1] * len(positions)), positions)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write every component and model_index.json; the folder appears when it is complete.
+
+        Args:
+            kwargs: of diffusers, such as ``push_to_hub=True, repo_id="you/model"``.
+        """
         folder = Path(save_directory)
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         super().save_pretrained(temporary, **kwargs)
-        write_atomically(temporary / "sampling.json", json.dumps(asdict(self.sampling), indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> SoftConvexPipeline:
-        """The pipeline in ``folder``: one that ``save_pretrained`` wrote, or a run folder of a prior.
+        """The pipeline in ``folder``: one that ``save_pretrained`` wrote, a run folder of a prior, or a model of the
+        Hugging Face hub, as "you/model".
 
         Raises:
             UserError: nothing there is a pipeline, or a part of it cannot be loaded.
         """
-        root = _root(Path(folder))
+        local = _from_hub(str(folder)) if _is_hub_name(str(folder)) else Path(folder)
+        root = _root(local)
         if root is None:
             raise UserError(
                 f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote "
@@ -217,18 +330,32 @@ class SoftConvexPipeline(DiffusionPipeline):
             prior = MaskedTransformer.from_pretrained(root / "prior", local_files_only=True)
             refined = (root / "refiner").is_dir()
             refiner = ConvexRefiner.from_pretrained(root / "refiner", local_files_only=True) if refined else None
-            saved = json.loads((root / "sampling.json").read_text())
-            sampling = SamplingConfig(**saved)
+            scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{root} cannot be loaded: {str(error).splitlines()[0]}") from error
-        pipeline = cls(tokenizer, prior, refiner)
-        pipeline.sampling = sampling
+            raise UserError(f"{root} cannot be loaded: {_first_line(error)}") from error
+        pipeline = cls(tokenizer, prior, refiner, scheduler)
         return pipeline.to(device) if device is not None else pipeline
 
-    def _labels(self, class_labels: list[int] | None, num_images: int) -> torch.Tensor | None:
+    def _start(
+        self, init_image: Pictures, mask_image: Pictures | None, strength: float, seeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Codes (num_images, h, w) of the images to start from, masked where they are to be drawn anew."""
+        tokens = self.encode(init_image).indices.cpu()  # (1 or num_images, h, w)
+        if mask_image is None:
+            redrawn = variation_mask(seeds, tuple(tokens.shape[1:]), strength)
+        else:
+            redrawn = tokens_under(to_mask(mask_image, self.image_size), self.tokenizer.factor)
+        for name, count in (("init_image", len(tokens)), ("mask_image", len(redrawn))):
+            if count not in (1, len(seeds)):
+                raise ValueError(f"{name} holds {count} images; give one, or one for each of {len(seeds)}")
+        return torch.where(redrawn, self.prior.mask_token, tokens).expand(len(seeds), -1, -1)
+
+    def _labels(self, class_labels: list[int] | int | None, num_images: int) -> torch.Tensor | None:
         classes = self.prior.config.num_classes
         if class_labels is None:
             return None
+        if isinstance(class_labels, int):
+            class_labels = [class_labels] * num_images
         if not classes:
             raise ValueError("class_labels were given, but this prior was trained without classes")
         if len(class_labels) != num_images:
@@ -237,6 +364,15 @@ class SoftConvexPipeline(DiffusionPipeline):
         if bad:
             raise ValueError(f"class label {bad[0]} is not one of the {classes} classes 0 .. {classes - 1}")
         return torch.tensor(class_labels)
+
+
+def _seeds(num_images: int, seed: int | None, generator: torch.Generator | None) -> torch.Tensor:
+    """(num_images,) int64."""
+    if seed is None:
+        return torch.randint(2**31, (num_images,), generator=generator)
+    if generator is not None:
+        raise ValueError("give a seed or a generator, not both")
+    return torch.arange(seed, seed + num_images)
 
 
 def in_equal_chunks(
@@ -255,6 +391,22 @@ def in_equal_chunks(
         filled = [torch.cat([x, x[-1:].expand(chunk - count, *x.shape[1:])]) for x in given]
         outputs.append(network(*filled)[:count])
     return torch.cat(outputs)
+
+
+def _is_hub_name(name: str) -> bool:
+    """Two words and no such folder here, nor one that it could have been in."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).parent.exists()
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
+        raise UserError(f"no model in {name}: no such folder, and not on the hub ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_pipeline(folder: str | Path) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_tokenizer.quantizers.codebook import sum_across_processes
+from engine.processes import sum_across_processes
 
 GAMES = ("hinge", "non-saturating")
 AUGMENTATIONS = ("colour", "shift", "cutout")

@@ -12,6 +12,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from stage1_tokenizer.latent_network import LatentNetwork
 from stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
 from stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
 
@@ -27,6 +28,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             resolution, which on a CPU is most of it. The side shrinks by patch_size * 2 ** (len(channels) - 1) in all.
         attention: self-attention at the coarsest resolution.
         latent_dim: F, the size of a code.
+        neck_width, neck_depth: of a LatentNetwork between quantizer and decoder; depth 0 for none. It gives a hard
+            quantizer's decoder the parameters of a refiner, the control that a refiner has to beat.
         codebook_size: K.
         quantizer_name: one known to ``create_quantizer``.
         quantizer_options: its further options.
@@ -46,6 +49,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         patch_size: int = 2,
         attention: bool = False,
         latent_dim: int = 8,
+        neck_width: int = 192,
+        neck_depth: int = 0,
         codebook_size: int = 512,
         quantizer_name: str = "scq",
         quantizer_options: dict[str, Any] | None = None,
@@ -68,6 +73,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
             quantizer_name, codebook_size=codebook_size, dim=latent_dim, **(quantizer_options or {})
         )
         self.after_quantizer = nn.Conv2d(latent_dim, latent_dim, 1)
+        self.neck = LatentNetwork(latent_dim, latent_dim, neck_width, neck_depth) if neck_depth else None
         self.decoder = Decoder(latent_dim, patch_channels, up_block_types=up, **shared)
         self.factor = factor
 
@@ -94,11 +100,20 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def decode(self, z_q: torch.Tensor) -> torch.Tensor:
         """Quantized latents (B, F, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        return F.pixel_shuffle(self.decoder(self.after_quantizer(z_q)), self.config.patch_size)
+        x = self.after_quantizer(z_q)  # (B, F, h, w)
+        if self.neck is not None:
+            x = x + self.neck(x)
+        return F.pixel_shuffle(self.decoder(x), self.config.patch_size)
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
         """Codes (B, h, w) -> images (B, 3, H, W), each latent being the code alone."""
         return self.decode(self.quantizer.lookup(indices).to(self.after_quantizer.weight.dtype))
+
+    def codes(self) -> torch.Tensor:
+        """The codebook (K, F), without gradients."""
+        with torch.no_grad():
+            every = torch.arange(self.quantizer.codebook_size, device=self.device)
+            return self.quantizer.lookup(every[None, None])[0, :, 0].t()
 
     def forward(
         self, images: torch.Tensor, image_noise: torch.Tensor | None = None, swap: NeighbourSwap | None = None

@@ -43,6 +43,8 @@ class ArchitectureConfig:
     patch_size: int = 2
     attention: bool = False
     latent_dim: int = 8
+    neck_width: int = 192
+    neck_depth: int = 0
 
 
 @dataclass

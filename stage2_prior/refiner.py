@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from engine.randomness import image_uniform
+from stage1_tokenizer.latent_network import LatentNetwork
 
 KINDS = ("regression", "flow")
 
@@ -28,8 +29,7 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
         codebook_size: K.
         latent_dim: F.
         kind: ``regression`` or ``flow``.
-        width: channels of the blocks.
-        depth: number of blocks, each a depthwise 7x7 convolution and an MLP (ConvNeXt, Liu et al., arXiv 2201.03545).
+        width, depth: of the LatentNetwork.
         tokenizer_fingerprint: of the tokenizer whose latents these are.
 
     Raises:
@@ -52,13 +52,8 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
         self.register_buffer("codes", torch.zeros(codebook_size, latent_dim))
         self.register_buffer("spread", torch.ones(latent_dim))  # standard deviation of latent - code, per channel
         self.embedding = nn.Embedding(codebook_size, width)
-        self.enter = nn.Conv2d(2 * latent_dim if kind == "flow" else latent_dim, width, 1)
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width)) if kind == "flow" else None
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.leave = nn.Conv2d(width, latent_dim, 1)
-        nn.init.zeros_(self.leave.weight)  # untrained, it changes nothing
-        nn.init.zeros_(self.leave.bias)
+        self.network = LatentNetwork(2 * latent_dim if kind == "flow" else latent_dim, latent_dim, width, depth)
 
     @torch.no_grad()
     def describe(self, codes: Tensor, spread: Tensor) -> None:
@@ -79,11 +74,9 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
         """
         code = self.codes[indices].permute(0, 3, 1, 2) / self.spread.mean()  # (B, F, h, w)
         given = code if noisy is None else torch.cat([code, noisy], 1)
-        x = self.enter(given) + self.embedding(indices).permute(0, 3, 1, 2)  # (B, width, h, w)
+        embedded = self.embedding(indices).permute(0, 3, 1, 2)  # (B, width, h, w)
         moment = None if time is None else self.time(_waves(time))[:, :, None, None]  # (B, width, 1, 1)
-        for block in self.blocks:
-            x = block(x if moment is None else x + moment)
-        return self.leave(self.norm(x.movedim(1, -1)).movedim(-1, 1))
+        return self.network(given, embedded, moment)
 
     def loss(self, indices: Tensor, latents: Tensor, noise: Tensor | None, time: Tensor | None) -> Tensor:
         """Mean squared error of the prediction, 0-dim; 1 is what predicting nothing costs a regression.
@@ -135,21 +128,6 @@ def standard_normal(keys: Tensor, *shape: int, seed: int = 0, purpose: str = "")
     """Standard normal numbers (B, *shape), addressed like `engine.randomness.image_uniform` (Box and Muller)."""
     radius = (-2 * image_uniform(keys, *shape, seed=seed, purpose=f"{purpose} radius").log()).sqrt()
     return radius * (2 * math.pi * image_uniform(keys, *shape, seed=seed, purpose=f"{purpose} angle")).cos()
-
-
-class _Block(nn.Module):
-    """ConvNeXt's block with a learned scale on its branch, which starts small."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.spatial = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.scale = nn.Parameter(torch.full((width,), 0.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch = self.norm(self.spatial(x).movedim(1, -1))  # (B, h, w, width)
-        return x + (self.scale * self.mlp(branch)).movedim(-1, 1)
 
 
 def _waves(time: Tensor) -> Tensor:

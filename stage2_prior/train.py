@@ -45,6 +45,8 @@ class PriorArchitectureConfig:
     dropout: float = 0.0
     class_conditional: bool = False
     tied: bool = True
+    positions: str = "learned"  # learned | rotary
+    code_features: bool = True  # begin with embeddings in which codes that lie close together are alike
 
 
 @dataclass
@@ -71,25 +73,33 @@ class PriorExperiment:
     training: LoopConfig = field(default_factory=LoopConfig)
 
 
-def build_prior(config: PriorExperiment, tokens: TokenDataset) -> MaskedTransformer:
+def build_prior(config: PriorExperiment, tokens: TokenDataset, codes: torch.Tensor | None) -> MaskedTransformer:
+    """The untrained prior for these tokens, whose codes (K, F) it is told about where the config says so."""
     architecture = config.architecture
+    if architecture.code_features and codes is None:
+        raise UserError("architecture.code_features=true needs the tokenizer, whose codes they are: set tokenizer=")
     if architecture.class_conditional and not tokens.num_classes:
         raise UserError(f"architecture.class_conditional=true, but {config.data.train} holds no classes")
     if architecture.width % architecture.heads:
         raise UserError(
             f"architecture.width={architecture.width} is not a multiple of architecture.heads={architecture.heads}"
         )
-    return MaskedTransformer(
-        codebook_size=tokens.codebook_size,
-        grid=tokens.grid,
-        width=architecture.width,
-        depth=architecture.depth,
-        heads=architecture.heads,
-        dropout=architecture.dropout,
-        tied=architecture.tied,
-        num_classes=tokens.num_classes if architecture.class_conditional else 0,
-        tokenizer_fingerprint=tokens.fingerprint,
-    )
+    named = ("class_conditional", "code_features")
+    choices = {name: value for name, value in vars(architecture).items() if name not in named}
+    try:
+        prior = MaskedTransformer(
+            codebook_size=tokens.codebook_size,
+            grid=tokens.grid,
+            num_classes=tokens.num_classes if architecture.class_conditional else 0,
+            code_dim=codes.shape[1] if architecture.code_features else 0,
+            tokenizer_fingerprint=tokens.fingerprint,
+            **choices,
+        )
+    except ValueError as error:
+        raise UserError(f"architecture: {error}") from error
+    if architecture.code_features:
+        prior.describe(codes)
+    return prior
 
 
 def _check_masking(masking: MaskingConfig) -> None:
@@ -106,6 +116,7 @@ class PriorTask:
     """One training step of the prior (the loop is engine.loop.train).
 
     Args:
+        codes: (K, F), the tokenizer's; None where config.architecture.code_features is off.
         draw: makes a picture of samples from the averaged prior, for the run folder.
         held_out: tokens for `score`; None for no score.
     """
@@ -117,12 +128,13 @@ class PriorTask:
         config: PriorExperiment,
         accelerator: Accelerator,
         tokens: TokenDataset,
+        codes: torch.Tensor | None,
         draw: Callable[[MaskedTransformer], Image.Image] | None = None,
         held_out: TokenDataset | None = None,
     ):
         self.config, self.accelerator, self.draw, self.held_out = config, accelerator, draw, held_out
         torch.manual_seed(config.training.seed)  # the same initial weights in every process
-        prior = build_prior(config, tokens).to(accelerator.device)
+        prior = build_prior(config, tokens, codes).to(accelerator.device)
         if config.training.gradient_checkpointing:
             prior.enable_gradient_checkpointing()
         _check_masking(config.masking)
@@ -219,13 +231,16 @@ def masked_cross_entropy(
 
 
 def train_prior(
-    config: PriorExperiment, fingerprint: str, draw: Callable[[MaskedTransformer], Image.Image] | None = None
+    config: PriorExperiment,
+    fingerprint: str,
+    codes: torch.Tensor | None = None,
+    draw: Callable[[MaskedTransformer], Image.Image] | None = None,
 ) -> Trained:
     """Train, or go on with, the prior of ``config``. The caller exports it together with its tokenizer.
 
     Args:
         fingerprint: of the tokenizer that will decode what this prior draws.
-        draw: see PriorTask.
+        codes, draw: see PriorTask.
 
     Raises:
         UserError, DataError: the config or the tokens are unfit, the tokens are another tokenizer's, or training
@@ -242,7 +257,7 @@ def train_prior(
                 f"{path} was written by tokenizer {tokens.fingerprint}, but {config.tokenizer} is tokenizer "
                 f"{fingerprint}; run `scq tokenize` with it again"
             )
-    task = PriorTask(config, accelerator, stream.dataset, draw, held_out)
+    task = PriorTask(config, accelerator, stream.dataset, codes, draw, held_out)
     run = RunFolder(config.out, config, accelerator)
     if run.is_main:
         size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
@@ -250,12 +265,12 @@ def train_prior(
     return train(task, stream, config.training, config.optimizer, run, accelerator, "train prior")
 
 
-def estimate_prior(config: PriorExperiment) -> list[str]:
+def estimate_prior(config: PriorExperiment, codes: torch.Tensor | None = None) -> list[str]:
     """What `train_prior` would take, see `engine.dry_run.estimate`; writes nothing, but needs the tokens."""
     accelerator = make_accelerator(config.training)
     stream = open_stream(config, accelerator)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
-    task = PriorTask(single, accelerator, stream.dataset)
+    task = PriorTask(single, accelerator, stream.dataset, codes)
     probe = TokenBatch(*(field[:PROBED_IMAGES] for field in next(iter(stream))))
     return estimate(task, probe, len(probe.indices), stream.num_images, config.training, accelerator)
 

@@ -144,7 +144,6 @@ class RefinerTask:
     def _around_codes(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The tokenizer's codes (K, F), and the standard deviation (F,) of latents around them."""
         quantizer, device = self.tokenizer.quantizer, self.accelerator.device
-        number = torch.arange(quantizer.codebook_size, device=device).view(1, 1, -1)
         differences = []
         for part in images.split(64):
             found = self.tokenizer.encode(to_float(part.to(device)))
@@ -152,7 +151,7 @@ class RefinerTask:
         spread = torch.cat(differences).square().mean((0, 2, 3)).sqrt()
         if not bool((spread > 0).all()):
             raise UserError(f"{self.config.tokenizer} decodes its codes alone: there is nothing to refine")
-        return quantizer.lookup(number)[0, :, 0].t(), spread
+        return self.tokenizer.codes(), spread
 
 
 class _LossOfRefiner(nn.Module):

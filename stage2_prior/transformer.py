@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from timm.models.vision_transformer import Block
+from timm.layers import RotaryEmbeddingCat
+from timm.models.eva import EvaBlock
 from torch import nn
+
+POSITIONS = ("learned", "rotary")
 
 
 class MaskedTransformer(ModelMixin, ConfigMixin):
@@ -17,14 +20,21 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         codebook_size: K; the mask token is the number K.
         grid: (h, w) of the token grid.
         width: size of a token's embedding.
-        depth: number of blocks (timm's ViT block: pre-norm, query-key norm, scaled dot-product attention).
+        depth: number of blocks (timm's EVA block: pre-norm, query-key norm, scaled dot-product attention).
         heads: attention heads.
         num_classes: 0 for an unconditional prior; else the class 'num_classes' stands for 'no class', which training
             shows now and then so that sampling can guide away from it (Ho and Salimans, 2022).
         dropout: of attention outputs and MLPs, against memorising small sets.
         tied: whether output weights are the input embeddings (Press and Wolf, arXiv 1608.05859): what a code means is
             learned once.
+        positions: ``learned``, an embedding for each place, or ``rotary``, which turns queries and keys by row and
+            column (RoPE, Su et al., arXiv 2104.09864, axial as in EVA-02), so that only distances count.
+        code_dim: F, to tell the prior where its codes lie (see `describe`), so that codes that lie close together begin
+            alike; 0: it learns each code's meaning alone.
         tokenizer_fingerprint: of the tokenizer whose codes these are.
+
+    Raises:
+        ValueError: an unknown kind of positions; rotary ones with a head whose width is no multiple of four.
     """
 
     _supports_gradient_checkpointing = True
@@ -40,15 +50,25 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         dropout: float = 0.0,
         tied: bool = True,
+        positions: str = "learned",
+        code_dim: int = 0,
         tokenizer_fingerprint: str = "",
     ):
         super().__init__()
-        length = grid[0] * grid[1]
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be {' or '.join(POSITIONS)}, not {positions!r}")
+        if positions == "rotary" and width // heads % 4:
+            raise ValueError(f"rotary positions need heads of a multiple of four channels, not {width // heads}")
+        rotary = positions == "rotary"
         self.token_embedding = nn.Embedding(codebook_size + 1, width)
-        self.position_embedding = nn.Parameter(torch.zeros(1, length, width))
+        self.code_embedding = nn.Linear(code_dim, width, bias=False) if code_dim else None
+        self.register_buffer("codes", torch.zeros(codebook_size, code_dim) if code_dim else None)
+        self.position_embedding = None if rotary else nn.Parameter(torch.zeros(1, grid[0] * grid[1], width))
+        self.rotary = RotaryEmbeddingCat(width // heads, in_pixels=False, feat_shape=list(grid)) if rotary else None
         self.class_embedding = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.blocks = nn.ModuleList(
-            Block(width, heads, qkv_bias=True, qk_norm=True, proj_drop=dropout) for _ in range(depth)
+            EvaBlock(width, heads, attn_type="rope", qk_norm=True, proj_drop=dropout, num_prefix_tokens=0)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.to_embedding = nn.Linear(width, width)
@@ -56,7 +76,8 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         self.bias = nn.Parameter(torch.zeros(codebook_size))
         self.gradient_checkpointing = False
         self.apply(_initialise)
-        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+        if self.position_embedding is not None:
+            nn.init.trunc_normal_(self.position_embedding, std=0.02)
 
     @property
     def mask_token(self) -> int:
@@ -65,6 +86,19 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
     @property
     def length(self) -> int:
         return self.config.grid[0] * self.config.grid[1]
+
+    @torch.no_grad()
+    def describe(self, codes: torch.Tensor) -> None:
+        """Take over the tokenizer's codes (K, F), each channel scaled to mean zero and variance one."""
+        codes = codes - codes.mean(0)
+        self.codes.copy_(codes / codes.square().mean(0).sqrt().clamp_min(1e-6))
+
+    def _embeddings(self) -> torch.Tensor:
+        """(K + 1, width): of every code, and of the mask token."""
+        learned = self.token_embedding.weight
+        return (
+            learned if self.code_embedding is None else learned + F.pad(self.code_embedding(self.codes), (0, 0, 0, 1))
+        )
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits over the codes at every place.
@@ -76,16 +110,20 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         Returns:
             (B, L, K) logits.
         """
-        x = self.token_embedding(tokens) + self.position_embedding  # (B, L, width)
+        embeddings = self._embeddings()
+        x = F.embedding(tokens, embeddings)  # (B, L, width)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding
         if self.class_embedding is not None:
             if labels is None:
                 labels = torch.full((len(tokens),), self.config.num_classes, device=tokens.device)
             x = x + self.class_embedding(labels)[:, None]
+        turns = None if self.rotary is None else self.rotary.get_embed()  # (L, 2 * width / heads)
         for block in self.blocks:
             checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = self._gradient_checkpointing_func(block, x) if checkpointed else block(x)
+            x = self._gradient_checkpointing_func(block, x, turns) if checkpointed else block(x, turns)
         x = F.gelu(self.to_embedding(self.norm(x)))
-        weight = self.token_embedding.weight[:-1] if self.to_logits is None else self.to_logits.weight
+        weight = embeddings[:-1] if self.to_logits is None else self.to_logits.weight
         return F.linear(x, weight, self.bias)
 
 

@@ -26,7 +26,14 @@ def write_tiny_benchmark(folder: Path) -> Path:
         f"base: {quickstart}/prior.yaml\narchitecture: {{width: 32, depth: 2, heads: 2}}\n"
         "training: {steps: 12, checkpoint_every: 6, log_every: 3, batch_size: 16, images_every: 6}\n"
     )
+    (folder / "refiner.yaml").write_text(
+        "architecture: {width: 16, depth: 1}\nresampled_share: 0.3\n"
+        "training: {steps: 8, checkpoint_every: 4, log_every: 2, batch_size: 16, images_every: 8}\n"
+    )
     (folder / "benchmark.yaml").write_text(
-        f"base: {quickstart}/benchmark.yaml\nmeasure: {{reference_images: 24, samples: 24, pictured: 8}}\n"
+        f"base: {quickstart}/benchmark.yaml\nrefiner: refiner.yaml\n"
+        "arms: {scq: {refiners: [regression], steps: true}}\n"
+        "measure: {reference_images: 24, samples: 24, pictured: 8, steps: [2, 4], steps_samples: 12, "
+        "weight_bits: [2], neighbours: 40}\n"
     )
     return folder / "benchmark.yaml"

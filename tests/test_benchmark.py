@@ -19,19 +19,20 @@ from sampling.pipeline import SoftConvexPipeline
 
 
 def test_every_number_is_there(tiny_run: Path) -> None:
-    results = json.loads((tiny_run / "metrics.json").read_text())
+    results = json.loads((tiny_run / "results.json").read_text())
     assert list(results["arms"]) == ["scq", "vqgan"]
     assert results["reference"]["split"] == "test"
-    for arm in results["arms"].values():
-        assert arm["samples"]["count"] == 24
-        assert arm["samples"]["fid_biased"]
-        assert {"fid", "kid", "kid_error"} <= arm["samples"].keys()
+    for (arm,) in results["arms"].values():
+        for found in arm["samples"].values():
+            assert found["count"] == 24
+            assert found["fid_biased"]
+            assert {"fid", "kid", "kid_error", "precision", "recall"} <= found.keys()
         for source in ("z_q", "dominant"):
-            assert {"mse", "psnr", "ssim", "rfid", "rkid"} <= arm["reconstruction"][source].keys()
+            assert {"mse", "psnr", "ssim", "rfid", "rkid"} <= arm["tokenizer"][source].keys()
         assert arm["codebook"]["train"]["images"] > arm["codebook"]["held_out"]["images"] > 0
         assert 1 <= arm["codebook"]["train"]["perplexity"] <= 64
     # Only the soft quantizer hands its decoder more than codes.
-    vqgan, scq = results["arms"]["vqgan"]["reconstruction"], results["arms"]["scq"]["reconstruction"]
+    vqgan, scq = (results["arms"][name][0]["tokenizer"] for name in ("vqgan", "scq"))
     assert vqgan["z_q"] == vqgan["dominant"]
     assert scq["z_q"]["mse"] != scq["dominant"]["mse"]
     assert results["seconds_in_all"] == pytest.approx(sum(results["seconds"].values()), abs=0.1)
@@ -39,7 +40,8 @@ def test_every_number_is_there(tiny_run: Path) -> None:
 
 def test_the_report_shows_its_pictures(tiny_run: Path) -> None:
     report = (tiny_run / "report.md").read_text()
-    for picture in ("samples.png", "reconstructions.png", "curves.png"):
+    for picture in ("samples", "reconstructions", "curves", "rates", "steps", "neighbours"):
+        picture = f"{picture}.png"
         assert f"({picture})" in report
         with Image.open(tiny_run / picture) as image:
             assert min(image.size) > 60
@@ -48,10 +50,10 @@ def test_the_report_shows_its_pictures(tiny_run: Path) -> None:
 
 
 def test_a_second_run_reuses_every_phase(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = json.loads((tiny_run / "metrics.json").read_text())
+    before = json.loads((tiny_run / "results.json").read_text())
     run_benchmark(tiny_run.parent / "benchmark.yaml", tiny_run)
-    assert capfd.readouterr().err.count("done before") == 12
-    after = json.loads((tiny_run / "metrics.json").read_text())
+    assert capfd.readouterr().err.count("done before") == 16
+    after = json.loads((tiny_run / "results.json").read_text())
     assert before["arms"] == after["arms"]
 
 
@@ -61,15 +63,18 @@ def test_a_run_folder_may_move(tiny_run: Path, tmp_path: Path, capfd: pytest.Cap
     shutil.rmtree(moved / "phases")  # every phase runs again, from what its folder holds
     results = run_benchmark(write_tiny_benchmark(tmp_path), moved)
     assert "done before" not in capfd.readouterr().err
-    before = json.loads((tiny_run / "metrics.json").read_text())
-    for name, arm in results["arms"].items():
-        assert arm["tokenizer"]["fingerprint"] == before["arms"][name]["tokenizer"]["fingerprint"]
-        assert arm["samples"]["kid"] == pytest.approx(before["arms"][name]["samples"]["kid"], rel=1e-4)
+    before = json.loads((tiny_run / "results.json").read_text())
+    for name, (arm,) in results["arms"].items():
+        known = before["arms"][name][0]
+        assert arm["tokenizer"]["fingerprint"] == known["tokenizer"]["fingerprint"]
+        for way, found in arm["samples"].items():
+            assert found["kid"] == pytest.approx(known["samples"][way]["kid"], rel=1e-4)
 
 
 def test_the_exported_model_is_the_first_arms(tiny_run: Path) -> None:
     pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
     assert pipeline.tokenizer.config.quantizer_name == "scq"
+    assert pipeline.refiner is not None
     assert pipeline(num_images=2, output_type="pt").images.shape == (2, 3, 32, 32)
 
 
@@ -81,11 +86,13 @@ def test_evaluate_gives_the_benchmarks_numbers(tiny_run: Path, tmp_path: Path) -
     )
     assert result.returncode == 0, result.stderr
     evaluated = json.loads(out.read_text())
-    measured = json.loads((tiny_run / "metrics.json").read_text())["arms"]["scq"]
-    assert evaluated["reconstruction"]["z_q"]["mse"] == pytest.approx(
-        measured["reconstruction"]["z_q"]["mse"], rel=1e-4
-    )
-    assert evaluated["samples"]["kid"] == pytest.approx(measured["samples"]["kid"], rel=1e-3)
+    (measured,) = json.loads((tiny_run / "results.json").read_text())["arms"]["scq"]
+    for way in ("z_q", "dominant"):
+        known = measured["tokenizer"][way]["mse"]
+        assert evaluated["reconstruction"][way]["mse"] == pytest.approx(known, rel=1e-4)
+    refined = measured["samples"]["regression"]
+    assert evaluated["reconstruction"]["refined"]["mse"] == pytest.approx(refined["reconstruction"]["mse"], rel=1e-4)
+    assert evaluated["samples"]["kid"] == pytest.approx(refined["kid"], rel=1e-3)
 
 
 def test_a_reference_is_a_fixed_part_of_its_split(emoji: dict[str, Path]) -> None:

@@ -4,14 +4,10 @@ import hashlib
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import run_scq
 from PIL import Image
 
 from engine.cli import build_parser
-from engine.errors import UserError
-from sampling.pipeline import SoftConvexPipeline
-from stage1_tokenizer.train import load_tokenizer
 
 COMMANDS = [
     ["quickstart"], ["data"], ["data", "pack"], ["data", "check"], ["data", "preview"], ["train"],
@@ -89,20 +85,6 @@ def test_the_same_seed_gives_the_same_files_in_any_batch(tiny_run: Path, tmp_pat
     assert len(set(once.values())) > 5
 
 
-def test_images_do_not_depend_on_the_batch_whatever_its_size(tiny_run: Path) -> None:
-    pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
-    whole = pipeline(num_images=24, batch_size=24, output_type="pt").images
-    for batch_size in (1, 7, 16):
-        assert torch.equal(pipeline(num_images=24, batch_size=batch_size, output_type="pt").images, whole)
-
-
-def test_settings_change_the_images(tiny_run: Path) -> None:
-    pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
-    usual = pipeline(num_images=4, output_type="pt").tokens
-    for change in ({"seed": 9}, {"steps": 3}, {"temperature": 0.3}, {"choice_temperature": 0.0}):
-        assert not torch.equal(pipeline(num_images=4, output_type="pt", **change).tokens, usual), change
-
-
 def test_sampling_settings_out_of_range_are_named(tiny_run: Path, tmp_path: Path) -> None:
     result = run_scq("sample", "--model", tiny_run / "model", "--out", tmp_path, "--steps", 65)
     assert result.returncode == 2
@@ -110,12 +92,6 @@ def test_sampling_settings_out_of_range_are_named(tiny_run: Path, tmp_path: Path
     result = run_scq("sample", "--model", tiny_run / "model", "--out", tmp_path, "--class", 3)
     assert result.returncode == 2
     assert "class" in result.stderr
-
-
-def test_a_tokenizer_of_another_prior_is_refused(tiny_run: Path) -> None:
-    pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
-    with pytest.raises(UserError, match="tokenizer"):
-        SoftConvexPipeline(load_tokenizer(tiny_run / "arms" / "vqgan" / "model"), pipeline.prior)
 
 
 def test_packing_ordinary_photos_from_the_command_line(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_every_image_alike_is_the_likelihood_bound() -> None:
 def test_corruption_changes_only_what_is_shown(tmp_path: Path) -> None:
     tokens = TokenDataset(write_stripes(tmp_path / "tokens"))
     config = stripes_config(tmp_path / "tokens", tmp_path / "run", "masking.corrupted_share=0.5")
-    loss = _LossOfPrior(build_prior(config, tokens), config, compiled=False)
+    loss = _LossOfPrior(build_prior(config, tokens, None), config, compiled=False)
     shown = torch.randint(0, 16, (200, 16))
     mask = torch.rand(200, 16) < 0.5
     hidden = torch.where(mask, 16, shown)
@@ -76,10 +76,10 @@ def test_corruption_changes_only_what_is_shown(tmp_path: Path) -> None:
         train_prior(stripes_config(tmp_path / "tokens", tmp_path / "r", "masking.corrupted_share=1.0"), "stripes")
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_checkpointing_changes_memory_and_not_gradients(tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "positions"), [(True, "learned"), (False, "rotary")])
+def test_checkpointing_changes_memory_and_not_gradients(tied: bool, positions: str) -> None:
     torch.manual_seed(0)
-    prior = MaskedTransformer(codebook_size=8, grid=(3, 3), width=16, depth=2, heads=2, tied=tied)
+    prior = MaskedTransformer(codebook_size=8, grid=(3, 3), width=16, depth=2, heads=2, tied=tied, positions=positions)
     tokens = torch.randint(0, 9, (2, 9))
     gradients = []
     for _ in range(2):
@@ -101,6 +101,44 @@ def test_every_place_is_predicted_from_both_sides() -> None:
         changed = tokens.clone()
         changed[0, place] = (changed[0, place] + 1) % 8
         assert not torch.allclose(prior(changed)[0, 4], logits)
+
+
+def test_with_rotary_positions_only_distances_count() -> None:
+    torch.manual_seed(0)
+    prior = MaskedTransformer(codebook_size=8, grid=(4, 4), width=32, depth=2, heads=2, positions="rotary").eval()
+    alike = torch.full((1, 16), 3)
+    everywhere = prior(alike)[0]
+    torch.testing.assert_close(everywhere, everywhere[:1].expand(16, -1))
+    alike[0, 5] = 4  # row 1, column 1
+    seen = prior(alike)[0].view(4, 4, -1)
+    assert not torch.allclose(seen[1, 2], seen[1, 3]), "one to the right, and two"
+    assert not torch.allclose(seen[1, 2], seen[2, 1]), "to the right, and below"
+    with pytest.raises(ValueError, match="multiple of four channels, not 6"):
+        MaskedTransformer(width=12, heads=2, positions="rotary")
+    with pytest.raises(ValueError, match="'spiral'"):
+        MaskedTransformer(positions="spiral")
+
+
+def test_codes_that_lie_close_together_begin_alike() -> None:
+    torch.manual_seed(0)
+    prior = MaskedTransformer(codebook_size=6, grid=(2, 2), width=32, depth=1, heads=2, code_dim=3)
+    codes = torch.randn(6, 3)
+    codes[4] = codes[1] + 0.01
+    prior.describe(5 * codes + 7)
+    embeddings = prior._embeddings()
+    assert embeddings.shape == (7, 32)
+    distance = torch.cdist(embeddings, embeddings) + 100 * torch.eye(7)
+    assert distance[1].argmin() == 4
+    assert distance[4].argmin() == 1
+
+
+def test_code_features_need_the_tokenizer(tmp_path: Path) -> None:
+    tokens = write_stripes(tmp_path / "tokens")
+    settings = ["architecture.code_features=true", "training.steps=2"]
+    with pytest.raises(UserError, match="needs the tokenizer"):
+        train_prior(stripes_config(tokens, tmp_path / "run", *settings), "stripes")
+    trained = train_prior(stripes_config(tokens, tmp_path / "run", *settings), "stripes", torch.randn(16, 3))
+    assert trained.averaged.codes.shape == (16, 3)
 
 
 def test_a_class_conditional_prior_listens_to_the_class() -> None:
@@ -137,7 +175,7 @@ def stripes_config(tokens: Path, out: Path, *overrides: str) -> PriorExperiment:
         ]
         + ["architecture.width=32", "architecture.depth=2", "architecture.heads=2", "optimizer.learning_rate=3e-3"]
         + ["training.ema_decay=0.9", "optimizer.warmup_steps=10", "training.images_every=0"]
-        + ["masking.label_smoothing=0", *overrides],
+        + ["masking.label_smoothing=0", "architecture.code_features=false", *overrides],
     )
 
 
@@ -177,8 +215,9 @@ def test_validation_is_a_bound_in_bits_and_keeps_the_best(tmp_path: Path) -> Non
         train_prior(stripes_config(tokens, tmp_path / "again", *settings), "stripes")
 
 
-def test_a_saved_prior_is_the_same_prior(tmp_path: Path) -> None:
-    prior = MaskedTransformer(codebook_size=8, grid=(3, 3), width=16, depth=1, heads=2).eval()
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_saved_prior_is_the_same_prior(tmp_path: Path, positions: str) -> None:
+    prior = MaskedTransformer(codebook_size=8, grid=(3, 3), width=16, depth=1, heads=2, positions=positions).eval()
     prior.save_pretrained(tmp_path)
     tokens = torch.randint(0, 9, (2, 9))
     assert torch.equal(MaskedTransformer.from_pretrained(tmp_path)(tokens), prior(tokens))

@@ -23,6 +23,7 @@ from stage1_tokenizer.train import (
     train_tokenizer,
 )
 from stage1_tokenizer.write_tokens import write_tokens
+from stage2_prior.refiner import ConvexRefiner
 
 
 def small(quantizer: str = "scq", **keywords) -> ImageTokenizer:
@@ -57,6 +58,16 @@ def test_an_encoding_says_which_codes_it_mixes(quantizer: str) -> None:
     mixed = (codes * encoding.weights.unsqueeze(1)).sum(-1)
     torch.testing.assert_close(mixed, encoding.z_q, rtol=0, atol=1e-4)
     assert (encoding.support.shape[-1] > 1) == (quantizer == "scq")
+
+
+def test_a_neck_adds_a_refiners_parameters_and_nothing_else_at_first() -> None:
+    plain, necked = small("vq"), small("vq", neck_width=24, neck_depth=2)
+    found = necked.load_state_dict(plain.state_dict(), strict=False)
+    assert all(name.startswith("neck.") for name in found.missing_keys)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(plain.eval()(images)[0], necked.eval()(images)[0]), "zero before training"
+    refiner = ConvexRefiner(codebook_size=64, latent_dim=4, width=24, depth=2)
+    assert sum(p.numel() for p in necked.neck.parameters()) == sum(p.numel() for p in refiner.network.parameters())
 
 
 def test_pixels_survive_the_round_trip() -> None:

@@ -36,9 +36,10 @@ def _sample(options: argparse.Namespace) -> None:
     from data.files import atomic_write
     from engine.config import as_dict, load_config
     from engine.progress import progress_bar
-    from sampling.pipeline import SamplingConfig, SoftConvexPipeline
+    from sampling.pipeline import SoftConvexPipeline
+    from sampling.scheduler import UnmaskingScheduler
 
-    settings = as_dict(load_config(SamplingConfig, None, options.settings))
+    settings = as_dict(load_config(UnmaskingScheduler, None, options.settings))
     settings = {name: settings[name] for name in (setting.partition("=")[0] for setting in options.settings)}
     for name in ("steps", "temperature", "guidance_scale"):
         if (value := getattr(options, name)) is not None:
@@ -52,7 +53,7 @@ def _sample(options: argparse.Namespace) -> None:
                 images = pipeline(
                     num_images=count,
                     seed=options.seed + start,
-                    class_labels=None if options.label is None else [options.label] * count,
+                    class_labels=options.label,
                     batch_size=count,
                     **settings,
                 ).images
@@ -70,10 +71,29 @@ def add_app(commands: Any) -> None:
     add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument("--auth", type=_user_and_password, metavar="USER:PASSWORD", help="ask for these")
+    parser.add_argument("--max-batch", type=positive, default=64, help="the most images one request may draw")
+    parser.add_argument(
+        "--results", type=Path, action="append", default=[], metavar="FOLDER",
+        help="show the report of this benchmark, too; repeat for several",
+    )  # fmt: skip
 
 
 def _app(options: argparse.Namespace) -> None:
+    from engine.config import CONFIG_ROOT
     from sampling.app import build_page, serve
     from sampling.pipeline import SoftConvexPipeline
 
-    serve(build_page(SoftConvexPipeline.from_pretrained(options.model, device())), options.host, options.port)
+    missing = [folder for folder in options.results if not folder.is_dir()]
+    if missing:
+        raise UserError(f"--results {missing[0]} is no folder")
+    pipeline = SoftConvexPipeline.from_pretrained(options.model, device())
+    page = build_page(pipeline, options.max_batch, [*options.results, CONFIG_ROOT.parent / "docs" / "results"])
+    serve(page, options.host, options.port, auth=options.auth)
+
+
+def _user_and_password(text: str) -> tuple[str, str]:
+    user, separator, password = text.partition(":")
+    if not (user and separator and password):
+        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
+    return user, password

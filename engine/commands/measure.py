@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import Parser, add_model, command, device, positive
+from engine.commands.common import Parser, add_model, command, device, join_processes, positive
 
 
 def add_quickstart(commands: Any) -> None:
@@ -35,7 +36,8 @@ def add_evaluate(commands: Any) -> None:
         "evaluate",
         _evaluate,
         "measure a model on held-out images: reconstructions, codebook usage, FID and KID",
-        "A tokenizer alone is measured without samples.",
+        "A tokenizer alone is measured without samples. For several processes or GPUs: accelerate launch --module "
+        "engine.cli evaluate --model DIR ...; the numbers are the same.",
     )
     add_model(parser, "a pipeline or a tokenizer")
     parser.add_argument("--data", required=True, help="shards the model was not trained on")
@@ -44,26 +46,42 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--num-samples", type=int, default=0, help="images to draw; 0 for as many as real ones")
     parser.add_argument("--inception-weights", help="file of FID Inception weights; by default the first one found")
     parser.add_argument("--cache", type=Path, help="file that keeps the real images' features for the next run")
+    parser.add_argument("--lpips-weights", help="file of VGG16's weights; without it LPIPS is left out")
+    parser.add_argument(
+        "--weight-bits", type=positive, action="append", default=[], metavar="BITS",
+        help="decode z_q with its weights rounded to so many bits, too, and say what that costs; repeat for several",
+    )  # fmt: skip
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from engine.config import write_atomically
+    from engine.processes import process_place
     from engine.progress import progress_bar, say
     from evaluation.evaluate import Reference, evaluate
     from evaluation.inception import load_inception
     from sampling.pipeline import SoftConvexPipeline, is_pipeline
+    from stage1_tokenizer.losses import PerceptualLoss
     from stage1_tokenizer.train import load_tokenizer
 
-    on = device()
+    on = join_processes()
+    main = process_place()[0] == 0
     reference = Reference(options.data, options.num_real)
     pipeline = SoftConvexPipeline.from_pretrained(options.model, on) if is_pipeline(options.model) else None
     tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(options.model).to(on)
     network = load_inception(options.inception_weights, on)
-    say(f"Inception: {network.description}")
+    if main:
+        say(f"Inception: {network.description}")
     draw = pipeline.stream if pipeline else None
-    results = evaluate(tokenizer, draw, reference, network, options.num_samples, options.cache, progress_bar)
-    write_atomically(options.out, json.dumps({"model": str(options.model), **results}, indent=2) + "\n")
-    print(options.out)
+    refined = {"refined": pipeline.refiner} if pipeline and pipeline.refiner is not None else {}
+    bar = partial(progress_bar, quiet=not main)
+    perceptual = PerceptualLoss(options.lpips_weights).to(on) if options.lpips_weights else None
+    results = evaluate(
+        tokenizer, draw, reference, network, options.num_samples, options.cache, bar,
+        perceptual=perceptual, refiners=refined, weight_bits=options.weight_bits,
+    )  # fmt: skip
+    if main:
+        write_atomically(options.out, json.dumps({"model": str(options.model), **results}, indent=2) + "\n")
+        print(options.out)
 
 
 def add_benchmark(commands: Any) -> None:

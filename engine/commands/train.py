@@ -77,18 +77,18 @@ def _train_prior(options: argparse.Namespace) -> None:
     from stage2_prior.train import PriorExperiment, estimate_prior, train_prior
 
     config = load_config(PriorExperiment, options.config, options.overrides)
-    if options.dry_run:
-        say_once("\n".join(estimate_prior(config)))
-        return
     if not config.tokenizer:
         raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
     tokenizer = load_tokenizer(config.tokenizer)
+    if options.dry_run:
+        say_once("\n".join(estimate_prior(config, tokenizer.codes())))
+        return
 
     def draw(prior: Any) -> Any:
         pipeline = SoftConvexPipeline(tokenizer, prior).to(prior.device)
-        return picture_grid(next(pipeline.stream(32, batch_size=32)), columns=8)
+        return picture_grid(next(pipeline.stream(32, batch_size=32)).images, columns=8)
 
-    trained = train_prior(config, tokenizer.fingerprint(), draw)
+    trained = train_prior(config, tokenizer.fingerprint(), tokenizer.codes(), draw)
     if PartialState().is_main_process:
         prior = trained.averaged.cpu()
         SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "model")
@@ -117,7 +117,8 @@ def _train_refiner(options: argparse.Namespace) -> None:
         if pipeline is None:
             export(trained.averaged.cpu(), folder)
         else:
-            SoftConvexPipeline(tokenizer.cpu(), pipeline.prior.cpu(), trained.averaged.cpu()).save_pretrained(folder)
+            parts = tokenizer.cpu(), pipeline.prior.cpu(), trained.averaged.cpu(), pipeline.scheduler
+            SoftConvexPipeline(*parts).save_pretrained(folder)
     say_once(f"{folder}")
 
 

@@ -1,39 +1,9 @@
-"""Where codes start and how dead ones return: k-means over all processes' latents, and the collectives it needs."""
+"""Where codes start and how dead ones return: k-means over all processes' latents."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from stage1_tokenizer.quantizers.pricing import Codebook
-
-
-def across_processes() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def sum_across_processes(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes; the tensor itself where there is only one."""
-    if across_processes():
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
-
-
-def gather_rows(rows: Tensor) -> Tensor:
-    """Rows (n, F) of all processes in rank order (world n, F); every process must hold equally many."""
-    if not across_processes():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def same_everywhere(value: Tensor) -> Tensor:
-    """Overwrite a tensor with process 0's, so that no rounding sets the processes apart."""
-    if across_processes():
-        dist.broadcast(value, 0)
-    return value
 
 
 def draw_rows(rows: Tensor, count: int, seed: int, share: Tensor | None = None) -> Tensor:

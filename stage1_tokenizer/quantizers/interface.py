@@ -58,6 +58,10 @@ class Quantizer(nn.Module):
         z_q, indices, _, _ = self(z)
         return Mixture(z_q, indices, indices.unsqueeze(-1), torch.ones_like(indices, dtype=z_q.dtype).unsqueeze(-1))
 
+    def usage_counts(self) -> Tensor | None:
+        """(K,) how often each code was dominant lately in training; None where a quantizer does not count."""
+        return None
+
 
 _REGISTRY: dict[str, Callable[..., Quantizer]] = {}
 

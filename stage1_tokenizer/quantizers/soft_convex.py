@@ -8,15 +8,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from engine.processes import gather_rows, same_everywhere, sum_across_processes
 from stage1_tokenizer.quantizers.baselines import flatten_latents, perplexity, unflatten_latents
-from stage1_tokenizer.quantizers.codebook import (
-    draw_rows,
-    gather_rows,
-    kmeans,
-    kmeans_step,
-    same_everywhere,
-    sum_across_processes,
-)
+from stage1_tokenizer.quantizers.codebook import draw_rows, kmeans, kmeans_step
 from stage1_tokenizer.quantizers.convex_solver import METHODS, ConvexSolution, check_finite, soft_convex_solve
 from stage1_tokenizer.quantizers.interface import (
     Mixture,
@@ -164,6 +158,9 @@ class SoftConvexQuantizer(Quantizer):
             z_q, solution.dominant.view(grid), solution.support.view(*grid, -1), solution.weights.view(*grid, -1)
         )
 
+    def usage_counts(self) -> Tensor:
+        return self.counts + self.last_counts
+
     def current_rho(self) -> float:
         """rho at the present training step."""
         if self.rho_end is None:
@@ -242,7 +239,7 @@ class SoftConvexQuantizer(Quantizer):
         self.counts += summed[3:].float()
         self.images += summed[2].long()
         self.steps += 1
-        seen = self.counts + self.last_counts
+        seen = self.usage_counts()
         return {"usage": (seen > 0).float().mean(), "perplexity": perplexity(seen)}
 
     def _revive(self, rows: Tensor) -> None:

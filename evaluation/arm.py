@@ -1,0 +1,257 @@
+"""One arm of a benchmark: one quantizer with one seed through both stages, phase by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.stream import Batch, iterate_once
+from engine.config import as_dict
+from engine.progress import progress_bar
+from evaluation.evaluate import Reference, evaluate_codebook, evaluate_samples, sample_features
+from evaluation.features import FeatureSet
+from evaluation.inception import InceptionFeatures
+from evaluation.metrics import codebook_usage, nearest_neighbors
+from evaluation.phases import Phases
+from evaluation.plots import save_images
+from evaluation.tokenizers import Yardsticks, measure_tokenizer
+from sampling.pipeline import SoftConvexPipeline
+from sampling.scheduler import UnmaskingScheduler
+from stage1_tokenizer.autoencoder import to_float, to_uint8
+from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer
+from stage1_tokenizer.write_tokens import write_tokens
+from stage2_prior.refiner import ConvexRefiner
+from stage2_prior.train import PriorExperiment, train_prior
+from stage2_prior.train_refiner import RefinerExperiment, train_refiner
+
+PICTURED_RECONSTRUCTIONS = 12
+PICTURED_NEIGHBOURS = 12
+DRAWN = "drawn.safetensors"  # codes (N, h, w) of the samples, and the seconds that drawing them took
+CODES = "codes"  # the way of decoding samples that every arm has: their dominant codes as they are
+
+
+@dataclass
+class SampleBudget:
+    """How much is drawn, and with which settings."""
+
+    count: int  # images for the metrics
+    pictured: int
+    seed: int
+    steps: list[int]  # further numbers of sampling steps to measure, with `steps_count` images each
+    steps_count: int
+    scheduler: UnmaskingScheduler
+
+
+class Arm:
+    """One quantizer, one seed.
+
+    Args:
+        name: of the arm's folder and phases.
+        tokenizer, prior, refiners: experiments; their folders and data are set here. No prior: reconstructions only.
+        training_set: features of training images, to look for memorised ones; None to leave that out.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        tokenizer: TokenizerExperiment,
+        prior: PriorExperiment | None,
+        refiners: dict[str, RefinerExperiment],
+        yardsticks: Yardsticks,
+        samples: SampleBudget,
+        shards: dict[str, Path],
+        dataset: Any,
+        training_set: FeatureSet | None = None,
+    ):
+        self.name, self.folder, self.shards, self.dataset = name, folder, shards, as_dict(dataset)
+        self.tokenizer, self.prior, self.refiners = tokenizer, prior, refiners
+        self.yardsticks, self.samples, self.training_set = yardsticks, samples, training_set
+        tokenizer.out = str(folder / "tokenizer")
+        for each in (tokenizer, *refiners.values()):
+            each.data.train, each.data.validation = str(shards["train"]), str(shards["test"])
+        if prior is not None:
+            prior.out, prior.tokenizer = str(folder / "prior"), str(folder / "tokenizer" / "model")
+            prior.data.train = str(folder / "tokens")
+        for kind, refiner in refiners.items():
+            refiner.out, refiner.tokenizer = str(folder / f"refiner_{kind}"), str(folder / "tokenizer" / "model")
+            refiner.prior, refiner.architecture.kind = str(folder / "prior"), kind
+
+    def run(self, phases: Phases, network: InceptionFeatures, real: FeatureSet) -> dict[str, Any]:
+        """Every number of this arm; what is finished is reused."""
+        name, place = self.name, self._place
+        measured = self.yardsticks.description
+        row = phases.run(
+            f"{name} tokenizer", [place(self.tokenizer), measured], lambda: self._measure_tokenizer()
+        )  # fmt: skip
+        found: dict[str, Any] = {"tokenizer": row}
+        if self.prior is None:
+            return found
+        fingerprint = row["fingerprint"]
+        found["codebook"] = phases.run(f"{name} tokens", [fingerprint], self._tokenize)
+        found["prior"] = phases.run(f"{name} prior", [fingerprint, place(self.prior)], self._train_prior)
+        drawn = [found["prior"], measured, as_dict(self.samples.scheduler), self.samples.count, self.samples.seed]
+        found["samples"] = {
+            CODES: phases.run(f"{name} samples", drawn, lambda: self._measure_samples(CODES, network, real))
+        }
+        for kind, refiner in self.refiners.items():
+            trained = phases.run(
+                f"{name} {kind} refiner", [found["prior"], place(refiner)], lambda k=kind: self._train_refiner(k)
+            )
+            settings = [trained, *drawn]
+            reconstructed = phases.run(
+                f"{name} {kind} reconstructions", settings, lambda k=kind: self._measure_refined(k)
+            )
+            found["samples"][kind] = {"refiner": trained, "reconstruction": reconstructed["refined"]} | phases.run(
+                f"{name} {kind} samples", settings, lambda k=kind: self._measure_samples(k, network, real)
+            )
+        found["steps"] = {}
+        for steps in self.samples.steps:
+            budget = [*drawn[:-2], steps, self.samples.steps_count, self.samples.seed]
+            found["steps"][steps] = phases.run(
+                f"{name} {steps} steps", budget, lambda s=steps: self._measure_steps(s, network, real)
+            )
+        return found
+
+    def _place(self, experiment: Any) -> list[Any]:
+        """What the result of a training depends on; not where on this disk it lies."""
+        places = {"out", "tokenizer", "prior", "data"}
+        choices = {key: value for key, value in as_dict(experiment).items() if key not in places}
+        return [choices, as_dict(experiment)["data"].get("flip"), self.dataset]
+
+    def _measure_tokenizer(self) -> dict[str, Any]:
+        row = measure_tokenizer(self.tokenizer, self.yardsticks)
+        tokenizer = load_tokenizer(self.tokenizer.out)
+        images = next(self.yardsticks.reference.batches()).images[:PICTURED_RECONSTRUCTIONS]
+        with torch.no_grad():
+            encoding = tokenizer.encode(to_float(images))
+            rows = [images, to_uint8(tokenizer.decode(encoding.z_q))]
+            if tokenizer.quantizer.has_codes:
+                rows.append(to_uint8(tokenizer.decode_indices(encoding.indices)))
+        save_images(self.folder / "reconstructions.npy", torch.cat(rows))
+        return row
+
+    def _tokenize(self) -> dict[str, Any]:
+        tokenizer = load_tokenizer(self.tokenizer.out)
+        with progress_bar("tokenize") as bar:
+            tokens = write_tokens(tokenizer, self.shards["train"], self.prior.data.train, progress=bar)
+        held_out = evaluate_codebook(tokenizer, iterate_once(self.shards["test"], batch_size=64))
+        everything = (tokens.read(np.array([i]), np.array([0])) for i in range(len(tokens)))
+        return {"train": codebook_usage(everything, tokens.codebook_size).summary(), "held_out": held_out.summary()}
+
+    def _train_prior(self) -> dict[str, Any]:
+        tokenizer = load_tokenizer(self.tokenizer.out)
+        trained = train_prior(self.prior, tokenizer.fingerprint(), tokenizer.codes())
+        SoftConvexPipeline(tokenizer, trained.averaged, scheduler=self.samples.scheduler).save_pretrained(
+            self.folder / "model"
+        )
+        return {
+            "parameters": trained.averaged.num_parameters(),
+            "steps": trained.steps,
+            "images_seen": trained.steps * self.prior.training.batch_size,
+            "seconds": trained.seconds,
+        }
+
+    def _train_refiner(self, kind: str) -> dict[str, Any]:
+        pipeline = self._pipeline()
+        trained = train_refiner(self.refiners[kind], pipeline.tokenizer, pipeline.prior)
+        parts = pipeline.tokenizer.cpu(), pipeline.prior.cpu(), trained.averaged.cpu(), pipeline.scheduler
+        SoftConvexPipeline(*parts).save_pretrained(self.folder / f"model_{kind}")
+        return {
+            "parameters": trained.averaged.num_parameters(),
+            "steps": trained.steps,
+            "images_seen": trained.steps * self.refiners[kind].training.batch_size,
+            "seconds": trained.seconds,
+        }
+
+    def _measure_refined(self, kind: str) -> dict[str, Any]:
+        refiner: ConvexRefiner = self._pipeline(kind).refiner
+        tokenizer = load_tokenizer(self.tokenizer.out).to(self.yardsticks.device)
+        return self.yardsticks.reconstructions(tokenizer, refiners={"refined": refiner}, only=("refined",))
+
+    def _measure_samples(self, way: str, network: InceptionFeatures, real: FeatureSet) -> dict[str, Any]:
+        """The metrics of samples whose codes are drawn once and then decoded in each way; and where the time goes."""
+        pipeline, budget = self._pipeline(way), self.samples
+        # Every way of decoding takes the codes that the first one drew.
+        seconds = {"prior": self._draw(pipeline) if way == CODES else self._drawn()["seconds"].item(), "decode": 0.0}
+        with progress_bar(f"{self.name}: samples") as bar:
+            batches = timed(self._decoded(pipeline), lambda spent: seconds.update(decode=seconds["decode"] + spent))
+            features = sample_features(batches, budget.count, network, bar)
+        results = evaluate_samples(features, real) | {"seconds_of": seconds, "steps": budget.scheduler.steps}
+        pictured = next(self._decoded(pipeline, budget.pictured)).images
+        save_images(self.folder / f"samples_{way}.npy", pictured)
+        if self.training_set is not None:
+            results |= self._nearest(features, way, pictured)
+        return results
+
+    def _draw(self, pipeline: SoftConvexPipeline) -> float:
+        """Draw the codes of all samples; returns the seconds it took."""
+        budget, started, parts = self.samples, time.monotonic(), []
+        classes = pipeline.prior.config.num_classes
+        with progress_bar(f"{self.name}: draw codes") as bar:
+            for first in range(0, budget.count, 64):
+                seeds = torch.arange(first, min(first + 64, budget.count)) + budget.seed
+                labels = seeds % classes if classes else None
+                with torch.no_grad():
+                    parts.append(pipeline.draw_tokens(seeds, labels).cpu())
+                bar(first + len(seeds), budget.count)
+        seconds = time.monotonic() - started
+        save_file({"tokens": torch.cat(parts), "seconds": torch.tensor(seconds)}, self.folder / DRAWN)
+        return seconds
+
+    def _drawn(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / DRAWN)
+
+    def _decoded(self, pipeline: SoftConvexPipeline, batch_size: int = 64) -> Any:
+        tokens = self._drawn()["tokens"]
+        for first in range(0, len(tokens), batch_size):
+            part = tokens[first : first + batch_size]
+            positions = torch.arange(first, first + len(part))
+            images = pipeline.decode_tokens(part, positions + self.samples.seed).cpu()
+            yield Batch(images, torch.full_like(positions, -1), positions)
+
+    def _measure_steps(self, steps: int, network: InceptionFeatures, real: FeatureSet) -> dict[str, Any]:
+        way = next(iter(self.refiners)) if self.refiners else CODES
+        pipeline, count = self._pipeline(way), self.samples.steps_count
+        pipeline.register_modules(scheduler=pipeline.scheduler.changed(steps=steps))
+        with progress_bar(f"{self.name}: {steps} steps") as bar:
+            features = sample_features(pipeline.stream(count, self.samples.seed), count, network, bar)
+        return evaluate_samples(features, real) | {"way": way}
+
+    def _nearest(self, features: FeatureSet, way: str, pictured: torch.Tensor) -> dict[str, Any]:
+        """How near samples come to training images, and the pairs as a picture."""
+        found = nearest_neighbors(features, self.training_set)
+        first = found.positions[:PICTURED_NEIGHBOURS, 0].tolist()
+        wanted = dict.fromkeys(first)
+        for batch in Reference(self.shards["train"], self.training_set.count).batches():
+            for image, position in zip(batch.images, batch.positions.tolist(), strict=True):
+                if position in wanted:
+                    wanted[position] = image
+        neighbours = torch.stack([wanted[position] for position in first])
+        save_images(self.folder / f"neighbours_{way}.npy", torch.cat([pictured[: len(first)], neighbours]))
+        return {"nearest_training_distance": float(found.distances[:, 0].median())}
+
+    def _pipeline(self, way: str = CODES) -> SoftConvexPipeline:
+        return SoftConvexPipeline.from_pretrained(
+            self.folder / ("model" if way == CODES else f"model_{way}"), self.yardsticks.device
+        )
+
+
+def timed(batches: Any, spent: Callable[[float], None]) -> Any:
+    """The same batches; ``spent`` gets the seconds that each took to make."""
+    iterator = iter(batches)
+    while True:
+        started = time.monotonic()
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        spent(time.monotonic() - started)
+        yield batch

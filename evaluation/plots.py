@@ -1,0 +1,160 @@
+"""The pictures of a benchmark's report. Images are read from the arms' folders, first seeds only."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from engine.pictures import picture_grid
+from engine.tracking import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+TITLE_HEIGHT = 28
+SHEETS_IN_A_ROW = 3
+Runs = dict[str, list[dict[str, Any]]]  # arm -> what evaluation.arm found, one for each seed
+
+
+def save_images(path: Path, images: torch.Tensor) -> None:
+    """Keep uint8 images (N, 3, H, W) for the report."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.save(file, images.cpu().numpy(), allow_pickle=False)
+    temporary.rename(path)
+
+
+def draw_samples(out: Path, arms: Runs) -> Image.Image:
+    """Samples of every arm and every way of decoding, not chosen: the first ones of the seed."""
+    sheets = [
+        (f"{arm}: {way}" if len(runs[0]["samples"]) > 1 else f"{arm}: samples", sheet)
+        for arm, runs in arms.items()
+        for way in runs[0].get("samples", ())
+        for sheet in [picture_grid(_load_images(out / "arms" / arm / f"samples_{way}.npy"), columns=8)]
+    ]
+    width, height = max(s.width for _, s in sheets) + 24, max(s.height for _, s in sheets) + TITLE_HEIGHT
+    columns = min(SHEETS_IN_A_ROW, len(sheets))
+    picture = Image.new("RGB", (columns * width - 24, math.ceil(len(sheets) / columns) * height), "white")
+    for number, (title, sheet) in enumerate(sheets):
+        left, top = number % columns * width, number // columns * height
+        _write(picture, (left, top + 4), title)
+        picture.paste(sheet, (left, top + TITLE_HEIGHT))
+    return picture
+
+
+def draw_reconstructions(out: Path, arms: Runs) -> Image.Image:
+    """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to."""
+    rows: list[tuple[str, torch.Tensor]] = []
+    for arm, runs in arms.items():
+        ways = 2 if "dominant" in runs[0]["tokenizer"] else 1
+        original, soft, *dominant = _load_images(out / "arms" / arm / "reconstructions.npy").chunk(1 + ways)
+        if not rows:
+            rows.append(("held-out originals", original))
+        if not dominant or torch.equal(soft, dominant[0]):
+            rows.append((f"{arm}: reconstructed", soft))
+        else:
+            rows += [(f"{arm}: from z_q", soft), (f"{arm}: from dominant codes", dominant[0])]
+    return _stacked(rows)
+
+
+def draw_neighbours(out: Path, arms: Runs) -> Image.Image | None:
+    """Samples above the training images nearest to them; None where nobody looked."""
+    rows: list[tuple[str, torch.Tensor]] = []
+    for arm, runs in arms.items():
+        for way in runs[0].get("samples", ()):
+            path = out / "arms" / arm / f"neighbours_{way}.npy"
+            if path.is_file():
+                drawn, nearest = _load_images(path).chunk(2)
+                rows += [(f"{arm}: {way}", drawn), ("nearest training images", nearest)]
+    return _stacked(rows) if rows else None
+
+
+def draw_curves(out: Path, arms: Runs, path: Path) -> None:
+    """Training curves of both stages, one line for each arm."""
+    panels = [("tokenizer", "l2", "tokenizer: mean squared error"), ("tokenizer", "perplexity", "codebook perplexity")]
+    panels += [("prior", "loss", "prior: masked cross-entropy")]
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6))
+    for axis, (stage, key, title) in zip(axes, panels, strict=True):
+        for arm in arms:
+            folder = out / "arms" / arm / stage
+            rows = [row for row in read_metrics(folder) if key in row] if folder.is_dir() else []
+            if rows:
+                axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=arm)
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    _save(figure, path)
+
+
+def draw_rates(arms: Runs, path: Path) -> None:
+    """rFID over bits per image: hard codes at their fixed rate, soft latents at that of their rounded weights."""
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    for arm, runs in arms.items():
+        row = runs[0]["tokenizer"]
+        if row.get("codebook") and "rfid" in row.get("dominant", {}):
+            axis.plot(row["codebook"]["fixed_bits_per_image"], row["dominant"]["rfid"], "o", label=f"{arm}: codes")
+        soft = [(each["bits_per_image"], each["rfid"]) for each in row.values() if _is_rounded(each)]
+        if soft:
+            axis.plot(*zip(*sorted(soft), strict=True), "^--", label=f"{arm}: z_q, rounded weights")
+        for way, found in runs[0].get("samples", {}).items():
+            if "rfid" in found.get("reconstruction", {}):
+                bits = row["codebook"]["fixed_bits_per_image"]
+                axis.plot(bits, found["reconstruction"]["rfid"], "s", label=f"{arm}: codes, {way} refiner")
+    axis.set(xlabel="bits per image", ylabel="rFID", xscale="log")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def draw_steps(arms: Runs, path: Path) -> bool:
+    """gFID over sampling steps; False, and no picture, where nobody measured them."""
+    measured = {arm: runs[0]["steps"] for arm, runs in arms.items() if runs[0].get("steps")}
+    if not measured:
+        return False
+    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    for arm, rows in measured.items():
+        points = sorted((int(steps), row["fid"]) for steps, row in rows.items())
+        count, way = (next(iter(rows.values()))[key] for key in ("count", "way"))
+        axis.plot(*zip(*points, strict=True), "o-", label=f"{arm}: {way}, {count} samples")
+    axis.set(xlabel="sampling steps", ylabel="FID of samples", xscale="log")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
+    return True
+
+
+def _is_rounded(found: Any) -> bool:
+    return isinstance(found, dict) and "bits_per_image" in found and "rfid" in found
+
+
+def _stacked(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
+    sheets = [(title, picture_grid(images, columns=len(images))) for title, images in rows]
+    height = sum(sheet.height + TITLE_HEIGHT for _, sheet in sheets)
+    picture = Image.new("RGB", (max(sheet.width for _, sheet in sheets), height), "white")
+    top = 0
+    for title, sheet in sheets:
+        _write(picture, (0, top + 4), title)
+        picture.paste(sheet, (0, top + TITLE_HEIGHT))
+        top += sheet.height + TITLE_HEIGHT
+    return picture
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _load_images(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+def _write(picture: Image.Image, place: tuple[int, int], text: str) -> None:
+    ImageDraw.Draw(picture).text(place, text, fill="black", font=ImageFont.load_default(size=16))

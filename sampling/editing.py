@@ -1,0 +1,83 @@
+"""Editing images as editing grids of codes: what is kept, what is drawn anew, and grids larger than the prior's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from engine.randomness import image_uniform
+
+# Grids with masked places (B, h, w) and seeds (B,) -> filled grids.
+Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def tokens_under(mask: torch.Tensor, factor: int) -> torch.Tensor:
+    """Masks of pixels (B, H, W) bool -> of tokens (B, H / factor, W / factor): those with any masked pixel."""
+    return F.max_pool2d(mask[:, None].float(), factor)[:, 0] > 0
+
+
+def variation_mask(seeds: torch.Tensor, grid: tuple[int, int], strength: float) -> torch.Tensor:
+    """A random share of places (B, h, w) for each image to draw anew.
+
+    Args:
+        seeds: (B,) int64.
+        strength: the share, in [0, 1].
+
+    Raises:
+        ValueError: strength is out of range.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength!r} must be in [0, 1]")
+    rank = image_uniform(seeds, grid[0] * grid[1], purpose="variation").argsort(1).argsort(1)
+    return (rank < round(strength * rank.shape[1])).view(-1, *grid)
+
+
+def windows(canvas: tuple[int, int], grid: tuple[int, int], known: torch.Tensor) -> list[tuple[int, int]]:
+    """Corners (top, left) of windows of the prior's size that cover a canvas, each overlapping the next by half.
+
+    Those nearest to what is known come first, so that an image grows outwards; with nothing known, from the top left.
+
+    Args:
+        canvas, grid: (height, width) in tokens, the canvas at least as large.
+        known: (height, width) bool, of the canvas.
+    """
+    tops, lefts = (
+        sorted({*range(0, whole - side, max(1, side // 2)), whole - side})
+        for whole, side in zip(canvas, grid, strict=True)
+    )
+    centre = known.nonzero().double().mean(0) if known.any() else torch.zeros(2, dtype=torch.float64)
+    half = torch.tensor(grid, dtype=torch.float64) / 2
+
+    def distance(corner: tuple[int, int]) -> float:
+        return float((torch.tensor(corner) + half - 0.5 - centre).square().sum())
+
+    return sorted(((top, left) for top in tops for left in lefts), key=distance)
+
+
+def fill(draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int, seeds: torch.Tensor) -> torch.Tensor:
+    """Draw the masked places of grids of any size with a prior for grids of one size, window after window.
+
+    What one window has drawn is fixed for the next. A grid of the prior's own size is one window, drawn with the seeds
+    as they are.
+
+    Args:
+        start: (B, H, W) int64, codes and the mask token; masked alike in all images, or of the prior's own size.
+        seeds: (B,) int64.
+
+    Raises:
+        ValueError: a grid smaller than the prior's.
+    """
+    canvas = tuple(start.shape[1:])
+    if canvas[0] < grid[0] or canvas[1] < grid[1]:
+        raise ValueError(f"a grid of {canvas[0]}x{canvas[1]} tokens is smaller than the prior's {grid[0]}x{grid[1]}")
+    if canvas == tuple(grid):
+        return draw(start, seeds)
+    tokens = start.clone()
+    for number, (top, left) in enumerate(windows(canvas, grid, (start[0] != mask_token).cpu())):
+        window = tokens[:, top : top + grid[0], left : left + grid[1]]
+        if (window == mask_token).any():
+            window_seeds = (image_uniform(seeds, purpose=f"window {number}").double() * 2**23).long() + (seeds << 23)
+            window.copy_(draw(window, window_seeds))
+    return tokens

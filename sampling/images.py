@@ -1,0 +1,67 @@
+"""Pictures of users <-> pixels of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+Pictures = Image.Image | Sequence[Image.Image] | torch.Tensor
+
+
+def to_pixels(pictures: Pictures, side: int) -> torch.Tensor:
+    """Pictures -> uint8 (N, 3, side, side): turned as their camera says, on white, cropped to their middle square.
+
+    Args:
+        pictures: one or several of any size and mode, or a uint8 tensor (N, 3, side, side), which stays as it is.
+
+    Raises:
+        ValueError: a tensor of another shape or type, or no picture at all.
+    """
+    if isinstance(pictures, torch.Tensor):
+        if pictures.dtype != torch.uint8 or pictures.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"image tensors must be uint8 of shape (N, 3, {side}, {side}), not {pictures.dtype} of shape "
+                f"{tuple(pictures.shape)}"
+            )
+        return pictures
+    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if not several:
+        raise ValueError("there is no image")
+    fitted = [ImageOps.fit(_on_white(picture), (side, side), Image.Resampling.BICUBIC) for picture in several]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted])).permute(0, 3, 1, 2).contiguous()
+
+
+def to_mask(pictures: Pictures, side: int) -> torch.Tensor:
+    """Masks -> bool (N, side, side), True where a pixel is lighter than middle grey: what is to be drawn anew.
+
+    Args:
+        pictures: as for `to_pixels`; or a bool tensor (N, side, side), which stays as it is.
+    """
+    if isinstance(pictures, torch.Tensor) and pictures.dtype == torch.bool:
+        if pictures.shape[1:] != (side, side):
+            raise ValueError(f"bool masks must have the shape (N, {side}, {side}), not {tuple(pictures.shape)}")
+        return pictures
+    if isinstance(pictures, torch.Tensor):
+        return to_pixels(pictures, side).float().mean(1) > 127.5
+    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    fitted = [ImageOps.fit(picture.convert("L"), (side, side), Image.Resampling.NEAREST) for picture in several]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted])) > 127
+
+
+def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """uint8 (N, 3, H, W) -> PIL."""
+    return [Image.fromarray(each.permute(1, 2, 0).cpu().numpy()) for each in pixels]
+
+
+def enlarge(picture: Image.Image, side: int) -> Image.Image:
+    """At least ``side`` pixels wide, by a whole factor and without smoothing, so that every pixel can be seen."""
+    zoom = max(1, -(-side // picture.width))
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")

@@ -1,0 +1,115 @@
+"""The tab that redraws parts of an image, varies it, or continues it beyond its borders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from sampling.pipeline import ImageOutput, SoftConvexPipeline
+from sampling.studio.steps import (
+    MODEL_QUEUE,
+    SHOWN_SIDE,
+    checked_seed,
+    chosen_settings,
+    labelled,
+    mistakes_shown,
+    sampler_controls,
+    shown,
+    step_by_step,
+)
+
+INPAINT, VARY, OUTPAINT = "Redraw what is painted", "Vary the whole image", "Continue beyond the borders"
+MOST_ANSWERS = 8
+
+
+def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State) -> None:
+    """Build the tab; ``drawn`` holds the images of the Generate tab."""
+    with gr.Row():
+        with gr.Column(scale=1):
+            editor = gr.ImageEditor(
+                type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=420,
+                brush=gr.Brush(default_size=16, colors=["#ff00ff"], color_mode="fixed"), transforms=[], layers=False,
+            )  # fmt: skip
+            with gr.Row():
+                number = gr.Number(1, label="Generated image", precision=0, minimum=1)
+                take = gr.Button("Take it from Generate")
+            what = gr.Radio([INPAINT, VARY, OUTPAINT], value=INPAINT, label="What to do")
+            strength = gr.Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="Share of tokens that vary.")
+            with gr.Row():
+                borders = {
+                    side: gr.Slider(0, 4 * pipeline.image_size, pipeline.image_size // 2, step=1, label=side.title())
+                    for side in ("left", "right", "top", "bottom")
+                }
+        with gr.Column(scale=1):
+            seed = gr.Number(0, label="Seed", precision=0)
+            count = gr.Slider(1, MOST_ANSWERS, 4, step=1, label="Answers")
+            controls = sampler_controls(pipeline)
+            redraw = gr.Button("Redraw", variant="primary")
+            cancel = gr.Button("Cancel")
+        with gr.Column(scale=2):
+            gallery = gr.Gallery(label="Answers", columns=2, format="png", object_fit="contain", height=600)
+
+    def edit(
+        edited: dict[str, Any] | None, what: str, strength: float, left: float, right: float, top: float,
+        bottom: float, seed: float, count: float, *values: Any,
+    ) -> Iterator[list[Image.Image]]:  # fmt: skip
+        settings = chosen_settings(list(controls), values)
+        call = _job(pipeline, edited, what, strength, [int(side) for side in (left, right, top, bottom)])
+        call = partial(
+            call,
+            seed=checked_seed(seed),
+            num_images=int(min(max(1, count), MOST_ANSWERS)),
+            output_type="pt",
+            **settings,
+        )
+        with mistakes_shown():
+            for event in step_by_step(lambda look: call(callback_on_step_end=look)):
+                if isinstance(event, ImageOutput):
+                    yield labelled(shown(event.images), event.seeds, {"edit": what, **settings})
+                else:
+                    yield shown(pipeline.preview(event))
+
+    editing = redraw.click(
+        edit, [editor, what, strength, *borders.values(), seed, count, *controls.values()], gallery,
+        api_name="edit", concurrency_id=MODEL_QUEUE, concurrency_limit=1,
+    )  # fmt: skip
+    cancel.click(None, cancels=[editing], queue=False, api_name="cancel_edit")
+    take.click(_taken, [drawn, number], editor, api_name=False)
+
+
+def _job(
+    pipeline: SoftConvexPipeline, edited: dict[str, Any] | None, what: str, strength: float, borders: list[int]
+) -> Callable[..., ImageOutput]:
+    """The call of the pipeline that a choice on the page stands for."""
+    image = None if edited is None else edited["background"]
+    if image is None:
+        raise gr.Error("Choose an image first.")
+    if what == VARY:
+        return partial(pipeline, init_image=image, strength=strength)
+    if what == OUTPAINT:
+        if not any(borders):
+            raise gr.Error("Move a slider: the image does not grow on any side.")
+        left, right, top, bottom = borders
+        return partial(pipeline.outpaint, image, left=left, right=right, top=top, bottom=bottom)
+    painted = np.zeros((image.height, image.width), bool)
+    for layer in edited["layers"]:
+        painted |= np.asarray(layer.convert("RGBA").resize(image.size))[..., 3] > 0
+    if not painted.any():
+        raise gr.Error("Paint over the part that is to be drawn anew.")
+    return partial(pipeline.inpaint, image, Image.fromarray(painted))
+
+
+def _taken(drawn: list[Image.Image], number: float | None) -> Image.Image:
+    """A generated image, enlarged so that a brush can hit its pixels."""
+    if not drawn:
+        raise gr.Error("Generate images first.")
+    if number is None or not 1 <= number <= len(drawn):
+        raise gr.Error(f"There are {len(drawn)} generated images; choose 1 to {len(drawn)}.")
+    chosen = drawn[int(number) - 1]
+    zoom = max(1, 4 * SHOWN_SIDE // chosen.width)
+    return chosen.resize((chosen.width * zoom, chosen.height * zoom), Image.Resampling.NEAREST)

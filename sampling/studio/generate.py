@@ -1,0 +1,66 @@
+"""The tab that draws new images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from sampling.images import to_pictures
+from sampling.pipeline import ImageOutput, SoftConvexPipeline
+from sampling.studio.steps import (
+    BATCH,
+    MODEL_QUEUE,
+    checked_seed,
+    chosen_settings,
+    labelled,
+    mistakes_shown,
+    sampler_controls,
+    shown,
+    step_by_step,
+    zipped,
+)
+
+
+def generate_tab(pipeline: SoftConvexPipeline, max_batch: int) -> gr.State:
+    """Build the tab; returns the state that holds the seed-labelled images drawn last, for the other tabs."""
+    drawn = gr.State([])
+    with gr.Row():
+        with gr.Column(scale=1):
+            seed = gr.Number(0, label="Seed", precision=0, info="Image i is drawn with seed + i.")
+            count = gr.Slider(1, max_batch, min(16, max_batch), step=1, label="Images")
+            controls = sampler_controls(pipeline)
+            generate = gr.Button("Generate", variant="primary")
+            cancel = gr.Button("Cancel")
+        with gr.Column(scale=3):
+            gallery = gr.Gallery(label="Images", columns=8, format="png", object_fit="contain", height=600)
+            download = gr.File(label="PNG files and their settings", interactive=False)
+
+    def draw(seed: float, count: float, *values: Any) -> Iterator[tuple[list[Image.Image], str | None, list]]:
+        first, count = checked_seed(seed), int(min(max(1, count), max_batch))
+        settings = chosen_settings(list(controls), values)
+        finished: list[Image.Image] = []
+        pictures: list[Image.Image] = []
+        for start in range(0, count, BATCH):
+            call = partial(
+                pipeline, min(BATCH, count - start), seed=first + start, output_type="pt", **settings
+            )  # fmt: skip
+            with mistakes_shown():
+                for event in step_by_step(lambda look, call=call: call(callback_on_step_end=look)):
+                    if isinstance(event, ImageOutput):
+                        finished += labelled(to_pictures(event.images), event.seeds, settings)
+                        pictures += labelled(shown(event.images), event.seeds, settings)
+                        yield pictures, None, finished
+                    else:
+                        yield pictures + shown(pipeline.preview(event)), None, finished
+        yield pictures, zipped(finished, {"seed": first, "num_images": count, **settings}), finished
+
+    drawing = generate.click(
+        draw, [seed, count, *controls.values()], [gallery, download, drawn],
+        api_name="generate", concurrency_id=MODEL_QUEUE, concurrency_limit=1,
+    )  # fmt: skip
+    cancel.click(None, cancels=[drawing], queue=False, api_name="cancel_generate")
+    return drawn

@@ -1,0 +1,195 @@
+"""The pipeline as a user of diffusers calls it: drawing, editing, saving, and what it says of mistakes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data.stream import iterate_once
+from engine.errors import UserError
+from sampling.editing import fill, tokens_under, variation_mask, windows
+from sampling.pipeline import SoftConvexPipeline
+from sampling.scheduler import UnmaskingScheduler
+from stage1_tokenizer.train import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_run: Path) -> SoftConvexPipeline:
+    return SoftConvexPipeline.from_pretrained(tiny_run / "model")
+
+
+@pytest.fixture(scope="module")
+def emoji_images(emoji: dict[str, Path]) -> torch.Tensor:
+    return next(iterate_once(emoji["test"], batch_size=4)).images
+
+
+def test_images_do_not_depend_on_the_batch_whatever_its_size(pipeline: SoftConvexPipeline) -> None:
+    whole = pipeline(24, seed=0, batch_size=24, output_type="pt").images
+    for batch_size in (1, 7, 16):
+        assert torch.equal(pipeline(24, seed=0, batch_size=batch_size, output_type="pt").images, whole)
+
+
+def test_settings_change_the_images(pipeline: SoftConvexPipeline) -> None:
+    usual = pipeline(4, seed=0).tokens
+    changes = ({"seed": 9}, {"num_inference_steps": 3}, {"temperature": 0.3}, {"choice_temperature": 0.0})
+    for change in (*changes, {"sampler": "halton"}, {"top_k": 2}):
+        assert not torch.equal(pipeline(4, **{"seed": 0, **change}).tokens, usual), change
+
+
+def test_a_generator_draws_seeds_that_draw_the_images_again(pipeline: SoftConvexPipeline) -> None:
+    first = pipeline(3, generator=torch.Generator().manual_seed(1))
+    again = pipeline(3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(first.tokens, again.tokens)
+    assert torch.equal(pipeline(1, seed=int(first.seeds[2])).tokens[0], first.tokens[2])
+    assert not torch.equal(pipeline(3).tokens, pipeline(3).tokens), "without a seed, other images every time"
+    with pytest.raises(ValueError, match="not both"):
+        pipeline(1, seed=0, generator=torch.Generator())
+
+
+def test_the_callback_sees_every_step_and_can_end_the_drawing(pipeline: SoftConvexPipeline) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def look(pipe: SoftConvexPipeline, step: int, left: int, kept: dict[str, torch.Tensor]) -> None:
+        seen.append((step, left, int((kept["tokens"] == pipe.prior.mask_token).sum())))
+        preview = pipe.preview(kept["tokens"])
+        assert preview.shape == (2, 3, 32, 32)
+
+    pipeline(2, seed=0, num_inference_steps=4, callback_on_step_end=look)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    assert [left for _, left, _ in seen] == [3, 2, 1, 0]
+    assert [hidden for _, _, hidden in seen] == sorted((hidden for _, _, hidden in seen), reverse=True)
+    assert seen[-1][2] == 0
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(2, callback_on_step_end=stop)
+
+
+def test_a_preview_is_grey_where_nothing_is_revealed(pipeline: SoftConvexPipeline) -> None:
+    tokens = pipeline(1, seed=0).tokens
+    tokens[0, 0, 0] = pipeline.prior.mask_token
+    cell = pipeline.tokenizer.factor
+    preview = pipeline.preview(tokens)
+    assert (preview[0, :, :cell, :cell] == 128).all()
+    assert not (preview[0, :, cell:, cell:] == 128).all()
+
+
+def test_inpainting_keeps_every_pixel_outside_the_mask(
+    pipeline: SoftConvexPipeline, emoji_images: torch.Tensor
+) -> None:
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    mask[:, 10:20, 4:9] = True  # cells of 8 pixels: rows 1 and 2, columns 0 and 1
+    drawn = pipeline.inpaint(emoji_images[:1], mask, num_images=3, seed=0, output_type="pt")
+    outside = ~mask.expand(3, 32, 32)
+    kept = emoji_images[:1].expand(3, -1, -1, -1).permute(0, 2, 3, 1)
+    assert torch.equal(drawn.images.permute(0, 2, 3, 1)[outside], kept[outside])
+    assert not torch.equal(drawn.images[0], drawn.images[1])
+    codes = pipeline.encode(emoji_images[:1]).indices[0]
+    redrawn = tokens_under(mask, pipeline.tokenizer.factor)[0]
+    assert redrawn.nonzero().tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
+    assert torch.equal(drawn.tokens[0][~redrawn], codes[~redrawn])
+    as_pictures = pipeline.inpaint(
+        Image.fromarray(emoji_images[0].permute(1, 2, 0).numpy()), Image.fromarray(mask[0].numpy()), 3, seed=0
+    )
+    assert torch.equal(as_pictures.tokens, drawn.tokens)
+
+
+def test_a_variation_keeps_the_other_share(pipeline: SoftConvexPipeline, emoji_images: torch.Tensor) -> None:
+    codes = pipeline.encode(emoji_images).indices
+    same = pipeline(4, init_image=emoji_images, strength=0.0, seed=0)
+    assert torch.equal(same.tokens, codes)
+    half = pipeline(4, init_image=emoji_images, strength=0.5, seed=0)
+    assert ((half.tokens == codes).flatten(1).sum(1) >= 8).all()
+    assert not torch.equal(half.tokens, codes)
+    mask = variation_mask(torch.arange(4), (4, 4), 0.25)
+    assert (mask.flatten(1).sum(1) == 4).all()
+    assert not torch.equal(mask[0], mask[1])
+
+
+def test_outpainting_grows_beyond_the_training_grid(pipeline: SoftConvexPipeline, emoji_images: torch.Tensor) -> None:
+    drawn = pipeline.outpaint(emoji_images[:1], left=3, right=24, bottom=8, num_images=2, seed=0, output_type="pt")
+    assert drawn.tokens.shape == (2, 5, 8)
+    assert drawn.images.shape == (2, 3, 40, 64)
+    codes = pipeline.encode(emoji_images[:1]).indices[0]
+    assert torch.equal(drawn.tokens[0, :4, 1:5], codes)
+    assert int(drawn.tokens.max()) < pipeline.prior.mask_token
+    assert not torch.equal(drawn.tokens[0], drawn.tokens[1])
+    alone = pipeline.outpaint(emoji_images[:1], left=3, right=24, bottom=8, seed=1, output_type="pt")
+    assert torch.equal(alone.tokens[0], drawn.tokens[1]), "image i has seed + i"
+
+
+def test_windows_cover_the_canvas_and_begin_at_what_is_known() -> None:
+    known = torch.zeros(9, 12, dtype=torch.bool)
+    known[5:9, 8:12] = True
+    corners = windows((9, 12), (4, 4), known)
+    assert corners[0] == (5, 8)
+    covered = torch.zeros(9, 12, dtype=torch.bool)
+    for top, left in corners:
+        covered[top : top + 4, left : left + 4] = True
+    assert covered.all()
+    with pytest.raises(ValueError, match="3x4 tokens is smaller"):
+        fill(lambda start, seeds: start, torch.zeros(1, 3, 4, dtype=torch.int64), (4, 4), 9, torch.zeros(1))
+
+
+def test_every_window_sees_what_the_others_drew() -> None:
+    """A prior that copies the code to the left: the whole canvas must become the one known code."""
+
+    def copy_left(start: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        known = torch.where(start == 9, -1, start).amax((1, 2), keepdim=True)
+        return torch.where(start == 9, known, start)
+
+    start = torch.full((2, 6, 9), 9)
+    start[:, 2, 2] = torch.tensor([3, 4])
+    filled = fill(copy_left, start, (4, 4), 9, torch.arange(2))
+    assert (filled[0] == 3).all()
+    assert (filled[1] == 4).all()
+
+
+def test_interpolation_ends_at_the_two_images(pipeline: SoftConvexPipeline, emoji_images: torch.Tensor) -> None:
+    way = pipeline.interpolate(emoji_images[:1], emoji_images[1:2], num_images=5, output_type="pt")
+    assert way.shape == (5, 3, 32, 32)
+    ends = pipeline.decode(pipeline.encode(emoji_images[:2]).z_q, "pt")
+    assert (way[[0, -1]].int() - ends.int()).abs().max() <= 1, "encoded in batches of another size"
+    with pytest.raises(ValueError, match="at least 2"):
+        pipeline.interpolate(emoji_images[:1], emoji_images[1:2], num_images=1)
+
+
+def test_what_is_saved_comes_back(pipeline: SoftConvexPipeline, tmp_path: Path) -> None:
+    changed = SoftConvexPipeline(
+        pipeline.tokenizer, pipeline.prior, scheduler=pipeline.scheduler.changed(sampler="halton", steps=3)
+    )
+    changed.save_pretrained(tmp_path / "model")
+    loaded = SoftConvexPipeline.from_pretrained(tmp_path / "model")
+    assert loaded.scheduler.sampler == "halton"
+    assert torch.equal(loaded(2, seed=0, output_type="pt").images, changed(2, seed=0, output_type="pt").images)
+    weights = {path.suffix for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert weights == {".json", ".safetensors"}, "nothing that has to be unpickled"
+    assert UnmaskingScheduler.from_config(loaded.scheduler.config) == loaded.scheduler
+
+
+def test_a_tokenizer_of_another_prior_is_refused(pipeline: SoftConvexPipeline, tiny_run: Path) -> None:
+    with pytest.raises(UserError, match="tokenizer"):
+        SoftConvexPipeline(load_tokenizer(tiny_run / "arms" / "vqgan" / "model"), pipeline.prior)
+
+
+def test_mistakes_are_named(pipeline: SoftConvexPipeline, emoji_images: torch.Tensor, tmp_path: Path) -> None:
+    mask = torch.zeros(1, 32, 32, dtype=torch.bool)
+    for mistake, words in (
+        ({"num_images": 0}, "num_images=0"),
+        ({"temprature": 1.0}, "'temprature'"),
+        ({"num_inference_steps": 65}, "at most 16"),
+        ({"output_type": "latent"}, "'latent'"),
+        ({"mask_image": mask}, "no init_image"),
+        ({"init_image": emoji_images, "num_images": 3}, "init_image holds 4 images"),
+        ({"init_image": emoji_images[:1], "strength": 2.0}, "strength=2.0"),
+        ({"init_image": emoji_images.float()}, "uint8"),
+        ({"class_labels": 3}, "without classes"),
+        ({"start": torch.zeros(2, 4, 4)}, "start must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipeline(**{"num_images": 1, **mistake})
+    with pytest.raises(UserError, match="no model in"):
+        SoftConvexPipeline.from_pretrained(tmp_path)
