@@ -135,7 +135,9 @@ def test_training_explains_more_and_the_pipeline_uses_it(kind: str, emoji: dict[
     plain = loaded(num_images=5, seed=0, num_inference_steps=4, output_type="pt", refine=False)
     assert torch.equal(refined.tokens, plain.tokens)
     assert not torch.equal(refined.images, plain.images)
-    assert torch.equal(loaded(num_images=5, seed=0, num_inference_steps=4, output_type="pt", batch_size=2).images, refined.images)
+    assert torch.equal(
+        loaded(num_images=5, seed=0, num_inference_steps=4, output_type="pt", batch_size=2).images, refined.images
+    )
     with pytest.raises(ValueError, match="refiner_steps=0"):
         loaded(num_images=1, refiner_steps=0)
     other = ConvexRefiner(32, 4, tokenizer_fingerprint="another")

@@ -22,6 +22,7 @@ from sampling.studio.steps import (
     shown,
     step_by_step,
 )
+from sampling.studio.uploads import UploadedDrawing
 
 INPAINT, VARY, OUTPAINT = "Redraw what is painted", "Vary the whole image", "Continue beyond the borders"
 MOST_ANSWERS = 8
@@ -31,7 +32,7 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State) -> None:
     """Build the tab; ``drawn`` holds the images of the Generate tab."""
     with gr.Row():
         with gr.Column(scale=1):
-            editor = gr.ImageEditor(
+            editor = UploadedDrawing(
                 type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=420,
                 brush=gr.Brush(default_size=16, colors=["#ff00ff"], color_mode="fixed"), transforms=[], layers=False,
             )  # fmt: skip

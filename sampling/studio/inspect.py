@@ -13,6 +13,7 @@ from PIL import Image
 from sampling.images import enlarge, to_pictures, to_pixels
 from sampling.pipeline import SoftConvexPipeline
 from sampling.studio.steps import MODEL_QUEUE, SHOWN_SIDE, mistakes_shown
+from sampling.studio.uploads import UploadedImage
 from stage1_tokenizer.quantizers import Mixture
 
 ERROR_GAIN = 4  # of the error maps, the same for every image, so that maps can be compared
@@ -38,7 +39,9 @@ def inspect_tab(pipeline: SoftConvexPipeline) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             # RGBA: gradio's own conversion to RGB would show what lies behind transparent pixels.
-            upload = gr.Image(type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=300)
+            upload = UploadedImage(
+                type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=300
+            )
             inspect = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=3):
             titles = ["From z_q", "From dominant codes"] + (["Refined"] if pipeline.refiner is not None else [])
