@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from engine.commands import data, generate, measure, train
+from engine.commands import benchmark, data, generate, measure, train
 from engine.commands.common import Parser
 from engine.errors import UserError
 
@@ -18,9 +18,10 @@ scq: image generation with soft convex quantization.
   scq train tokenizer --config configs/cifar10/tokenizer_scq.yaml
   scq tokenize --model runs/tokenizer --data shards --out tokens
   scq train prior --config configs/cifar10/prior.yaml
-  scq sample --model runs/prior --num 16 --out samples
+  scq sample --num 16 --out samples     with the small model that comes with the package; --model takes another
   scq evaluate --model runs/prior --data shards-test --out evaluation.json
-  scq app --model runs/prior
+  scq benchmark quality --config configs/benchmarks/cifar10_cpu.yaml --out runs/cifar10_cpu
+  scq app
 """
 
 
@@ -52,8 +53,9 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_tokenize(commands)
     generate.add_sample(commands)
     measure.add_evaluate(commands)
-    measure.add_benchmark(commands)
+    benchmark.add_benchmark(commands)
     generate.add_app(commands)
+    generate.add_export(commands)
     return parser
 
 

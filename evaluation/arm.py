@@ -23,7 +23,7 @@ from evaluation.phases import Phases
 from evaluation.plots import save_images
 from evaluation.tokenizers import Yardsticks, measure_tokenizer
 from sampling.pipeline import SoftConvexPipeline
-from sampling.scheduler import UnmaskingScheduler
+from sampling.scheduler import UnmaskingScheduler, parse_settings
 from stage1_tokenizer.autoencoder import to_float, to_uint8
 from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer
 from stage1_tokenizer.write_tokens import write_tokens
@@ -44,8 +44,8 @@ class SampleBudget:
     count: int  # images for the metrics
     pictured: int
     seed: int
-    steps: list[int]  # further numbers of sampling steps to measure, with `steps_count` images each
-    steps_count: int
+    sweep: list[str]  # further settings to measure, each as "steps=8 sampler=halton", with `sweep_count` images
+    sweep_count: int
     scheduler: UnmaskingScheduler
 
 
@@ -112,11 +112,10 @@ class Arm:
             found["samples"][kind] = {"refiner": trained, "reconstruction": reconstructed["refined"]} | phases.run(
                 f"{name} {kind} samples", settings, lambda k=kind: self._measure_samples(k, network, real)
             )
-        found["steps"] = {}
-        for steps in self.samples.steps:
-            budget = [*drawn[:-2], steps, self.samples.steps_count, self.samples.seed]
-            found["steps"][steps] = phases.run(
-                f"{name} {steps} steps", budget, lambda s=steps: self._measure_steps(s, network, real)
+        for settings in self.samples.sweep:
+            budget = [*drawn[:-2], settings, self.samples.sweep_count, self.samples.seed]
+            found.setdefault("sweep", {})[settings] = phases.run(
+                f"{name} {settings}", budget, lambda s=settings: self._measure_settings(s, network, real)
             )
         return found
 
@@ -217,11 +216,11 @@ class Arm:
             images = pipeline.decode_tokens(part, positions + self.samples.seed).cpu()
             yield Batch(images, torch.full_like(positions, -1), positions)
 
-    def _measure_steps(self, steps: int, network: InceptionFeatures, real: FeatureSet) -> dict[str, Any]:
+    def _measure_settings(self, settings: str, network: InceptionFeatures, real: FeatureSet) -> dict[str, Any]:
         way = next(iter(self.refiners)) if self.refiners else CODES
-        pipeline, count = self._pipeline(way), self.samples.steps_count
-        pipeline.register_modules(scheduler=pipeline.scheduler.changed(steps=steps))
-        with progress_bar(f"{self.name}: {steps} steps") as bar:
+        pipeline, count = self._pipeline(way), self.samples.sweep_count
+        pipeline.register_modules(scheduler=pipeline.scheduler.changed(**parse_settings(settings.split())))
+        with progress_bar(f"{self.name}: {settings}") as bar:
             features = sample_features(pipeline.stream(count, self.samples.seed), count, network, bar)
         return evaluate_samples(features, real) | {"way": way}
 

@@ -17,7 +17,7 @@ from data import pack as packing
 from engine.config import CONFIG_ROOT, as_dict, git_revision, load_config, write_atomically
 from engine.errors import UserError
 from engine.progress import progress_bar, say
-from evaluation.arm import Arm, SampleBudget
+from evaluation.arm import CODES, Arm, SampleBudget
 from evaluation.evaluate import Reference
 from evaluation.features import FeatureSet
 from evaluation.inception import InceptionFeatures, load_inception
@@ -36,6 +36,7 @@ class DatasetConfig:
     """What is packed into shards before anything else."""
 
     source: str = "twemoji"
+    test_source: str = ""  # where the held-out split lies elsewhere, as LSUN's does
     format: str = "emoji"
     size: int = 32
     crop: str = ""  # empty: the format's own protocol
@@ -51,8 +52,8 @@ class MeasureConfig:
     samples: int = 0  # generated images; 0 for as many as the reference
     pictured: int = 64  # samples in the picture
     seed: int = 0
-    steps: list[int] = field(default_factory=list)  # further numbers of sampling steps, for arms that name no others
-    steps_samples: int = 1000  # generated images for each of those
+    sweep: list[str] = field(default_factory=list)  # further settings of sampling, each as "steps=8 sampler=halton"
+    sweep_samples: int = 1000  # generated images for each of those
     weight_bits: list[int] = field(default_factory=list)  # soft latents with weights of so many bits, and their rate
     lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
     neighbours: int = 0  # training images among which samples' nearest neighbours are looked for; 0 for none
@@ -67,7 +68,7 @@ class ArmConfig:
     seeds: int = 1
     prior: bool = True  # False: reconstructions only
     refiners: list[str] = field(default_factory=list)  # kinds of refiners: regression, flow
-    steps: bool = False  # measure the benchmark's further numbers of sampling steps
+    sweep: bool = False  # measure the benchmark's further settings of sampling
 
 
 @dataclass
@@ -144,16 +145,29 @@ def run_benchmark(
     }
     first, each = next(iter(config.arms.items()))
     model = f"model_{each.refiners[-1]}" if each.refiners else "model"
-    SoftConvexPipeline.from_pretrained(out / "arms" / first / model).save_pretrained(out / "model")
+    pipeline = SoftConvexPipeline.from_pretrained(out / "arms" / first / model)
+    pipeline.measured = _measured(results, runs[first][0], each.refiners[-1] if each.refiners else CODES)
+    pipeline.save_pretrained(out / "model")
     write_atomically(out / results_name, json.dumps(results, indent=2) + "\n")
     write_report(results, out)
     return results
 
 
+def _measured(results: dict[str, Any], run: dict[str, Any], way: str) -> dict[str, Any]:
+    """The exported model's numbers as `evaluation.evaluate.evaluate` returns them."""
+    return {
+        "reference": results["reference"],
+        "network": results["network"],
+        "reconstruction": {name: run["tokenizer"][name] for name in ("z_q", "dominant")},
+        "codebook": run["codebook"]["held_out"],
+        "samples": run["samples"][way],
+    }
+
+
 def _count_phases(each: ArmConfig, config: BenchmarkConfig) -> int:
     if not each.prior:
         return 1
-    return 4 + 3 * len(each.refiners) + (len(config.measure.steps) if each.steps else 0)
+    return 4 + 3 * len(each.refiners) + (len(config.measure.sweep) if each.sweep else 0)
 
 
 def _pack(dataset: DatasetConfig, folders: dict[str, Path]) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def _pack(dataset: DatasetConfig, folders: dict[str, Path]) -> dict[str, Any]:
     for part, split in (("train", dataset.train_split), ("test", dataset.test_split)):
         with progress_bar(f"pack {dataset.format} {split}") as bar:
             manifest = packing.pack(
-                dataset.source,
+                (part == "test" and dataset.test_source) or dataset.source,
                 folders[part],
                 format=dataset.format,
                 size=dataset.size,
@@ -207,8 +221,8 @@ def _arm(
         count=measure.samples or yardsticks.reference.count,
         pictured=measure.pictured,
         seed=measure.seed,
-        steps=measure.steps if each.steps else [],
-        steps_count=measure.steps_samples,
+        sweep=measure.sweep if each.sweep else [],
+        sweep_count=measure.sweep_samples,
         scheduler=config.sampling,
     )
     title = f"{name}_seed{seed}" if seed else name

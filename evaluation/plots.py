@@ -113,21 +113,24 @@ def draw_rates(arms: Runs, path: Path) -> None:
     _save(figure, path)
 
 
-def draw_steps(arms: Runs, path: Path) -> bool:
-    """gFID over sampling steps; False, and no picture, where nobody measured them."""
-    measured = {arm: runs[0]["steps"] for arm, runs in arms.items() if runs[0].get("steps")}
-    if not measured:
-        return False
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    for arm, rows in measured.items():
-        points = sorted((int(steps), row["fid"]) for steps, row in rows.items())
-        count, way = (next(iter(rows.values()))[key] for key in ("count", "way"))
-        axis.plot(*zip(*points, strict=True), "o-", label=f"{arm}: {way}, {count} samples")
+def draw_sweep(arms: Runs, path: Path) -> None:
+    """FID of samples over sampling steps, a line for all else equal; no picture where nobody measured."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for arm, runs in arms.items():
+        for settings, row in runs[0].get("sweep", {}).items():
+            named = dict(setting.split("=") for setting in settings.split())
+            if steps := named.pop("steps", None):
+                rest = " ".join(f"{key}={value}" for key, value in named.items())
+                lines.setdefault(f"{arm}, {row['way']} {rest}".strip(), []).append((int(steps), row["fid"]))
+    if not lines:
+        return
+    figure, axis = plt.subplots(figsize=(7.5, 4.6))
+    for label, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), "o-", label=label)
     axis.set(xlabel="sampling steps", ylabel="FID of samples", xscale="log")
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     _save(figure, path)
-    return True
 
 
 def _is_rounded(found: Any) -> bool:

@@ -13,7 +13,7 @@ from evaluation.plots import (
     draw_rates,
     draw_reconstructions,
     draw_samples,
-    draw_steps,
+    draw_sweep,
 )
 from evaluation.tables import look, markdown_table, spread, verdict
 from evaluation.tokenizers import render as render_tokenizers
@@ -27,26 +27,19 @@ def write_report(results: dict[str, Any], out: Path) -> None:
         out: its folder; the arms' images and training logs are read from ``out/arms``.
     """
     arms: Runs = results["arms"]
-    pictures = ["samples", "reconstructions", "curves", "rates"]
     draw_samples(out, arms).save(out / "samples.png")
     draw_reconstructions(out, arms).save(out / "reconstructions.png")
     draw_curves(out, arms, out / "curves.png")
     draw_rates(arms, out / "rates.png")
-    if draw_steps(arms, out / "steps.png"):
-        pictures.append("steps")
+    draw_sweep(arms, out / "sweep.png")
     neighbours = draw_neighbours(out, arms)
     if neighbours is not None:
         neighbours.save(out / "neighbours.png")
-        pictures.append("neighbours")
-    write_atomically(out / "report.md", render(results, pictures))
+    write_atomically(out / "report.md", render(results))
 
 
-def render(results: dict[str, Any], pictures: list[str]) -> str:
-    """The text of report.md.
-
-    Args:
-        pictures: the names of those there are.
-    """
+def render(results: dict[str, Any]) -> str:
+    """The text of report.md."""
     arms, reference, machine = results["arms"], results["reference"], results["machine"]
     seeds = max(len(runs) for runs in arms.values())
     lines = [
@@ -82,9 +75,10 @@ def render(results: dict[str, Any], pictures: list[str]) -> str:
         *_training(arms),
         "",
     ]
-    if "steps" in pictures:
-        lines += ["## Sampling steps", "![FID over sampling steps](steps.png)", ""]
-    if "neighbours" in pictures:
+    if any("sweep" in runs[0] for runs in arms.values()):
+        lines += ["## Settings of sampling", *_sweep(arms), "", "![FID over sampling steps](sweep.png)", ""]
+    ways = [found for runs in arms.values() for found in runs[0].get("samples", {}).values()]
+    if any("nearest_training_distance" in found for found in ways):
         lines += [
             "## Memorised?",
             "Samples, and below each the training image nearest to it in Inception features.",
@@ -209,6 +203,16 @@ def _at_a_rate(arms: Runs) -> list[str]:
 
 def _pixels(found: dict[str, Any]) -> list[str]:
     return [f"{found['mse']:.5f}", f"{found['psnr']:.2f}", f"{found['rfid']:.1f}" if "rfid" in found else "-"]
+
+
+def _sweep(arms: Runs) -> list[str]:
+    rows = [
+        [name, row["way"], settings, f"{1e3 * row['kid']:.1f} ± {1e3 * row['kid_error']:.1f}", f"{row['fid']:.1f}"]
+        + [f"{row['precision']:.3f}", f"{row['recall']:.3f}", row["count"]]
+        for name, runs in arms.items()
+        for settings, row in runs[0].get("sweep", {}).items()
+    ]
+    return markdown_table(["", "decoded", "settings", "KID x 1000", "FID", "precision", "recall", "samples"], rows)
 
 
 def _codebook(arms: Runs) -> list[str]:

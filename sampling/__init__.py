@@ -1,5 +1,5 @@
-"""Tokens to images: samplers, the pipeline, the page."""
+"""Drawing images: samplers, the diffusers pipeline, the page."""
 
-from sampling.pipeline import SoftConvexPipeline
+from sampling.pipeline import EMBEDDED, SoftConvexPipeline
 
-__all__ = ["SoftConvexPipeline"]
+__all__ = ["EMBEDDED", "SoftConvexPipeline"]

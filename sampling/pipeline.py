@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,10 +19,12 @@ from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
 from data.stream import Batch
+from engine.config import write_atomically
 from engine.errors import UserError
 from engine.processes import process_place
 from sampling.editing import fill, tokens_under, variation_mask
 from sampling.images import Pictures, to_mask, to_pictures, to_pixels
+from sampling.model_card import model_card
 from sampling.samplers import SAMPLERS, Step, guided
 from sampling.scheduler import UnmaskingScheduler
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
@@ -32,6 +35,9 @@ from stage2_prior.transformer import MaskedTransformer
 
 # Images computed together: enough to keep the device busy, few enough that filling up the last chunk costs little.
 CHUNK = {"cpu": 8, "cuda": 64}
+
+MEASURED = "measured.json"
+EMBEDDED = Path(__file__).parent / "pretrained"  # the model that comes with the package
 
 StepCallback = Callable[["SoftConvexPipeline", int, int, dict[str, torch.Tensor]], Any]
 
@@ -76,6 +82,7 @@ class SoftConvexPipeline(DiffusionPipeline):
                 raise UserError(
                     f"the {name} was trained on tokens of tokenizer {wanted}, but this is tokenizer {found}"
                 )
+        self.measured: dict[str, Any] = {}  # what `scq evaluate` found, for the model card
         self.register_modules(
             tokenizer=tokenizer.eval(),
             prior=prior.eval(),
@@ -298,7 +305,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             yield Batch(drawn.images, torch.tensor(labels or [-1] * len(positions)), positions)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write every component and model_index.json; the folder appears when it is complete.
+        """Write every component, model_index.json and a model card; the folder appears when it is complete.
 
         Args:
             kwargs: of diffusers, such as ``push_to_hub=True, repo_id="you/model"``.
@@ -307,8 +314,14 @@ class SoftConvexPipeline(DiffusionPipeline):
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         super().save_pretrained(temporary, **kwargs)
+        self.write_card(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+
+    def write_card(self, folder: Path) -> None:
+        """Write README.md, and the numbers that are in it, to a model's folder."""
+        write_atomically(folder / MEASURED, json.dumps(self.measured, indent=1) + "\n")
+        write_atomically(folder / "README.md", model_card(self))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> SoftConvexPipeline:
@@ -319,7 +332,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             UserError: nothing there is a pipeline, or a part of it cannot be loaded.
         """
         local = _from_hub(str(folder)) if _is_hub_name(str(folder)) else Path(folder)
-        root = _root(local)
+        root = model_root(local)
         if root is None:
             raise UserError(
                 f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote "
@@ -331,9 +344,11 @@ class SoftConvexPipeline(DiffusionPipeline):
             refined = (root / "refiner").is_dir()
             refiner = ConvexRefiner.from_pretrained(root / "refiner", local_files_only=True) if refined else None
             scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
+            measured = json.loads((root / MEASURED).read_text()) if (root / MEASURED).is_file() else {}
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{root} cannot be loaded: {_first_line(error)}") from error
         pipeline = cls(tokenizer, prior, refiner, scheduler)
+        pipeline.measured = measured
         return pipeline.to(device) if device is not None else pipeline
 
     def _start(
@@ -411,8 +426,9 @@ def _first_line(error: Exception) -> str:
 
 def is_pipeline(folder: str | Path) -> bool:
     """Whether ``folder`` holds both stages, rather than a tokenizer alone."""
-    return _root(Path(folder)) is not None
+    return model_root(Path(folder)) is not None
 
 
-def _root(folder: Path) -> Path | None:
+def model_root(folder: Path) -> Path | None:
+    """Where in a run's or a model's folder the pipeline lies; None where there is none."""
     return next((root for root in (folder, folder / "model") if (root / "model_index.json").is_file()), None)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin
 
+from engine.config import as_dict, load_config
 from sampling.samplers import SAMPLERS, SamplerSettings
 
 
@@ -40,3 +41,13 @@ class UnmaskingScheduler(SamplerSettings, SchedulerMixin, ConfigMixin):
             raise ValueError(f"sampler {settings.sampler!r} does not exist; choose {', '.join(SAMPLERS)}")
         settings.check()
         return settings
+
+
+def parse_settings(texts: list[str]) -> dict[str, float | str | None]:
+    """``["steps=8", "sampler=halton"]`` -> those settings, with their types.
+
+    Raises:
+        UserError: a setting does not exist or has the wrong type.
+    """
+    settings = as_dict(load_config(UnmaskingScheduler, None, texts))
+    return {name: settings[name] for name in (text.partition("=")[0] for text in texts)}

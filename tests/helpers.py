@@ -32,8 +32,8 @@ def write_tiny_benchmark(folder: Path) -> Path:
     )
     (folder / "benchmark.yaml").write_text(
         f"base: {quickstart}/benchmark.yaml\nrefiner: refiner.yaml\n"
-        "arms: {scq: {refiners: [regression], steps: true}}\n"
-        "measure: {reference_images: 24, samples: 24, pictured: 8, steps: [2, 4], steps_samples: 12, "
-        "weight_bits: [2], neighbours: 40}\n"
+        "arms: {scq: {refiners: [regression], sweep: true}}\n"
+        "measure: {reference_images: 24, samples: 24, pictured: 8, sweep: [steps=2, steps=4 sampler=halton], "
+        "sweep_samples: 12, weight_bits: [2], neighbours: 40}\n"
     )
     return folder / "benchmark.yaml"

@@ -1,13 +1,16 @@
 """The whole main job, tiny: every phase runs, its results are whole, and a second run repeats nothing."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_scq, write_tiny_benchmark
+from helpers import REPOSITORY, run_scq, write_tiny_benchmark
 from PIL import Image
 
 from data.stream import ImageStream
@@ -40,7 +43,7 @@ def test_every_number_is_there(tiny_run: Path) -> None:
 
 def test_the_report_shows_its_pictures(tiny_run: Path) -> None:
     report = (tiny_run / "report.md").read_text()
-    for picture in ("samples", "reconstructions", "curves", "rates", "steps", "neighbours"):
+    for picture in ("samples", "reconstructions", "curves", "rates", "sweep", "neighbours"):
         picture = f"{picture}.png"
         assert f"({picture})" in report
         with Image.open(tiny_run / picture) as image:
@@ -93,6 +96,34 @@ def test_evaluate_gives_the_benchmarks_numbers(tiny_run: Path, tmp_path: Path) -
     refined = measured["samples"]["regression"]
     assert evaluated["reconstruction"]["refined"]["mse"] == pytest.approx(refined["reconstruction"]["mse"], rel=1e-4)
     assert evaluated["samples"]["kid"] == pytest.approx(refined["kid"], rel=1e-3)
+
+
+def test_two_processes_evaluate_as_one(tiny_run: Path, tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes]
+        result = subprocess.run(
+            [str(word) for word in [*launcher, "--module", "engine.cli", "evaluate", "--model", tiny_run / "model"]]
+            + ["--data", str(tiny_run / "shards" / "test"), "--num-real", "27", "--num-samples", "19"]
+            + ["--weight-bits", "3", "--out", str(out)],
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-2000:]
+        found.append(json.loads(out.read_text()))
+    one, two = found
+    for section in ("reconstruction", "codebook", "samples"):
+        assert flat(two[section]) == pytest.approx(flat(one[section]), rel=1e-6), section
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, float]:
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            found[prefix + key] = float(value)
+    return found
 
 
 def test_a_reference_is_a_fixed_part_of_its_split(emoji: dict[str, Path]) -> None:

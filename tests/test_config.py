@@ -3,32 +3,59 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.config import CONFIG_ROOT, as_dict, load_config, save_config
 from engine.errors import UserError
 from evaluation.benchmark import BenchmarkConfig
 from evaluation.tokenizers import ComparisonConfig
+from sampling.scheduler import parse_settings
 from stage1_tokenizer.train import TokenizerExperiment
 from stage2_prior.train import PriorExperiment
 from stage2_prior.train_refiner import RefinerExperiment
+from stage2_prior.transformer import MaskedTransformer
 
 ALL_CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))
 
 
 def schema_of(path: Path) -> type:
-    if path.stem.startswith("tokenizer"):
+    if path.stem.startswith("tokenizer") or path.stem.endswith("tokenizer"):
         return TokenizerExperiment
     if path.parent.name in ("ablation", "tokenizers"):
         return ComparisonConfig
-    if path.stem.startswith("refiner"):
+    if "refiner" in path.stem:
         return RefinerExperiment
-    return PriorExperiment if path.stem.startswith("prior") else BenchmarkConfig
+    return PriorExperiment if "prior" in path.stem or path.parent.name == "prior_sizes" else BenchmarkConfig
 
 
 @pytest.mark.parametrize("path", ALL_CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_config_loads_and_says_what_it_is_for(path: Path) -> None:
     load_config(schema_of(path), path)
     assert path.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(("name", "millions"), [("2m", 2), ("10m", 10), ("40m", 40), ("85m", 85), ("300m", 300)])
+def test_priors_have_the_size_that_their_configs_say(name: str, millions: int) -> None:
+    config = load_config(PriorExperiment, CONFIG_ROOT / "prior_sizes" / f"{name}.yaml").architecture
+    with torch.device("meta"):
+        prior = MaskedTransformer(
+            1024, (16, 16), width=config.width, depth=config.depth, heads=config.heads, positions=config.positions
+        )
+    assert sum(p.numel() for p in prior.parameters()) == pytest.approx(1e6 * millions, rel=0.15)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIG_ROOT / "benchmarks").glob("*_*.yaml")), ids=lambda p: p.stem)
+def test_the_files_that_a_benchmark_names_are_there_and_fit(path: Path) -> None:
+    if schema_of(path) is not BenchmarkConfig:
+        return
+    config = load_config(BenchmarkConfig, path)
+    assert next(iter(config.arms)) == "scq", "the arm that is compared with the others"
+    load_config(PriorExperiment, path.parent / config.prior)
+    load_config(RefinerExperiment, path.parent / config.refiner)
+    for arm in config.arms.values():
+        load_config(TokenizerExperiment, path.parent / (arm.tokenizer or config.tokenizer), arm.overrides)
+    for settings in config.measure.sweep:
+        config.sampling.changed(**parse_settings(settings.split()))
 
 
 @pytest.mark.parametrize("folder", ["quickstart", "cifar10", "lsun_church", "lsun_bedroom", "gtsrb"])

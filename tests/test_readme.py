@@ -1,5 +1,6 @@
 """The README's promises: its code runs, its commands parse, its files exist, its numbers are those of a real run."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -31,7 +32,8 @@ PAGES = sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/data.md", "docs/quantizer.md", "docs/sampling.md", "docs/training.md"]
+    "document",
+    ["README.md"] + [f"docs/{name}.md" for name in ("benchmark", "data", "quantizer", "sampling", "training")],
 )
 def test_the_commands_parse(document: str) -> None:
     text = (REPOSITORY / document).read_text()
@@ -56,3 +58,10 @@ def test_the_results_are_those_of_the_kept_run() -> None:
     table = re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.S).group(1)
     assert table.splitlines() == summary_table(results)
     assert (RESULTS / "report.md").read_text() == render(results)
+
+
+def test_the_api_page_is_that_of_the_docstrings() -> None:
+    path = REPOSITORY / "docs" / "build_api.py"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("build_api", path))
+    module.__spec__.loader.exec_module(module)
+    assert (REPOSITORY / "docs" / "api.md").read_text() == module.build(), "run: python docs/build_api.py"

@@ -33,8 +33,11 @@ def command(commands: Any, name: str, run: Any, help: str, description: str = ""
     return parser
 
 
-def add_model(parser: argparse.ArgumentParser, help: str) -> None:
-    parser.add_argument("--model", type=Path, required=True, help=f"folder of {help}")
+def add_model(parser: argparse.ArgumentParser, help: str, embedded: bool = False) -> None:
+    """``embedded``: without the option, the model that comes with the package is taken."""
+    if embedded:
+        help = f"{help}; without it, the small one that comes with the package"
+    parser.add_argument("--model", type=Path, required=not embedded, help=f"folder of {help}")
 
 
 def positive(text: str) -> int:

@@ -18,7 +18,7 @@ def add_sample(commands: Any) -> None:
         "draw images as PNG files",
         "Image i is drawn with seed S + i: the same seed gives the same image in any batch.",
     )
-    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
     parser.add_argument("--num", type=positive, default=16, help="number of images")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images, named by their seeds")
@@ -34,17 +34,15 @@ def add_sample(commands: Any) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from data.files import atomic_write
-    from engine.config import as_dict, load_config
     from engine.progress import progress_bar
-    from sampling.pipeline import SoftConvexPipeline
-    from sampling.scheduler import UnmaskingScheduler
+    from sampling.pipeline import EMBEDDED, SoftConvexPipeline
+    from sampling.scheduler import parse_settings
 
-    settings = as_dict(load_config(UnmaskingScheduler, None, options.settings))
-    settings = {name: settings[name] for name in (setting.partition("=")[0] for setting in options.settings)}
+    settings = parse_settings(options.settings)
     for name in ("steps", "temperature", "guidance_scale"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
-    pipeline = SoftConvexPipeline.from_pretrained(options.model, device())
+    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     make_folder(options.out)
     with progress_bar("sample") as bar:
         for start in range(0, options.num, options.batch_size):
@@ -68,7 +66,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 def add_app(commands: Any) -> None:
     parser = command(commands, "app", _app, "open the Gradio page in which images are generated")
-    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on")
     parser.add_argument("--auth", type=_user_and_password, metavar="USER:PASSWORD", help="ask for these")
@@ -82,12 +80,12 @@ def add_app(commands: Any) -> None:
 def _app(options: argparse.Namespace) -> None:
     from engine.config import CONFIG_ROOT
     from sampling.app import build_page, serve
-    from sampling.pipeline import SoftConvexPipeline
+    from sampling.pipeline import EMBEDDED, SoftConvexPipeline
 
     missing = [folder for folder in options.results if not folder.is_dir()]
     if missing:
         raise UserError(f"--results {missing[0]} is no folder")
-    pipeline = SoftConvexPipeline.from_pretrained(options.model, device())
+    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     page = build_page(pipeline, options.max_batch, [*options.results, CONFIG_ROOT.parent / "docs" / "results"])
     serve(page, options.host, options.port, auth=options.auth)
 
@@ -97,3 +95,24 @@ def _user_and_password(text: str) -> tuple[str, str]:
     if not (user and separator and password):
         raise argparse.ArgumentTypeError("must be USER:PASSWORD")
     return user, password
+
+
+def add_export(commands: Any) -> None:
+    parser = command(
+        commands,
+        "export",
+        _export,
+        "write a copy of a model for sharing, its weights in half precision",
+        "The folder is what from_pretrained reads and a model hub takes, with a model card.",
+    )
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the copy")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from sampling.export import export_half
+    from sampling.pipeline import SoftConvexPipeline
+
+    export_half(SoftConvexPipeline.from_pretrained(options.model), options.out)
+    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    print(f"{options.out}: {size / 1e6:.1f} MB")

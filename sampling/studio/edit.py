@@ -31,10 +31,10 @@ MOST_ANSWERS = 8
 def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State) -> None:
     """Build the tab; ``drawn`` holds the images of the Generate tab."""
     with gr.Row():
-        with gr.Column(scale=1):
+        with gr.Column(scale=3):
             editor = UploadedDrawing(
                 type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=420,
-                brush=gr.Brush(default_size=16, colors=["#ff00ff"], color_mode="fixed"), transforms=[], layers=False,
+                brush=gr.Brush(default_size=40, colors=["#ff00ff"], color_mode="fixed"), transforms=[], layers=False,
             )  # fmt: skip
             with gr.Row():
                 number = gr.Number(1, label="Generated image", precision=0, minimum=1)
@@ -46,13 +46,13 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State) -> None:
                     side: gr.Slider(0, 4 * pipeline.image_size, pipeline.image_size // 2, step=1, label=side.title())
                     for side in ("left", "right", "top", "bottom")
                 }
-        with gr.Column(scale=1):
+        with gr.Column(scale=2):
             seed = gr.Number(0, label="Seed", precision=0)
             count = gr.Slider(1, MOST_ANSWERS, 4, step=1, label="Answers")
             controls = sampler_controls(pipeline)
             redraw = gr.Button("Redraw", variant="primary")
             cancel = gr.Button("Cancel")
-        with gr.Column(scale=2):
+        with gr.Column(scale=3):
             gallery = gr.Gallery(label="Answers", columns=2, format="png", object_fit="contain", height=600)
 
     def edit(

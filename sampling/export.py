@@ -1,0 +1,44 @@
+"""A copy of a model for sharing: half the bytes, the same images but for rounding."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sampling.pipeline import SoftConvexPipeline
+
+
+@torch.no_grad()
+def export_half(pipeline: SoftConvexPipeline, folder: Path) -> None:
+    """Write ``pipeline`` with its networks' weights in float16; codebooks and statistics stay as they are.
+
+    The weights are rounded before the fingerprints are taken, so a tokenizer read from the copy is the one that prior
+    and refiner name.
+    """
+    networks = {"tokenizer": pipeline.tokenizer, "prior": pipeline.prior, "refiner": pipeline.refiner}
+    networks = {name: network.cpu() for name, network in networks.items() if network is not None}
+    for network in networks.values():
+        for name in _rounded(network):
+            parameter = network.get_parameter(name)
+            parameter.copy_(parameter.half().float())
+    fingerprint = pipeline.tokenizer.fingerprint()
+    for name in networks.keys() - {"tokenizer"}:
+        networks[name].register_to_config(tokenizer_fingerprint=fingerprint)
+    temporary = folder.with_name(f".{folder.name}.half")
+    pipeline.save_pretrained(temporary)
+    for name, network in networks.items():
+        (path,) = (temporary / name).glob("*.safetensors")
+        rounded = _rounded(network)
+        tensors = load_file(path)
+        save_file({key: t.half() if key in rounded else t for key, t in tensors.items()}, path, {"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _rounded(network: nn.Module) -> set[str]:
+    """Names of the parameters that are rounded: all but the quantizer's."""
+    return {name for name, _ in network.named_parameters() if not name.startswith("quantizer.")}

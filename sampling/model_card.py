@@ -1,0 +1,81 @@
+"""The model card that is saved with a pipeline: what it is, how to use it, what was measured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sampling.pipeline import SoftConvexPipeline
+
+UNMEASURED = "Nothing yet: `scq evaluate --model THIS_FOLDER --data SHARDS --card` fills this in."
+TWEMOJI = (
+    "Trained on Twemoji graphics, copyright 2020 Twitter, Inc and other contributors, licensed under CC-BY 4.0 "
+    "(https://creativecommons.org/licenses/by/4.0/), resized to {size} pixels on white."
+)
+
+
+def model_card(pipeline: SoftConvexPipeline) -> str:
+    """README.md of a model folder, from its components' configs and from ``pipeline.measured``."""
+    tokenizer, prior, refiner = pipeline.tokenizer.config, pipeline.prior.config, pipeline.refiner
+    sizes = {"tokenizer": pipeline.tokenizer, "prior": pipeline.prior, "refiner": refiner}
+    parameters = [f"{name} {model.num_parameters() / 1e6:.2f}M" for name, model in sizes.items() if model is not None]
+    measured = pipeline.measured
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: unconditional-image-generation",
+        "tags: [soft-convex-quantization, masked-transformer, image-generation]",
+        "---",
+        "# Images from soft convex quantization" if tokenizer.quantizer_name == "scq" else "# Images from codes",
+        "",
+        f"{tokenizer.image_size} pixels, {prior.grid[0]}x{prior.grid[1]} tokens out of {prior.codebook_size} codes of "
+        f"{tokenizer.latent_dim} channels, quantizer `{tokenizer.quantizer_name}`"
+        + (f", {prior.num_classes} classes" if prior.num_classes else "")
+        + f". Parameters: {', '.join(parameters)}.",
+        "",
+        "```python",
+        "from sampling import SoftConvexPipeline",
+        "",
+        'pipeline = SoftConvexPipeline.from_pretrained("THIS_FOLDER")',
+        "images = pipeline(num_images=16, seed=0).images",
+        "```",
+        "",
+        "## Measured",
+        "",
+        *(
+            _numbers(measured)
+            if measured
+            else ["Nothing yet: `scq evaluate --model THIS_FOLDER --data SHARDS --card`."]
+        ),
+        "",
+        "## Settings",
+        "",
+        *(f"- {name}: {value}" for name, value in pipeline.scheduler.config.items() if not name.startswith("_")),
+        "",
+    ]
+    if measured.get("reference", {}).get("dataset") == "emoji":
+        lines += ["## Licence of the data", "", TWEMOJI.format(size=tokenizer.image_size), ""]
+    return "\n".join(lines)
+
+
+def _numbers(measured: dict[str, Any]) -> list[str]:
+    """What `evaluation.evaluate.evaluate` returned, as far as it is there."""
+    reference, lines = measured["reference"], []
+    lines.append(
+        f"Against {reference['count']} {reference['dataset']} images of the split '{reference['split']}' "
+        f"({reference['crop']} pixels), which the model was not trained on; {measured['network']['weights']}."
+    )
+    lines.append("")
+    for way, found in measured.get("reconstruction", {}).items():
+        fid = f", rFID {found['rfid']:.1f}" if "rfid" in found else ""
+        lines.append(f"- reconstructed from {way}: MSE {found['mse']:.5f}, PSNR {found['psnr']:.2f} dB{fid}")
+    usage, samples = measured.get("codebook"), measured.get("samples")
+    if usage:
+        lines.append(f"- codes used: {usage['used_share']:.1%}, perplexity {usage['perplexity']:.0f}")
+    if samples:
+        biased = " (biased)" if samples["fid_biased"] else ""
+        lines.append(
+            f"- {samples['count']} samples: KID x 1000 {1e3 * samples['kid']:.1f} ± {1e3 * samples['kid_error']:.1f}, "
+            f"FID {samples['fid']:.1f}{biased}, precision {samples['precision']:.2f}, recall {samples['recall']:.2f}"
+        )
+    return lines

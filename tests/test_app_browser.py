@@ -1,0 +1,121 @@
+"""The page in a real browser, on the model that comes with the package: generate, edit, inspect, read results.
+
+SCQ_SCREENSHOTS=FOLDER keeps what it looked like.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+from engine.config import CONFIG_ROOT
+from sampling import EMBEDDED, SoftConvexPipeline
+from sampling.app import build_page, serve
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Without these Chromium looks for its maker's hosts at every start.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+PATIENCE = 60_000  # milliseconds, on a busy machine
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; Debian's package chromium is enough")
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    page = build_page(SoftConvexPipeline.from_pretrained(EMBEDDED), results=[CONFIG_ROOT.parent / "docs" / "results"])
+    yield serve(page, "127.0.0.1", None, block=False)
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser: object, address: str) -> Iterator[Page]:
+    opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+    opened.set_default_timeout(PATIENCE)
+    opened.goto(address)
+    yield opened
+    opened.close()
+
+
+def keep(page: Page, folder: Path, name: str) -> None:
+    """A screenshot, checked to be of more than an empty page."""
+    folder = Path(os.environ.get("SCQ_SCREENSHOTS", folder))
+    page.screenshot(path=folder / f"{name}.png")
+    with Image.open(folder / f"{name}.png") as picture:
+        assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 300
+
+
+def tab(page: Page, name: str) -> Locator:
+    page.get_by_role("tab", name=name).click()
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    expect(panel).to_be_visible(timeout=PATIENCE)
+    return panel
+
+
+def generate(page: Page) -> Locator:
+    panel = tab(page, "Generate")
+    panel.get_by_role("button", name="Generate").click()
+    images = panel.locator(".thumbnail-item img")
+    panel.get_by_test_id("download-link").wait_for()  # of the zip, the last thing that appears
+    expect(images).to_have_count(16, timeout=PATIENCE)
+    return images
+
+
+def test_generate_draws_other_images_for_another_seed(page: Page, tmp_path: Path) -> None:
+    images = generate(page)
+    first = images.first.get_attribute("src")
+    keep(page, tmp_path, "generate")
+    page.get_by_role("tabpanel").filter(visible=True).get_by_label("Seed").fill("1000")
+    generate(page)
+    expect(images.first).not_to_have_attribute("src", first, timeout=PATIENCE)
+
+
+def test_a_generated_image_can_be_painted_and_redrawn(page: Page, tmp_path: Path) -> None:
+    generate(page)
+    panel = tab(page, "Edit")
+    panel.get_by_role("button", name="Take it from Generate").click()
+    canvas = panel.locator("canvas").first
+    canvas.wait_for()
+    page.wait_for_timeout(1500)  # the editor lays its image out
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + 0.4 * box["height"])
+    page.mouse.down()
+    for share in (0.45, 0.5, 0.55, 0.6):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"], steps=4)
+    page.mouse.up()
+    panel.get_by_role("button", name="Redraw").click()
+    answers = panel.locator(".thumbnail-item img")
+    expect(answers).to_have_count(4, timeout=PATIENCE)
+    keep(page, tmp_path, "edit")
+
+
+def test_inspect_shows_what_a_patch_mixes(page: Page, tmp_path: Path) -> None:
+    Image.radial_gradient("L").resize((200, 160)).convert("RGB").save(tmp_path / "photo.jpg")
+    panel = tab(page, "Inspect")
+    panel.locator("input[type=file]").first.set_input_files(tmp_path / "photo.jpg")
+    panel.locator("img").first.wait_for()
+    panel.get_by_role("button", name="Reconstruct").click()
+    panel.get_by_role("gridcell").first.wait_for()
+    keep(page, tmp_path, "inspect")
+    row = panel.get_by_label("number input for Row of the patch")
+    expect(row).to_have_value("0")
+    seen = panel.locator("img").nth(1)
+    seen.click(position={"x": 100, "y": int(0.9 * seen.bounding_box()["height"])})
+    expect(row).to_have_value("3", timeout=PATIENCE)
+
+
+def test_results_are_shown(page: Page, tmp_path: Path) -> None:
+    panel = tab(page, "Benchmark")
+    panel.get_by_text("KID leads").first.wait_for()
+    keep(page, tmp_path, "benchmark")
