@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from engine.errors import UserError
+from engine.sharding import is_sharded, load_optimizer_state, load_whole, optimizer_state, whole_state
 
 
 class Checkpoints:
@@ -46,16 +47,25 @@ class Checkpoints:
         scored = [path for path, score in scores.items() if score is not None]
         return min(scored, key=scores.get) if scored else None
 
-    def save(self, step: int, *, score: float | None = None, **state: float | dict) -> Path:
-        """Write the state after ``step`` steps; the folder appears under its final name when it is complete."""
+    def save(self, step: int, *, write: bool = True, score: float | None = None, **state: float | dict) -> Path:
+        """Write the state after ``step`` steps; the folder appears under its final name when it is complete.
+
+        Every process must call it, and the main one alone has ``write``: a model may be divided among them.
+        """
         final = self.folder / f"step_{step:08d}"
+        divided = {name: whole_state(module) for name, module in self.modules.items() if is_sharded(module)}
+        optimizers = {name: optimizer_state(self._owner(name), o) for name, o in self.optimizers.items()}
+        if not write:
+            return final
         temporary = self.folder / f".{final.name}.tmp"
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
         for name, module in self.modules.items():
-            save_model(module, str(temporary / f"{name}.safetensors"))
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+            if name in divided:
+                save_file({key: t.contiguous() for key, t in divided[name].items()}, temporary / f"{name}.safetensors")
+            else:
+                save_model(module, str(temporary / f"{name}.safetensors"))
         torch.save(optimizers, temporary / "optimizers.pt")
         (temporary / "state.json").write_text(json.dumps({"step": step, "score": score, **state}))
         if final.exists():
@@ -66,6 +76,10 @@ class Checkpoints:
             if old != best:
                 shutil.rmtree(old)
         return final
+
+    def _owner(self, optimizer: str) -> nn.Module:
+        """The module that an optimizer of this name moves: its namesake, else the model."""
+        return self.modules.get(optimizer, self.modules["model"])
 
     def restore(self) -> dict:
         """Load the newest checkpoint into the modules and optimizers; ``{"step": 0}`` where there is none.
@@ -78,11 +92,14 @@ class Checkpoints:
             return {"step": 0}
         try:
             for name, module in self.modules.items():
-                load_model(module, str(path / f"{name}.safetensors"))
+                if is_sharded(module):
+                    load_whole(module, load_file(path / f"{name}.safetensors"))
+                else:
+                    load_model(module, str(path / f"{name}.safetensors"))
             # weights_only: tensors and plain containers, nothing that could run code is unpickled.
             saved = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
             for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(saved[name])
+                load_optimizer_state(self._owner(name), optimizer, saved[name])
             return json.loads((path / "state.json").read_text())
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]

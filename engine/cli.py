@@ -41,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("scq: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    if "torch" in sys.modules:
+        from engine.processes import leave_processes
+
+        leave_processes()
     return 0
 
 

@@ -79,7 +79,7 @@ def load_config(schema: type[Schema], path: Path | str | None = None, overrides:
         if not separator or not key:
             raise UserError(f"override {override!r} is not of the form section.key=value")
         try:
-            parsed = OmegaConf.from_dotlist([override])
+            parsed = OmegaConf.from_dotlist([f"{override}''" if override.endswith("=") else override])
         except (OmegaConfBaseException, YAMLError) as error:
             raise UserError(f"override {override!r} cannot be read: {_first_line(error)}") from error
         config = _merge(config, parsed, f"override {override!r}")

@@ -26,9 +26,10 @@ from engine.checkpoint import Checkpoints
 from engine.config import LoopConfig, OptimizerConfig
 from engine.errors import UserError
 from engine.pictures import curves
-from engine.progress import progress_bar
+from engine.progress import progress_bar, say
 from engine.randomness import step_seed
 from engine.schedules import learning_rate_share
+from engine.sharding import Whole, is_sharded
 from engine.tracking import RunFolder, read_metrics
 
 
@@ -111,8 +112,10 @@ def train(
         stream.load_state_dict(state["stream"])
     run.forget_after(first)
     base_rates = {name: [group["initial_lr"] for group in o.param_groups] for name, o in task.optimizers.items()}
-    meter = _Meter(checkpoints)
+    meter, divided = _Meter(checkpoints), is_sharded(model)
     started = time.monotonic()
+    if run.is_main and accelerator.num_processes > 1:
+        say(f"{accelerator.num_processes} processes, {config.batch_size} images a step over all of them")
     with progress_bar(title, quiet=not run.is_main) as progress:
         batches = iter(stream)
         progress(first, config.steps)
@@ -128,7 +131,7 @@ def train(
                     group["lr"] = rate * share
             torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
             meter.add(step, task.training_step(batch, step), waited)
-            average.update(model, step=step)
+            average.update(Whole(model) if divided else model, step=step)
 
             done = step + 1
             last = done == config.steps
@@ -143,9 +146,9 @@ def train(
                     score = task.score(average.module.eval()) if saves and run.is_main else None
                     # Logged before it is saved: a kill in between leaves a line that the resumed run drops.
                     run.log(done, values if score is None else {**values, task.score_name: score})
-                    if saves and run.is_main:
-                        seconds = spent + time.monotonic() - started
-                        checkpoints.save(done, seconds=seconds, stream=stream.state_dict(), score=score)
+                    if saves:
+                        state = {"seconds": spent + time.monotonic() - started, "stream": stream.state_dict()}
+                        checkpoints.save(done, write=run.is_main, score=score, **state)
             if config.images_every and (done % config.images_every == 0 or last) and run.is_main:
                 with meter.paused():
                     run.picture("curves", curves(read_metrics(run.path)))
@@ -154,7 +157,9 @@ def train(
                         run.picture(f"step_{done:08d}", picture)
             if saves:
                 accelerator.wait_for_everyone()
-    accelerator.end_training()
+    # Not accelerator.end_training(): it would end the processes' group, which exports and benchmarks still need.
+    for tracker in accelerator.trackers:
+        tracker.finish()
     seconds = spent + time.monotonic() - started if first < config.steps else spent
     return Trained(average.module.eval(), config.steps, seconds, checkpoints.best())
 

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from engine.config import LoopConfig, OptimizerConfig
 from engine.errors import UserError
@@ -61,6 +62,7 @@ def optimizer_step(
 ) -> torch.Tensor:
     """Clip, step, clear. Returns the gradient norm before clipping, 0-dim."""
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm if clip_norm > 0 else float("inf"))
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.as_tensor(norm).detach()

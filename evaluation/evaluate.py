@@ -19,6 +19,7 @@ from evaluation.fid_infinity import fid_infinity
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import CodebookUsage, ReconstructionMetrics, codebook_usage, fid, kid, precision_recall
 from evaluation.mixture_rate import round_mixture
+from sampling.pipeline import in_equal_chunks
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.quantizers import Mixture
 from stage2_prior.refiner import ConvexRefiner
@@ -40,7 +41,8 @@ class Reference:
 
     def __init__(self, shards: Path | str, count: int = 0, batch_size: int = 64):
         self.rank, self.processes = process_place()
-        batch_size = -(-batch_size // self.processes) * self.processes
+        if self.processes > 1:  # every process gets a share of a set that is no larger than a batch, too
+            batch_size = self.processes * max(1, min(batch_size, count or batch_size) // self.processes)
         self.stream = ImageStream(
             shards, batch_size=batch_size, seed=_REFERENCE_SEED, rank=self.rank, world_size=self.processes
         )
@@ -106,13 +108,15 @@ def evaluate_reconstructions(
     bits: dict[str, list[torch.Tensor]] = {}
     count = _counter(progress, reference.count, reference.processes)
     for batch in reference.batches():
-        encoding = tokenizer.encode(to_float(batch.images.to(tokenizer.device)))
+        # In chunks of one size, so that no image's last bit depends on how many are measured together.
+        images = to_float(batch.images.to(tokenizer.device))
+        encoding = tokenizer.quantizer.mix(in_equal_chunks(tokenizer.latents, images))
         latents = _latents(tokenizer, encoding, batch.positions, refiners or {}, weight_bits, bits)
         done: list[tuple[torch.Tensor, FeatureSet | None]] = []
         for name, z_q in latents.items():
             if only is not None and name not in only:
                 continue
-            images = to_uint8(tokenizer.decode(z_q)).cpu()
+            images = to_uint8(in_equal_chunks(tokenizer.decode, z_q)).cpu()
             metrics = pixels.setdefault(
                 name, ReconstructionMetrics(across_processes=reference.processes > 1, perceptual=perceptual)
             )

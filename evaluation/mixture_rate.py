@@ -24,7 +24,7 @@ def round_mixture(quantizer: Quantizer, mixture: Mixture, weight_bits: int) -> R
     """Weights as multiples of 2^-weight_bits that still sum to one, and the length of an enumerative code for them.
 
     A latent that mixes s codes costs log2 C(K, s) for which codes, log2 C(2^b - 1, s - 1) for which of the ways to
-    divide 2^b units among them, and log2 S for s itself, where S is the most codes that any latent of the batch mixes.
+    divide 2^b units among them, and 2 floor(log2 s) + 1 for s itself (Elias' gamma code).
     (Cover, "Enumerative source encoding", 1973: the index of an object among all of its kind.)
 
     Args:
@@ -45,13 +45,15 @@ def round_mixture(quantizer: Quantizer, mixture: Mixture, weight_bits: int) -> R
     codes = quantizer.lookup(mixture.support.flatten(2)).unflatten(3, mixture.support.shape[2:])  # (B, F, h, w, S)
     z_q = (codes * (rounded / units).unsqueeze(1).float()).sum(-1)  # (B, F, h, w)
     mixed = (rounded > 0).sum(-1)  # (B, h, w), s
-    most = int(mixed.max())
     price = torch.tensor(
-        [_log2_choose(quantizer.codebook_size, s) + _log2_choose(units - 1, s - 1) for s in range(1, most + 1)],
-        dtype=torch.float64,
+        [_price(quantizer.codebook_size, units, s) for s in range(1, int(mixed.max()) + 1)], dtype=torch.float64
     )
-    bits = price.to(mixed.device)[mixed - 1] + math.log2(most)
+    bits = price.to(mixed.device)[mixed - 1]  # (B, h, w)
     return RoundedMixture(z_q, bits.sum((1, 2)))
+
+
+def _price(codebook_size: int, units: int, mixed: int) -> float:
+    return _log2_choose(codebook_size, mixed) + _log2_choose(units - 1, mixed - 1) + 2 * int(math.log2(mixed)) + 1
 
 
 def _log2_choose(n: int, k: int) -> float:

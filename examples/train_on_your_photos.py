@@ -19,7 +19,7 @@ def main(photos: str, run: str, steps: int = 1000) -> None:
     pack(photos, out / "shards", format="folder", size=32)
 
     few = [f"training.steps={steps}", f"training.checkpoint_every={steps}", "training.batch_size=16"]
-    places = [f"out={out / 'tokenizer'}", f"data.train={out / 'shards'}", "data.validation="]
+    places = [f"out={out / 'tokenizer'}", f"data.train={out / 'shards'}"]
     tokenizer_config = CONFIG_ROOT / "quickstart" / "tokenizer_scq.yaml"
     train_tokenizer(load_config(TokenizerExperiment, tokenizer_config, [*few, *places]))
     tokenizer = load_tokenizer(out / "tokenizer")

@@ -298,6 +298,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         """
         classes = self.prior.config.num_classes
         rank, processes = process_place()
+        batch_size = min(batch_size, -(-num_images // processes))
         for start in range(rank * batch_size, num_images, processes * batch_size):
             positions = torch.arange(start, min(start + batch_size, num_images))
             labels = (positions % classes).tolist() if classes else None

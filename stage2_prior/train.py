@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from timm.models.eva import EvaBlock
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -21,6 +22,7 @@ from engine.loop import Trained, make_accelerator, train
 from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from engine.progress import say
 from engine.randomness import image_uniform
+from engine.sharding import shard
 from engine.tracking import RunFolder
 from stage2_prior.likelihood import likelihood_bound
 from stage2_prior.masking import loss_weight, mask_share, mask_tokens
@@ -66,6 +68,7 @@ class PriorExperiment:
 
     out: str = ""  # the run folder
     tokenizer: str = ""  # the tokenizer that wrote the tokens; exported together with the prior
+    shard: bool = False  # divide weights, gradients and optimizer state among the processes (FSDP2)
     data: TokenDataConfig = field(default_factory=TokenDataConfig)
     architecture: PriorArchitectureConfig = field(default_factory=PriorArchitectureConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -140,7 +143,8 @@ class PriorTask:
         _check_masking(config.masking)
         self.average = ModelEmaV3(prior, decay=config.training.ema_decay, use_warmup=True)
         self.modules: dict[str, nn.Module] = {"model": prior}
-        self.prior = accelerator.prepare(_LossOfPrior(prior, config, compiled=config.training.compile))
+        loss = _LossOfPrior(prior, config, compiled=config.training.compile)
+        self.prior = shard(loss, EvaBlock) if config.shard else accelerator.prepare(loss)
         self.optimizers = {
             "prior": accelerator.prepare(create_optimizer(prior, config.optimizer, exclude=("embedding",)))
         }

@@ -1,5 +1,6 @@
 """What tests call: the command line as a user runs it, and a tiny experiment."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,18 @@ def run_scq(*arguments: object, timeout: float = 300) -> subprocess.CompletedPro
     """The command line in a process of its own, as a user calls it."""
     command = [sys.executable, "-m", "engine.cli", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+
+
+def launcher(processes: int) -> list[str]:
+    """The command that starts a Python module or script in so many processes, on CPUs too, where accelerate's own
+    launcher starts only one."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+
+
+# For those processes: no GPU, and one thread each, because the machine is shared.
+SEVERAL = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def write_tiny_benchmark(folder: Path) -> Path:

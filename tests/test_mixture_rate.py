@@ -42,7 +42,7 @@ def test_rounded_weights_are_multiples_that_sum_to_one() -> None:
     )
     rounded = round_mixture(quantizer, mixed, 3)
     assert (8 * rounded.z_q.flatten()).tolist() == [5, 3, 0, 0]
-    two_of_four, two_parts_of_eight, size = math.comb(4, 2), math.comb(7, 1), 2
+    two_of_four, two_parts_of_eight, size = math.comb(4, 2), math.comb(7, 1), 2**3
     assert rounded.bits.item() == pytest.approx(
         math.log2(two_of_four) + math.log2(two_parts_of_eight) + math.log2(size)
     )

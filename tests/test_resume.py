@@ -1,16 +1,14 @@
 """Training goes on bit for bit after a kill, and two processes train what one would."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from helpers import REPOSITORY, run_scq
+from helpers import REPOSITORY, SEVERAL, launcher, run_scq
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint import Checkpoints
@@ -39,45 +37,39 @@ def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
 
 
 def launch(processes: int, arguments: list[str]) -> subprocess.Popen:
-    """`scq` in its own process group, so that a kill reaches the launcher and all it started."""
-    program = [sys.executable, "-m", "engine.cli"]
-    environment = dict(os.environ)
-    if processes > 1:
-        program = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-        program += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        program += ["--main_process_port", "0", "--module", "engine.cli"]
-        environment["OMP_NUM_THREADS"] = "1"
+    """`scq` in so many processes."""
     return subprocess.Popen(
-        [*program, *arguments],
+        [*launcher(processes), "-m", "engine.cli", *arguments],
         cwd=REPOSITORY,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env=environment,
-        start_new_session=True,
+        env=SEVERAL if processes > 1 else None,
     )
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen, processes: int = 1) -> None:
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+    assert (f"{processes} processes" in errors) == (processes > 1), "as many as were asked for"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(processes: int, emoji: dict[str, Path], tmp_path: Path) -> None:
     """Weights, averages, discriminator and LeCam's means after kill -9 and resume equal those of a whole run."""
     steps = ["training.steps=40", "training.checkpoint_every=6", "loss.lecam=0.1", "loss.augment=[shift]"]
-    finish(launch(processes, command(emoji, tmp_path / "whole", *steps)))
+    finish(launch(processes, command(emoji, tmp_path / "whole", *steps)), processes)
 
     killed = tmp_path / "killed"
     process = launch(processes, command(emoji, killed, *steps))
     deadline = time.monotonic() + 120
     while not list((killed / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        each.kill()  # SIGKILL; the launcher's workers are sessions of their own
     process.communicate()
     assert not (killed / "model").exists(), "the run ended before it could be killed"
-    finish(launch(processes, command(emoji, killed, *steps)))
+    finish(launch(processes, command(emoji, killed, *steps)), processes)
 
     for name in ("model", "ema", "discriminator", "lecam"):
         first, second = weights(tmp_path / "whole", name), weights(killed, name)
@@ -96,10 +88,13 @@ def test_a_killed_run_goes_on_bit_for_bit(processes: int, emoji: dict[str, Path]
 def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Path) -> None:
     steps = ["training.steps=8", "training.checkpoint_every=8"]
     finish(launch(1, command(emoji, tmp_path / "one", *steps)))
-    finish(launch(2, command(emoji, tmp_path / "two", *steps)))
+    finish(launch(2, command(emoji, tmp_path / "two", *steps)), 2)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key in first:
-        assert torch.allclose(first[key].float(), second[key].float(), atol=2e-3), key
+        if key.endswith("counts"):  # a latent between two codes may go to either
+            assert (first[key] - second[key]).abs().sum() <= 0.02 * first[key].sum(), key
+        else:
+            assert torch.allclose(first[key].float(), second[key].float(), atol=5e-3), key
     losses = [[row["l2"] for row in read_metrics(tmp_path / name)] for name in ("one", "two")]
     # The main process logs its own half of the batch, so its losses are near, not equal.
     assert losses[1] == pytest.approx(losses[0], rel=0.5)
