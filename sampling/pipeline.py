@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
@@ -305,19 +306,36 @@ class SoftConvexPipeline(DiffusionPipeline):
             drawn = self(len(positions), labels, seed=seed + start, batch_size=batch_size, output_type="pt")
             yield Batch(drawn.images, torch.tensor(labels or [-1] * len(positions)), positions)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write every component, model_index.json and a model card; the folder appears when it is complete.
 
         Args:
-            kwargs: of diffusers, such as ``push_to_hub=True, repo_id="you/model"``.
+            push_to_hub: upload it as well, with the arguments of `push_to_hub` (``repo_id="you/model"``) in ``kwargs``.
+            kwargs: further ones are diffusers'.
         """
         folder = Path(save_directory)
+        upload = {name: kwargs.pop(name) for name in ("repo_id", "private", "token") if name in kwargs}
         temporary = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         super().save_pretrained(temporary, **kwargs)
         self.write_card(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+        if push_to_hub:
+            _upload(folder, **{"repo_id": folder.name, **upload})
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub with this model's own card; returns the address of the commit.
+
+        Args:
+            repo_id: "you/model"; made where there is none.
+            private: whether a new one is; None: as the account says.
+            token: of the account; None: the one that is logged in.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            self.save_pretrained(folder)
+            return _upload(folder, repo_id, private, token)
 
     def write_card(self, folder: Path) -> None:
         """Write README.md, and the numbers that are in it, to a model's folder."""
@@ -412,6 +430,12 @@ def in_equal_chunks(
 def _is_hub_name(name: str) -> bool:
     """Two words and no such folder here, nor one that it could have been in."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).parent.exists()
+
+
+def _upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    hub = HfApi(token=token)
+    repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from scq"))
 
 
 def _from_hub(name: str) -> Path:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from gradio_client import Client, handle_file
 from PIL import Image
 
 from sampling.app import build_page, serve
 from sampling.pipeline import SoftConvexPipeline
 from sampling.studio.edit import INPAINT, OUTPAINT, VARY
+from stage2_prior.transformer import MaskedTransformer
 
 GENERATE = {"seed": 0, "count": 3, "steps": 4, "sampler": "maskgit", "temperature": 1.0, "choice": 4.5, "top_p": 1.0}
 GENERATE["refine"] = True
@@ -81,6 +83,25 @@ def test_every_control_of_generate_does_what_it_says(client: Client) -> None:
     changes = [{"steps": 1}, {"sampler": "halton"}, {"temperature": 0.2}, {"choice": 0.0}, {"top_p": 0.05}]
     for change in [*changes, {"refine": False}]:
         assert generate(client, **change) != usual, change
+
+
+def test_class_and_guidance_of_a_conditional_prior_do_what_they_say(pipeline: SoftConvexPipeline) -> None:
+    torch.manual_seed(0)
+    config = pipeline.tokenizer.config
+    prior = MaskedTransformer(config.codebook_size, pipeline.tokenizer.grid, 32, 1, 2, num_classes=3)
+    for embedding in (prior.class_embedding, prior.token_embedding):
+        torch.nn.init.normal_(embedding.weight)
+    page = build_page(SoftConvexPipeline(pipeline.tokenizer, prior))
+    client = Client(serve(page, "127.0.0.1", None, block=False), verbose=False)
+    try:
+        drawn = {}
+        for label, guidance in ((-1, 0.0), (1, 0.0), (2, 0.0), (1, 8.0)):
+            settings = [GENERATE[name] for name in GENERATE if name != "refine"]
+            gallery, _ = client.predict(*settings, label, guidance, api_name="/generate")
+            drawn[label, guidance] = tuple(pixels(item["image"]) for item in gallery)
+        assert len(set(drawn.values())) == 4
+    finally:
+        page.close()
 
 
 def test_a_request_draws_no_more_than_the_server_allows(client: Client) -> None:

@@ -1,6 +1,7 @@
 """The pipeline as a user of diffusers calls it: drawing, editing, saving, and what it says of mistakes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,8 +167,34 @@ def test_what_is_saved_comes_back(pipeline: SoftConvexPipeline, tmp_path: Path) 
     assert loaded.scheduler.sampler == "halton"
     assert torch.equal(loaded(2, seed=0, output_type="pt").images, changed(2, seed=0, output_type="pt").images)
     weights = {path.suffix for path in (tmp_path / "model").rglob("*") if path.is_file()}
-    assert weights == {".json", ".safetensors"}, "nothing that has to be unpickled"
+    assert weights == {".json", ".md", ".safetensors"}, "nothing that has to be unpickled"
     assert UnmaskingScheduler.from_config(loaded.scheduler.config) == loaded.scheduler
+
+
+def test_an_upload_carries_the_models_own_card(
+    pipeline: SoftConvexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = []
+
+    class Hub:
+        def __init__(self, token: str | None):
+            assert token in (None, "secret")
+
+        def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> str:
+            names = {path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*")}
+            uploads.append((repo_id, names, (folder_path / "README.md").read_text()))
+            return f"hub/{repo_id}"
+
+    monkeypatch.setattr("sampling.pipeline.HfApi", Hub)
+    assert pipeline.push_to_hub("ada/emoji", token="secret") == "hub/ada/emoji"
+    pipeline.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="ada/other")
+    for name, (repo_id, names, card) in zip(("ada/emoji", "ada/other"), uploads, strict=True):
+        assert repo_id == name
+        assert {"README.md", "model_index.json", "tokenizer/config.json", "scheduler/scheduler_config.json"} <= names
+        assert "KID x 1000" in card
 
 
 def test_a_tokenizer_of_another_prior_is_refused(pipeline: SoftConvexPipeline, tiny_run: Path) -> None:
