@@ -19,7 +19,7 @@ from evaluation.fid_infinity import fid_infinity
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import CodebookUsage, ReconstructionMetrics, codebook_usage, fid, kid, precision_recall
 from evaluation.mixture_rate import round_mixture
-from sampling.pipeline import in_equal_chunks
+from sampling.chunks import in_equal_chunks
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.quantizers import Mixture
 from stage2_prior.refiner import ConvexRefiner

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,15 +14,16 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
 from data.stream import Batch
 from engine.config import write_atomically
 from engine.errors import UserError
 from engine.processes import process_place
+from sampling.chunks import in_equal_chunks
 from sampling.editing import fill, tokens_under, variation_mask
+from sampling.hub import first_line, from_hub, is_hub_name
+from sampling.hub import upload as upload_folder
 from sampling.images import Pictures, to_mask, to_pictures, to_pixels
 from sampling.model_card import model_card
 from sampling.samplers import SAMPLERS, Step, guided
@@ -33,9 +33,6 @@ from stage1_tokenizer.quantizers import Mixture
 from stage1_tokenizer.train import load_tokenizer
 from stage2_prior.refiner import ConvexRefiner
 from stage2_prior.transformer import MaskedTransformer
-
-# Images computed together: enough to keep the device busy, few enough that filling up the last chunk costs little.
-CHUNK = {"cpu": 8, "cuda": 64}
 
 MEASURED = "measured.json"
 EMBEDDED = Path(__file__).parent / "pretrained"  # the model that comes with the package
@@ -322,7 +319,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         if push_to_hub:
-            _upload(folder, **{"repo_id": folder.name, **upload})
+            upload_folder(folder, **{"repo_id": folder.name, **upload})
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
         """Upload to the Hugging Face hub with this model's own card; returns the address of the commit.
@@ -335,7 +332,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
             self.save_pretrained(folder)
-            return _upload(folder, repo_id, private, token)
+            return upload_folder(folder, repo_id, private, token)
 
     def write_card(self, folder: Path) -> None:
         """Write README.md, and the numbers that are in it, to a model's folder."""
@@ -350,7 +347,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         Raises:
             UserError: nothing there is a pipeline, or a part of it cannot be loaded.
         """
-        local = _from_hub(str(folder)) if _is_hub_name(str(folder)) else Path(folder)
+        local = from_hub(str(folder)) if is_hub_name(str(folder)) else Path(folder)
         root = model_root(local)
         if root is None:
             raise UserError(
@@ -365,7 +362,9 @@ class SoftConvexPipeline(DiffusionPipeline):
             scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
             measured = json.loads((root / MEASURED).read_text()) if (root / MEASURED).is_file() else {}
         except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{root} cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"{root} cannot be loaded: {first_line(error)}") from error
+        for part in filter(None, (tokenizer, prior, refiner)):
+            part.register_to_config(_name_or_path="")  # a path of this machine, which a copy would carry on
         pipeline = cls(tokenizer, prior, refiner, scheduler)
         pipeline.measured = measured
         return pipeline.to(device) if device is not None else pipeline
@@ -407,46 +406,6 @@ def _seeds(num_images: int, seed: int | None, generator: torch.Generator | None)
     if generator is not None:
         raise ValueError("give a seed or a generator, not both")
     return torch.arange(seed, seed + num_images)
-
-
-def in_equal_chunks(
-    network: Callable[..., torch.Tensor], inputs: torch.Tensor, others: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``network(inputs)`` or ``network(inputs, others)``, computed for a fixed number of images at a time.
-
-    Matrix products of different sizes add in different orders. With chunks of one size, the last one filled up, an
-    image's pixels are the same to the last bit whatever was asked for together with it.
-    """
-    chunk = CHUNK.get(inputs.device.type, CHUNK["cuda"])
-    outputs = []
-    for start in range(0, len(inputs), chunk):
-        given = [x[start : start + chunk] for x in (inputs, others) if x is not None]
-        count = len(given[0])
-        filled = [torch.cat([x, x[-1:].expand(chunk - count, *x.shape[1:])]) for x in given]
-        outputs.append(network(*filled)[:count])
-    return torch.cat(outputs)
-
-
-def _is_hub_name(name: str) -> bool:
-    """Two words and no such folder here, nor one that it could have been in."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).parent.exists()
-
-
-def _upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-    hub = HfApi(token=token)
-    repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from scq"))
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name))
-    except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
-        raise UserError(f"no model in {name}: no such folder, and not on the hub ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def is_pipeline(folder: str | Path) -> bool:

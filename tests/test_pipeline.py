@@ -188,7 +188,7 @@ def test_an_upload_carries_the_models_own_card(
             uploads.append((repo_id, names, (folder_path / "README.md").read_text()))
             return f"hub/{repo_id}"
 
-    monkeypatch.setattr("sampling.pipeline.HfApi", Hub)
+    monkeypatch.setattr("sampling.hub.HfApi", Hub)
     assert pipeline.push_to_hub("ada/emoji", token="secret") == "hub/ada/emoji"
     pipeline.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="ada/other")
     for name, (repo_id, names, card) in zip(("ada/emoji", "ada/other"), uploads, strict=True):

@@ -24,8 +24,11 @@ class UploadedImage(gr.Image):
     def preprocess(self, payload: Any) -> Any:
         with _readable():
             return super().preprocess(payload)
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
@@ -38,8 +41,11 @@ class UploadedDrawing(gr.ImageEditor):
     def preprocess(self, payload: Any) -> Any:
         with _readable():
             return super().preprocess(payload)
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
