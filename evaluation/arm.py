@@ -14,22 +14,27 @@ from safetensors.torch import load_file, save_file
 
 from data.stream import Batch, iterate_once
 from engine.config import as_dict
+from engine.fingerprint import fingerprint
+from engine.loop import Trained
 from engine.progress import progress_bar
+from engine.tracking import read_metrics
 from evaluation.evaluate import Reference, evaluate_codebook, evaluate_samples, sample_features
 from evaluation.features import FeatureSet
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import codebook_usage, nearest_neighbors
 from evaluation.phases import Phases
-from evaluation.plots import save_images
+from evaluation.plots import curve, save_images
 from evaluation.tokenizers import Yardsticks, measure_tokenizer
 from sampling.pipeline import SoftConvexPipeline
 from sampling.scheduler import UnmaskingScheduler, parse_settings
-from stage1_tokenizer.autoencoder import to_float, to_uint8
+from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer
 from stage1_tokenizer.write_tokens import write_tokens
+from stage2_prior.likelihood import LikelihoodBound, likelihood_bound
 from stage2_prior.refiner import ConvexRefiner
 from stage2_prior.train import PriorExperiment, train_prior
 from stage2_prior.train_refiner import RefinerExperiment, train_refiner
+from stage2_prior.transformer import MaskedTransformer
 
 PICTURED_RECONSTRUCTIONS = 12
 PICTURED_NEIGHBOURS = 12
@@ -47,13 +52,16 @@ class SampleBudget:
     sweep: list[str]  # further settings to measure, each as "steps=8 sampler=halton", with `sweep_count` images
     sweep_count: int
     scheduler: UnmaskingScheduler
+    against: dict[str, Any]  # description of the real images that samples are measured against
 
 
 class Arm:
     """One quantizer, one seed.
 
     Args:
-        name: of the arm's folder and phases.
+        name: of the arm's phases.
+        folder: for its runs and models.
+        pictures: folder for what the report shows.
         tokenizer, prior, refiners: experiments; their folders and data are set here. No prior: reconstructions only.
         training_set: features of training images, to look for memorised ones; None to leave that out.
     """
@@ -62,6 +70,7 @@ class Arm:
         self,
         name: str,
         folder: Path,
+        pictures: Path,
         tokenizer: TokenizerExperiment,
         prior: PriorExperiment | None,
         refiners: dict[str, RefinerExperiment],
@@ -71,7 +80,8 @@ class Arm:
         dataset: Any,
         training_set: FeatureSet | None = None,
     ):
-        self.name, self.folder, self.shards, self.dataset = name, folder, shards, as_dict(dataset)
+        self.name, self.folder, self.pictures = name, folder, pictures
+        self.shards, self.dataset = shards, as_dict(dataset)
         self.tokenizer, self.prior, self.refiners = tokenizer, prior, refiners
         self.yardsticks, self.samples, self.training_set = yardsticks, samples, training_set
         tokenizer.out = str(folder / "tokenizer")
@@ -88,32 +98,35 @@ class Arm:
         """Every number of this arm; what is finished is reused."""
         name, place = self.name, self._place
         measured = self.yardsticks.description
-        row = phases.run(
-            f"{name} tokenizer", [place(self.tokenizer), measured], lambda: self._measure_tokenizer()
-        )  # fmt: skip
+        row = phases.run(f"{name} tokenizer", [place(self.tokenizer), measured], self._measure_tokenizer)
         found: dict[str, Any] = {"tokenizer": row}
         if self.prior is None:
             return found
-        fingerprint = row["fingerprint"]
-        found["codebook"] = phases.run(f"{name} tokens", [fingerprint], self._tokenize)
-        found["prior"] = phases.run(f"{name} prior", [fingerprint, place(self.prior)], self._train_prior)
-        drawn = [found["prior"], measured, as_dict(self.samples.scheduler), self.samples.count, self.samples.seed]
+        # Every key holds the weights that its phase works with: their results must not outlive them.
+        tokenizer = row["fingerprint"]
+        found["codebook"] = phases.run(f"{name} tokens", [tokenizer], self._tokenize)
+        found["prior"] = phases.run(f"{name} prior", [tokenizer, place(self.prior)], self._train_prior)
+        weights = [tokenizer, found["prior"]["fingerprint"]]
+        known = self.training_set.count if self.training_set else 0
+        drawn = [*weights, measured, as_dict(self.samples.scheduler), self.samples.count, self.samples.seed]
+        drawn += [self.samples.pictured, self.samples.against, known]
         found["samples"] = {
             CODES: phases.run(f"{name} samples", drawn, lambda: self._measure_samples(CODES, network, real))
         }
         for kind, refiner in self.refiners.items():
             trained = phases.run(
-                f"{name} {kind} refiner", [found["prior"], place(refiner)], lambda k=kind: self._train_refiner(k)
+                f"{name} {kind} refiner", [*weights, place(refiner)], lambda k=kind: self._train_refiner(k)
             )
-            settings = [trained, *drawn]
+            settings = [trained["fingerprint"], *drawn]
             reconstructed = phases.run(
                 f"{name} {kind} reconstructions", settings, lambda k=kind: self._measure_refined(k)
             )
             found["samples"][kind] = {"refiner": trained, "reconstruction": reconstructed["refined"]} | phases.run(
                 f"{name} {kind} samples", settings, lambda k=kind: self._measure_samples(k, network, real)
             )
+        refined = [way["refiner"] for way in found["samples"].values() if "refiner" in way]
         for settings in self.samples.sweep:
-            budget = [*drawn[:-2], settings, self.samples.sweep_count, self.samples.seed]
+            budget = [*drawn, [way["fingerprint"] for way in refined], settings, self.samples.sweep_count]
             found.setdefault("sweep", {})[settings] = phases.run(
                 f"{name} {settings}", budget, lambda s=settings: self._measure_settings(s, network, real)
             )
@@ -134,7 +147,7 @@ class Arm:
             rows = [images, to_uint8(tokenizer.decode(encoding.z_q))]
             if tokenizer.quantizer.has_codes:
                 rows.append(to_uint8(tokenizer.decode_indices(encoding.indices)))
-        save_images(self.folder / "reconstructions.npy", torch.cat(rows))
+        save_images(self.pictures / "reconstructions.png", torch.cat(rows))
         return row
 
     def _tokenize(self) -> dict[str, Any]:
@@ -151,24 +164,27 @@ class Arm:
         SoftConvexPipeline(tokenizer, trained.averaged, scheduler=self.samples.scheduler).save_pretrained(
             self.folder / "model"
         )
-        return {
-            "parameters": trained.averaged.num_parameters(),
-            "steps": trained.steps,
-            "images_seen": trained.steps * self.prior.training.batch_size,
-            "seconds": trained.seconds,
-        }
+        bound = self._likelihood(tokenizer, trained.averaged)
+        losses = curve(read_metrics(Path(self.prior.out)), ["loss"])
+        return _training(trained, self.prior) | {"held_out_likelihood": bound._asdict(), "curve": losses}
+
+    def _likelihood(self, tokenizer: ImageTokenizer, prior: MaskedTransformer) -> LikelihoodBound:
+        """On the codes of the reference images."""
+        grids, labels = [], []
+        with torch.no_grad():
+            for batch in self.yardsticks.reference.batches():
+                grids.append(tokenizer.encode(to_float(batch.images)).indices.flatten(1))
+                labels.append(batch.labels)
+        given = torch.cat(labels) if prior.config.num_classes else None
+        on = self.yardsticks.device
+        return likelihood_bound(prior.to(on), torch.cat(grids), prior.mask_token, given, passes=2, device=on)
 
     def _train_refiner(self, kind: str) -> dict[str, Any]:
         pipeline = self._pipeline()
         trained = train_refiner(self.refiners[kind], pipeline.tokenizer, pipeline.prior)
         parts = pipeline.tokenizer.cpu(), pipeline.prior.cpu(), trained.averaged.cpu(), pipeline.scheduler
         SoftConvexPipeline(*parts).save_pretrained(self.folder / f"model_{kind}")
-        return {
-            "parameters": trained.averaged.num_parameters(),
-            "steps": trained.steps,
-            "images_seen": trained.steps * self.refiners[kind].training.batch_size,
-            "seconds": trained.seconds,
-        }
+        return _training(trained, self.refiners[kind])
 
     def _measure_refined(self, kind: str) -> dict[str, Any]:
         refiner: ConvexRefiner = self._pipeline(kind).refiner
@@ -185,7 +201,7 @@ class Arm:
             features = sample_features(batches, budget.count, network, bar)
         results = evaluate_samples(features, real) | {"seconds_of": seconds, "steps": budget.scheduler.steps}
         pictured = next(self._decoded(pipeline, budget.pictured)).images
-        save_images(self.folder / f"samples_{way}.npy", pictured)
+        save_images(self.pictures / f"samples_{way}.png", pictured)
         if self.training_set is not None:
             results |= self._nearest(features, way, pictured)
         return results
@@ -234,13 +250,23 @@ class Arm:
                 if position in wanted:
                     wanted[position] = image
         neighbours = torch.stack([wanted[position] for position in first])
-        save_images(self.folder / f"neighbours_{way}.npy", torch.cat([pictured[: len(first)], neighbours]))
+        save_images(self.pictures / f"neighbours_{way}.png", torch.cat([pictured[: len(first)], neighbours]))
         return {"nearest_training_distance": float(found.distances[:, 0].median())}
 
     def _pipeline(self, way: str = CODES) -> SoftConvexPipeline:
         return SoftConvexPipeline.from_pretrained(
             self.folder / ("model" if way == CODES else f"model_{way}"), self.yardsticks.device
         )
+
+
+def _training(trained: Trained, experiment: PriorExperiment | RefinerExperiment) -> dict[str, Any]:
+    return {
+        "fingerprint": fingerprint(trained.averaged),
+        "parameters": trained.averaged.num_parameters(),
+        "steps": trained.steps,
+        "images_seen": trained.steps * experiment.training.batch_size,
+        "seconds": trained.seconds,
+    }
 
 
 def timed(batches: Any, spent: Callable[[float], None]) -> Any:

@@ -22,6 +22,7 @@ from evaluation.evaluate import Reference
 from evaluation.features import FeatureSet
 from evaluation.inception import InceptionFeatures, load_inception
 from evaluation.phases import Phases
+from evaluation.plots import PICTURES
 from evaluation.report import write_report
 from evaluation.tokenizers import Yardsticks
 from sampling.pipeline import SoftConvexPipeline
@@ -49,6 +50,8 @@ class MeasureConfig:
     """How much is measured."""
 
     reference_images: int = 0  # held-out images, for reconstructions and as FID's real set; 0 for the whole split
+    sample_reference: str = "test"  # test | train: the split whose images samples are measured against
+    sample_reference_images: int = 0  # of the training split; 0 for all of it
     samples: int = 0  # generated images; 0 for as many as the reference
     pictured: int = 64  # samples in the picture
     seed: int = 0
@@ -68,7 +71,7 @@ class ArmConfig:
     seeds: int = 1
     prior: bool = True  # False: reconstructions only
     refiners: list[str] = field(default_factory=list)  # kinds of refiners: regression, flow
-    sweep: bool = False  # measure the benchmark's further settings of sampling
+    sweep: bool = False  # measure the benchmark's further settings of sampling, with the first seed
 
 
 @dataclass
@@ -104,6 +107,8 @@ def run_benchmark(
     config = load_config(BenchmarkConfig, config_path, overrides)
     if not config.arms or not config.prior:
         raise UserError(f"{config_path} names no arms, or no prior")
+    if config.measure.sample_reference not in ("test", "train"):
+        raise UserError(f"measure.sample_reference is {config.measure.sample_reference!r}; it must be test or train")
     out = Path(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_inception(None, device)
@@ -113,7 +118,8 @@ def run_benchmark(
     phases.total = (
         2
         + bool(config.measure.neighbours)
-        + sum(each.seeds * _count_phases(each, config) for each in config.arms.values())
+        + (config.measure.sample_reference == "train")
+        + sum(_count_phases(each, config) for each in config.arms.values())
     )
     phases.run("pack", as_dict(config.dataset), lambda: _pack(config.dataset, shards))
     reference = Reference(shards["test"], config.measure.reference_images)
@@ -122,35 +128,46 @@ def run_benchmark(
     if config.measure.neighbours:
         known = Reference(shards["train"], config.measure.neighbours)
         training_set = _features(phases, "features of training images", known, network, out / "training.safetensors")
+    drawn_against, against = reference, real
+    if config.measure.sample_reference == "train":
+        drawn_against = Reference(shards["train"], config.measure.sample_reference_images)
+        name, cache = "features that samples are measured against", out / "sample_reference.safetensors"
+        against = _features(phases, name, drawn_against, network, cache)
     measure = config.measure
     yardsticks = Yardsticks(reference, network, real, measure.lpips_weights, measure.weight_bits, device)
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for name, each in config.arms.items():
-        runs[name] = [
-            _arm(config, config_path, out, name, each, seed, yardsticks, shards, training_set).run(
-                phases, network, real
-            )
-            for seed in range(each.seeds)
-        ]
     results = {
         "title": config.title,
         "revision": git_revision(),
         "machine": _machine(),
         "reference": vars(reference.description),
+        "sample_reference": vars(drawn_against.description),
         "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
         "sampling": as_dict(config.sampling),
-        "arms": runs,
-        "seconds": phases.seconds,
-        "seconds_in_all": round(sum(phases.seconds.values()), 1),
+        "measure": as_dict(measure),
+        "arms": {},
     }
+    # One seed of every arm before the second of any: whoever stops early has a whole comparison.
+    for seed in range(max(each.seeds for each in config.arms.values())):
+        for name, each in config.arms.items():
+            if seed < each.seeds:
+                arm = _arm(config, config_path, out, name, each, seed, yardsticks, shards, training_set, drawn_against)
+                results["arms"].setdefault(name, []).append(arm.run(phases, network, against))
+                results |= {"seconds": phases.seconds, "seconds_in_all": round(sum(phases.seconds.values()), 1)}
+                _write(results, config, out, results_name)
+    return results
+
+
+def _write(results: dict[str, Any], config: BenchmarkConfig, out: Path, results_name: str) -> None:
+    """What is known so far: the first arm's model, the numbers, and the report."""
     first, each = next(iter(config.arms.items()))
-    model = f"model_{each.refiners[-1]}" if each.refiners else "model"
-    pipeline = SoftConvexPipeline.from_pretrained(out / "arms" / first / model)
-    pipeline.measured = _measured(results, runs[first][0], each.refiners[-1] if each.refiners else CODES)
-    pipeline.save_pretrained(out / "model")
+    model = out / "arms" / first / (f"model_{each.refiners[-1]}" if each.refiners else "model")
+    if model.is_dir():  # not where this job goes on with the phases of another machine
+        pipeline = SoftConvexPipeline.from_pretrained(model)
+        way = each.refiners[-1] if each.refiners else CODES
+        pipeline.measured = _measured(results, results["arms"][first][0], way)
+        pipeline.save_pretrained(out / "model")
     write_atomically(out / results_name, json.dumps(results, indent=2) + "\n")
     write_report(results, out)
-    return results
 
 
 def _measured(results: dict[str, Any], run: dict[str, Any], way: str) -> dict[str, Any]:
@@ -166,8 +183,8 @@ def _measured(results: dict[str, Any], run: dict[str, Any], way: str) -> dict[st
 
 def _count_phases(each: ArmConfig, config: BenchmarkConfig) -> int:
     if not each.prior:
-        return 1
-    return 4 + 3 * len(each.refiners) + (len(config.measure.sweep) if each.sweep else 0)
+        return each.seeds
+    return each.seeds * (4 + 3 * len(each.refiners)) + (len(config.measure.sweep) if each.sweep else 0)
 
 
 def _pack(dataset: DatasetConfig, folders: dict[str, Path]) -> dict[str, Any]:
@@ -207,6 +224,7 @@ def _arm(
     yardsticks: Yardsticks,
     shards: dict[str, Path],
     training_set: FeatureSet | None,
+    drawn_against: Reference,
 ) -> Arm:
     """One arm with one seed; all its experiments shift their seeds alike."""
     beside = config_path.parent
@@ -221,14 +239,15 @@ def _arm(
         count=measure.samples or yardsticks.reference.count,
         pictured=measure.pictured,
         seed=measure.seed,
-        sweep=measure.sweep if each.sweep else [],
+        sweep=measure.sweep if each.sweep and not seed else [],
         sweep_count=measure.sweep_samples,
         scheduler=config.sampling,
+        against=vars(drawn_against.description),
     )
     title = f"{name}_seed{seed}" if seed else name
     return Arm(
-        title, out / "arms" / title, tokenizer, prior, refiners, yardsticks, samples, shards, config.dataset,
-        training_set,
+        title, out / "arms" / title, out / PICTURES / title, tokenizer, prior, refiners, yardsticks, samples, shards,
+        config.dataset, training_set,
     )  # fmt: skip
 
 

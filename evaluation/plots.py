@@ -1,8 +1,13 @@
-"""The pictures of a benchmark's report. Images are read from the arms' folders, first seeds only."""
+"""The pictures of a benchmark's report, first seeds only.
+
+They are drawn from the results and from the arms' pictures in ``pictures/``, so that a benchmark may go on, and be
+reported, on a machine that has neither the networks nor the logs of the arms that are finished.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +17,37 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.pictures import picture_grid
-from engine.tracking import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 TITLE_HEIGHT = 28
 SHEETS_IN_A_ROW = 3
+PICTURES = "pictures"  # folder of the arms' pictures, beside the report
 Runs = dict[str, list[dict[str, Any]]]  # arm -> what evaluation.arm found, one for each seed
 
 
 def save_images(path: Path, images: torch.Tensor) -> None:
-    """Keep uint8 images (N, 3, H, W) for the report."""
+    """Keep uint8 images (N, 3, H, W) for the report, as one PNG of H x (N W) pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    strip = images.cpu().permute(2, 0, 3, 1).flatten(1, 2)  # (H, N W, 3)
     temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.save(file, images.cpu().numpy(), allow_pickle=False)
+    Image.fromarray(strip.numpy()).save(temporary, format="PNG", optimize=True)
     temporary.rename(path)
+
+
+def load_images(path: Path) -> torch.Tensor:
+    """Square images (N, 3, H, H) uint8 that `save_images` kept."""
+    with Image.open(path) as picture:
+        strip = torch.from_numpy(np.array(picture))  # (H, N H, 3)
+    return strip.unflatten(1, (-1, len(strip))).permute(1, 3, 0, 2).contiguous()
+
+
+def curve(rows: list[dict[str, float]], terms: Sequence[str], points: int = 100) -> dict[str, list[float]]:
+    """Some terms of a training log, as columns of at most so many evenly spaced ones of its rows."""
+    known = [row for row in rows if all(term in row for term in terms)]
+    kept = known[:: max(1, -(-len(known) // points))]
+    return {term: [row[term] for row in kept] for term in ("step", *terms)}
 
 
 def draw_samples(out: Path, arms: Runs) -> Image.Image:
@@ -36,7 +56,7 @@ def draw_samples(out: Path, arms: Runs) -> Image.Image:
         (f"{arm}: {way}" if len(runs[0]["samples"]) > 1 else f"{arm}: samples", sheet)
         for arm, runs in arms.items()
         for way in runs[0].get("samples", ())
-        for sheet in [picture_grid(_load_images(out / "arms" / arm / f"samples_{way}.npy"), columns=8)]
+        for sheet in [picture_grid(load_images(out / PICTURES / arm / f"samples_{way}.png"), columns=8)]
     ]
     width, height = max(s.width for _, s in sheets) + 24, max(s.height for _, s in sheets) + TITLE_HEIGHT
     columns = min(SHEETS_IN_A_ROW, len(sheets))
@@ -53,7 +73,7 @@ def draw_reconstructions(out: Path, arms: Runs) -> Image.Image:
     rows: list[tuple[str, torch.Tensor]] = []
     for arm, runs in arms.items():
         ways = 2 if "dominant" in runs[0]["tokenizer"] else 1
-        original, soft, *dominant = _load_images(out / "arms" / arm / "reconstructions.npy").chunk(1 + ways)
+        original, soft, *dominant = load_images(out / PICTURES / arm / "reconstructions.png").chunk(1 + ways)
         if not rows:
             rows.append(("held-out originals", original))
         if not dominant or torch.equal(soft, dominant[0]):
@@ -68,24 +88,23 @@ def draw_neighbours(out: Path, arms: Runs) -> Image.Image | None:
     rows: list[tuple[str, torch.Tensor]] = []
     for arm, runs in arms.items():
         for way in runs[0].get("samples", ()):
-            path = out / "arms" / arm / f"neighbours_{way}.npy"
+            path = out / PICTURES / arm / f"neighbours_{way}.png"
             if path.is_file():
-                drawn, nearest = _load_images(path).chunk(2)
+                drawn, nearest = load_images(path).chunk(2)
                 rows += [(f"{arm}: {way}", drawn), ("nearest training images", nearest)]
     return _stacked(rows) if rows else None
 
 
-def draw_curves(out: Path, arms: Runs, path: Path) -> None:
+def draw_curves(arms: Runs, path: Path) -> None:
     """Training curves of both stages, one line for each arm."""
     panels = [("tokenizer", "l2", "tokenizer: mean squared error"), ("tokenizer", "perplexity", "codebook perplexity")]
     panels += [("prior", "loss", "prior: masked cross-entropy")]
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6))
-    for axis, (stage, key, title) in zip(axes, panels, strict=True):
-        for arm in arms:
-            folder = out / "arms" / arm / stage
-            rows = [row for row in read_metrics(folder) if key in row] if folder.is_dir() else []
-            if rows:
-                axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=arm)
+    for axis, (stage, term, title) in zip(axes, panels, strict=True):
+        for arm, runs in arms.items():
+            columns = runs[0].get(stage, {}).get("curve", {})
+            if term in columns:
+                axis.plot(columns["step"], columns[term], label=arm)
         axis.set(title=title, xlabel="step")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
@@ -153,10 +172,6 @@ def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _load_images(path: Path) -> torch.Tensor:
-    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 def _write(picture: Image.Image, place: tuple[int, int], text: str) -> None:

@@ -24,12 +24,12 @@ def write_report(results: dict[str, Any], out: Path) -> None:
 
     Args:
         results: what evaluation.benchmark.run_benchmark measured.
-        out: its folder; the arms' images and training logs are read from ``out/arms``.
+        out: its folder; the arms' pictures are read from ``out/pictures``.
     """
     arms: Runs = results["arms"]
     draw_samples(out, arms).save(out / "samples.png")
     draw_reconstructions(out, arms).save(out / "reconstructions.png")
-    draw_curves(out, arms, out / "curves.png")
+    draw_curves(arms, out / "curves.png")
     draw_rates(arms, out / "rates.png")
     draw_sweep(arms, out / "sweep.png")
     neighbours = draw_neighbours(out, arms)

@@ -23,6 +23,7 @@ from evaluation.evaluate import Reference, evaluate_codebook, evaluate_reconstru
 from evaluation.features import FeatureSet
 from evaluation.inception import InceptionFeatures, load_inception
 from evaluation.phases import Phases
+from evaluation.plots import curve
 from evaluation.tables import look, markdown_table, spread
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 from stage1_tokenizer.losses import PerceptualLoss
@@ -128,6 +129,7 @@ def measure_tokenizer(experiment: TokenizerExperiment, yardsticks: Yardsticks) -
         **found,
         "codebook": usage,
         "latents": _of_latents(tokenizer, reference, log[-1]),
+        "curve": curve(log, ["l2", "perplexity"] if usage else ["l2"]),
         # Of the median logging window: what else the machine did for a while does not count.
         "images_per_second": statistics.median(row["images_per_second"] for row in log),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),

@@ -93,6 +93,15 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         codes = codes - codes.mean(0)
         self.codes.copy_(codes / codes.square().mean(0).sqrt().clamp_min(1e-6))
 
+    def attend_by_products(self) -> None:
+        """Compute attention by plain matrix products instead of the fused kernel.
+
+        On a CPU the fused kernel's backward pass in bf16 is half of a training step: without it, 64 tokens at width 160
+        train 1.7 times as fast.
+        """
+        for block in self.blocks:
+            block.attn.fused_attn = False
+
     def _embeddings(self) -> torch.Tensor:
         """(K + 1, width): of every code, and of the mask token."""
         learned = self.token_embedding.weight

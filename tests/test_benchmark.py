@@ -148,3 +148,61 @@ def test_a_phase_runs_again_when_its_settings_change(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         Phases(tmp_path, 1).run("other", [1], lambda: (_ for _ in ()).throw(RuntimeError))
     assert not (tmp_path / "other.json").exists()
+
+
+def test_results_of_other_weights_are_not_reused(
+    tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A refiner trained with another setting changes no number of steps, and yet everything that it decoded."""
+    again = tmp_path / "again"
+    shutil.copytree(tiny_run, again)
+    shutil.rmtree(again / "arms" / "scq" / "refiner_regression")
+    config = write_tiny_benchmark(tmp_path)
+    (tmp_path / "refiner.yaml").write_text((tmp_path / "refiner.yaml").read_text().replace("0.3", "0.2"))
+    results = run_benchmark(config, again)
+    fresh = re.findall(r"\] (scq[^:\n]*)$", capfd.readouterr().err, re.M)
+    assert fresh == [
+        *("scq regression refiner", "scq regression reconstructions", "scq regression samples"),
+        *("scq steps=2", "scq steps=4 sampler=halton"),
+    ]
+    before = json.loads((tiny_run / "results.json").read_text())["arms"]["scq"][0]["samples"]
+    after = results["arms"]["scq"][0]["samples"]
+    assert after["codes"] == before["codes"]
+    assert after["regression"]["refiner"]["fingerprint"] != before["regression"]["refiner"]["fingerprint"]
+
+
+def test_one_seed_of_every_arm_comes_before_the_second_of_any(tmp_path: Path, tiny_run: Path) -> None:
+    """Whoever stops early has a whole comparison, already written down."""
+    out = tmp_path / "run"
+    shutil.copytree(tiny_run, out)
+    config = write_tiny_benchmark(tmp_path)
+    config.write_text(config.read_text().replace("refiners: [regression]", "refiners: [regression], seeds: 2"))
+    results = run_benchmark(config, out)
+    order = [name for name in results["seconds"] if name.endswith("tokenizer")]
+    assert order == ["scq tokenizer", "vqgan tokenizer", "scq_seed1 tokenizer"]
+    assert [len(runs) for runs in results["arms"].values()] == [2, 1]
+    assert "2 seeds" in (out / "report.md").read_text()
+
+
+def test_a_benchmark_goes_on_where_only_its_phases_and_pictures_are(
+    tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is kept under docs/results is enough to add arms to, on another machine."""
+    out = tmp_path / "run"
+    for kept in ("phases", "pictures"):
+        shutil.copytree(tiny_run / kept, out / kept)
+    config = write_tiny_benchmark(tmp_path)
+    config.write_text(
+        config.read_text().replace(
+            "sweep: true}}",
+            "sweep: true}, none: {tokenizer: tokenizer_vqgan.yaml, overrides: [quantizer.name=none], prior: false}}",
+        )
+    )
+    shutil.copytree(tiny_run / "shards", out / "shards")
+    shutil.copy(tiny_run / "reference.safetensors", out)
+    shutil.copy(tiny_run / "training.safetensors", out)
+    results = run_benchmark(config, out)
+    assert re.findall(r"\] ([^:\n]*)$", capfd.readouterr().err, re.M) == ["none tokenizer"]
+    assert list(results["arms"]) == ["scq", "vqgan", "none"]
+    assert (out / "samples.png").read_bytes() == (tiny_run / "samples.png").read_bytes()
+    assert not (out / "model").exists()
