@@ -18,7 +18,7 @@ class LatentNetwork(nn.Module):
     def __init__(self, inputs: int, outputs: int, width: int, depth: int):
         super().__init__()
         self.enter = nn.Conv2d(inputs, width, 1)
-        self.blocks = nn.ModuleList(ConvNeXtBlock(width, ls_init_value=0.1) for _ in range(depth))
+        self.blocks = nn.ModuleList(ConvNeXtBlock(width, kernel_size=3, ls_init_value=0.1) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.leave = nn.Conv2d(width, outputs, 1)
         nn.init.zeros_(self.leave.weight)

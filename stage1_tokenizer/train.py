@@ -191,8 +191,10 @@ class TokenizerTask:
         """Rows of originals, reconstructions from z_q, and reconstructions from the dominant codes alone."""
         images = self.pictured.to(averaged.device)
         encoding = averaged.encode(to_float(images))
-        soft, dominant = averaged.decode(encoding.z_q), averaged.decode_indices(encoding.indices)
-        return picture_grid(torch.cat([images, to_uint8(soft), to_uint8(dominant)]).cpu(), columns=len(images))
+        rows = [images, to_uint8(averaged.decode(encoding.z_q))]
+        if averaged.quantizer.has_codes:
+            rows.append(to_uint8(averaged.decode_indices(encoding.indices)))
+        return picture_grid(torch.cat(rows).cpu(), columns=len(images))
 
     def score(self, averaged: ImageTokenizer) -> float | None:
         return None if self.measure is None else self.measure(averaged)
