@@ -34,13 +34,14 @@ class Reference:
     Args:
         shards: a folder that ``scq data pack`` wrote.
         count: number of images; 0 for all.
+        alone: this process reads all of them by itself, whatever others there are, and waits for none.
 
     Raises:
         UserError: more images are asked for than the split holds.
     """
 
-    def __init__(self, shards: Path | str, count: int = 0, batch_size: int = 64):
-        self.rank, self.processes = process_place()
+    def __init__(self, shards: Path | str, count: int = 0, batch_size: int = 64, alone: bool = False):
+        self.rank, self.processes = (0, 1) if alone else process_place()
         if self.processes > 1:  # every process gets a share of a set that is no larger than a batch, too
             batch_size = self.processes * max(1, min(batch_size, count or batch_size) // self.processes)
         self.stream = ImageStream(
@@ -73,8 +74,12 @@ class Reference:
         """Inception features, from the file ``cache`` where an earlier run left them."""
         count = _counter(progress, self.count, self.processes)
         if cache is not None:
-            return cached_features(cache, self.description, network, self.batches, count)
-        return extract_features(self.batches(), network, name="real", progress=count).gather()
+            return cached_features(cache, self.description, network, self.batches, count, alone=self.processes == 1)
+        return self.whole(extract_features(self.batches(), network, name="real", progress=count))
+
+    def whole(self, share: FeatureSet) -> FeatureSet:
+        """The features of the whole set from this process's share; all that share the images must call it."""
+        return share.gather() if self.processes > 1 else share
 
 
 @torch.no_grad()
@@ -131,11 +136,13 @@ def evaluate_reconstructions(
     results = {name: metrics.compute()._asdict() for name, metrics in pixels.items()}
     for name, found in results.items():
         if network is not None:
-            features = FeatureSet.merge(parts[name]).gather()
+            features = reference.whole(FeatureSet.merge(parts[name]))
             kernel = kid(real, features)
             found |= {"rfid": fid(real, features).value, "rkid": kernel.value, "rkid_error": kernel.error}
         if name in bits:
-            found["bits_per_image"] = float(sum_across_processes(torch.cat(bits[name]).sum()[None])) / found["count"]
+            spent = torch.cat(bits[name]).sum()[None]
+            spent = sum_across_processes(spent) if reference.processes > 1 else spent
+            found["bits_per_image"] = float(spent) / found["count"]
     return results
 
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.processes import across_processes, process_place
+from engine.processes import gather_objects, process_place
 from evaluation.inception import InceptionFeatures
 
 
@@ -67,11 +66,7 @@ class FeatureSet:
 
         Every process must call it.
         """
-        if not across_processes():
-            return self
-        parts: list[Any] = [None] * process_place()[1]
-        distributed.all_gather_object(parts, self)
-        return FeatureSet.merge(parts)
+        return FeatureSet.merge(gather_objects(self))
 
 
 def extract_features(
@@ -136,23 +131,26 @@ def cached_features(
     network: InceptionFeatures,
     batches: Callable[[], Iterable[Any]],
     progress: Callable[[int], None] | None = None,
+    alone: bool = False,
 ) -> FeatureSet:
     """The features of a real set, from the file `path`, which is written first when it is not there.
 
     The file is safetensors whose header says what it holds. With several processes `batches()` is each one's share,
-    every one must call this, and every one gets the whole set. Raises UserError when the file holds something else than
+    every one must call this, and every one gets the whole set; but with `alone`, `batches()` is the whole set and the
+    others are not asked. Raises UserError when the file holds something else than
     was asked for, naming each difference, and when there are not `real_set.count` images.
     """
     path = Path(path)
     asked = {**asdict(real_set), "network": network.fingerprint, "protocol": network.protocol}
     if path.exists():
         return _read_cache(path, asked)
-    features = extract_features(batches(), network, name="real", limit=real_set.count, progress=progress).gather()
+    features = extract_features(batches(), network, name="real", limit=real_set.count, progress=progress)
+    features = features if alone else features.gather()
     if features.count != real_set.count:
         raise UserError(
             f"{real_set.dataset} ({real_set.split}) gave {features.count} images, not {real_set.count} as asked"
         )
-    if process_place()[0] > 0:
+    if process_place()[0] > 0 and not alone:
         return features
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import add_model, command, join_processes, positive
+from engine.commands.common import add_model, command, positive
 
 
 def add_quickstart(commands: Any) -> None:
@@ -56,7 +56,7 @@ def add_evaluate(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from engine.config import write_atomically
-    from engine.processes import process_place
+    from engine.processes import join_processes, process_place
     from engine.progress import progress_bar, say
     from evaluation.evaluate import Reference, evaluate
     from evaluation.inception import load_inception
@@ -65,13 +65,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     from stage1_tokenizer.train import load_tokenizer
 
     on = join_processes()
-    main = process_place()[0] == 0
+    rank, processes = process_place()
+    main = rank == 0
     reference = Reference(options.data, options.num_real)
     pipeline = SoftConvexPipeline.from_pretrained(options.model, on) if is_pipeline(options.model) else None
     tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(options.model).to(on)
     network = load_inception(options.inception_weights, on)
     if main:
         say(f"Inception: {network.description}")
+        if processes > 1:
+            say(f"{processes} processes share the work")
     draw = pipeline.stream if pipeline else None
     refined = {"refined": pipeline.refiner} if pipeline and pipeline.refiner is not None else {}
     bar = partial(progress_bar, quiet=not main)
