@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.processes import gather_objects, process_place
-from evaluation.inception import InceptionFeatures
+from evaluation.networks import FeatureNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,29 +71,43 @@ class FeatureSet:
 
 def extract_features(
     batches: Iterable[Any],
-    network: InceptionFeatures,
+    network: FeatureNetwork,
     *,
     name: str,
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureSet:
-    """Run every image through the network once.
+    """Run every image through the network once; see `extract_with_each`."""
+    return extract_with_each(batches, [network], name=name, limit=limit, progress=progress)[0]
+
+
+def extract_with_each(
+    batches: Iterable[Any],
+    networks: Sequence[FeatureNetwork],
+    *,
+    name: str,
+    limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[FeatureSet]:
+    """Run every image through every network once, in one pass over the images.
 
     Args:
         batches: the image set (see the head of this file). Bare tensors are numbered in order, from 0.
-        network: from `load_inception`, or any module with `.fingerprint` that maps uint8 images to (b, D).
+        networks: such as `load_inception` and `load_transformer` return.
         name: what the images are.
         limit: stop after this many images; None: all. An endless iterator needs it.
         progress: called with the number of images after each batch.
 
-    Raises UserError when there is no image.
+    Returns one set for each network. Raises UserError when there is no image.
     """
-    features, positions, count = [], [], 0
+    features: list[list[Tensor]] = [[] for _ in networks]
+    positions, count = [], 0
     for batch in batches:
         images = batch if isinstance(batch, Tensor) else batch.images  # (b, 3, H, W) uint8
         numbers = torch.arange(count, count + len(images)) if isinstance(batch, Tensor) else batch.positions
         left = len(images) if limit is None else min(len(images), limit - count)
-        features.append(network(images[:left]).float().cpu())  # (b, D)
+        for network, parts in zip(networks, features, strict=True):
+            parts.append(network(images[:left]).float().cpu())  # (b, D)
         positions.append(numbers[:left].cpu())
         count += left
         if progress is not None:
@@ -102,8 +116,10 @@ def extract_features(
             break
     if not count:
         raise UserError(f"the image set {name!r} is empty")
-    part = FeatureSet(torch.cat(features), torch.cat(positions), name, network.fingerprint)
-    return FeatureSet.merge([part])
+    return [
+        FeatureSet.merge([FeatureSet(torch.cat(parts), torch.cat(positions), name, network.fingerprint)])
+        for network, parts in zip(networks, features, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -111,7 +127,7 @@ class RealSet:
     """Which images a reference is made of: what must be equal for two numbers to be comparable.
 
     Attributes:
-        dataset: name or path as the user knows it.
+        dataset: the name that the user knows it by.
         split: "train", "val", ...
         count: number of images.
         crop: name of the crop and resize protocol, with the size in pixels ("center-bicubic 256").
@@ -128,7 +144,7 @@ class RealSet:
 def cached_features(
     path: str | Path,
     real_set: RealSet,
-    network: InceptionFeatures,
+    network: FeatureNetwork,
     batches: Callable[[], Iterable[Any]],
     progress: Callable[[int], None] | None = None,
     alone: bool = False,

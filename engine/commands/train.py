@@ -67,7 +67,7 @@ def _rfid(config: Any) -> Any:
     real = reference.features(network)
 
     def measure(tokenizer: Any) -> float:
-        found = evaluate_reconstructions(tokenizer, reference, network, real)
+        found = evaluate_reconstructions(tokenizer, reference, network, real).ways
         return sum(each["rfid"] for each in found.values()) / len(found)
 
     return measure
