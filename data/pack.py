@@ -77,7 +77,13 @@ def pack(
         raise DataError(f"the share of bad images must lie in 0..1, not {max_bad}")
     settings = {
         "format": shards.FORMAT,
-        "source": {"format": format, "path": os.fspath(source), "split": images.split, "images": len(images)},
+        "source": {
+            "format": format,
+            "path": os.fspath(source),
+            "name": _name(format, source),
+            "split": images.split,
+            "images": len(images),
+        },
         "protocol": {
             "crop": crop,
             "size": size,
@@ -112,6 +118,12 @@ def pack(
     return manifest
 
 
+def _name(format: str, source: str | os.PathLike) -> str | None:
+    """What reports call the set: the last component of the source's path; None where the format says it better."""
+    # Emoji stay "emoji", from the package or a folder "72x72": model cards know by it whose graphics they are.
+    return None if format == "emoji" else Path(source).expanduser().absolute().name or None
+
+
 @contextlib.contextmanager
 def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
     """The journal of the pack, held by this process alone; the lock goes away with the process, however it ends."""
@@ -134,7 +146,8 @@ def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Says in words where two settings differ."""
     flat = [{**s, **{f"source {k}": v for k, v in s["source"].items()}, **s["protocol"]} for s in (old, new)]
-    changed = [k for k in flat[1] if k not in ("source", "protocol") and flat[0].get(k) != flat[1][k]]
+    # The name follows from the path; packs of before it was kept have none.
+    changed = [k for k in flat[1] if k not in ("source", "protocol", "source name") and flat[0].get(k) != flat[1][k]]
     return ", ".join(f"{key} was {flat[0].get(key)!r}, now {flat[1][key]!r}" for key in changed)
 
 

@@ -31,10 +31,14 @@ MODULES = [
     "data.stream",
     "data.tokens",
     "evaluation.evaluate",
+    "evaluation.reference",
+    "evaluation.neighbours",
     "evaluation.metrics",
     "evaluation.fid_infinity",
     "evaluation.mixture_rate",
+    "evaluation.networks",
     "evaluation.inception",
+    "evaluation.dinov2",
     "evaluation.benchmark",
 ]
 TARGET = Path(__file__).with_name("api.md")

@@ -26,6 +26,7 @@ from engine.checkpoint import Checkpoints
 from engine.config import LoopConfig, OptimizerConfig
 from engine.errors import UserError
 from engine.pictures import curves
+from engine.processes import join_processes
 from engine.progress import progress_bar, say
 from engine.randomness import step_seed
 from engine.schedules import learning_rate_share
@@ -48,7 +49,10 @@ class Task(Protocol):
         """Something to look at, drawn with the averaged weights."""
 
     def score(self, averaged: nn.Module) -> float | None:
-        """How good the averaged weights are on held-out data, lower is better; None where nobody asked."""
+        """How good the averaged weights are on held-out data, lower is better; None where nobody asked.
+
+        Called in the main process alone: it must not wait for the others.
+        """
 
 
 @dataclass
@@ -65,6 +69,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     """Devices, processes and mixed precision, as ``accelerate launch`` or the machine decides."""
     # accelerate keeps the first precision of a process for good; a process may train several models.
     AcceleratorState._reset_state()
+    join_processes()
     tracker = None if config.tracker == "none" else config.tracker
     return Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
 

@@ -21,7 +21,8 @@ from engine.tracking import read_metrics
 from evaluation.evaluate import Reference, evaluate_codebook, evaluate_samples, sample_features
 from evaluation.features import FeatureSet
 from evaluation.inception import InceptionFeatures
-from evaluation.metrics import codebook_usage, nearest_neighbors
+from evaluation.metrics import codebook_usage
+from evaluation.neighbours import nearest_images
 from evaluation.phases import Phases
 from evaluation.plots import curve, save_images
 from evaluation.tokenizers import Yardsticks, measure_tokenizer
@@ -37,7 +38,6 @@ from stage2_prior.train_refiner import RefinerExperiment, train_refiner
 from stage2_prior.transformer import MaskedTransformer
 
 PICTURED_RECONSTRUCTIONS = 12
-PICTURED_NEIGHBOURS = 12
 DRAWN = "drawn.safetensors"  # codes (N, h, w) of the samples, and the seconds that drawing them took
 CODES = "codes"  # the way of decoding samples that every arm has: their dominant codes as they are
 
@@ -242,16 +242,10 @@ class Arm:
 
     def _nearest(self, features: FeatureSet, way: str, pictured: torch.Tensor) -> dict[str, Any]:
         """How near samples come to training images, and the pairs as a picture."""
-        found = nearest_neighbors(features, self.training_set)
-        first = found.positions[:PICTURED_NEIGHBOURS, 0].tolist()
-        wanted = dict.fromkeys(first)
-        for batch in Reference(self.shards["train"], self.training_set.count).batches():
-            for image, position in zip(batch.images, batch.positions.tolist(), strict=True):
-                if position in wanted:
-                    wanted[position] = image
-        neighbours = torch.stack([wanted[position] for position in first])
-        save_images(self.pictures / f"neighbours_{way}.png", torch.cat([pictured[: len(first)], neighbours]))
-        return {"nearest_training_distance": float(found.distances[:, 0].median())}
+        training = Reference(self.shards["train"], self.training_set.count)
+        found = nearest_images(features, self.training_set, training, pictured)
+        save_images(self.pictures / f"neighbours_{way}.png", torch.cat([found.samples, found.neighbours]))
+        return {"nearest_training_distance": found.median_distance}
 
     def _pipeline(self, way: str = CODES) -> SoftConvexPipeline:
         return SoftConvexPipeline.from_pretrained(

@@ -5,121 +5,91 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from data.stream import Batch, ImageStream
-from engine.errors import UserError
+from data.stream import Batch
 from engine.processes import process_place, sum_across_processes
-from evaluation.features import FeatureSet, RealSet, cached_features, extract_features
+from evaluation.features import FeatureSet, extract_features, extract_with_each
 from evaluation.fid_infinity import fid_infinity
-from evaluation.inception import InceptionFeatures
-from evaluation.metrics import CodebookUsage, ReconstructionMetrics, codebook_usage, fid, kid, precision_recall
+from evaluation.metrics import (
+    CodebookUsage,
+    CodeCounter,
+    ReconstructionMetrics,
+    codebook_usage,
+    fid,
+    kid,
+    measuring_device,
+    precision_recall,
+)
 from evaluation.mixture_rate import round_mixture
+from evaluation.neighbours import FirstImages, nearest_images
+from evaluation.networks import FeatureNetwork
+from evaluation.plots import stacked_rows
+from evaluation.reference import Progress, Reference, image_counter
 from sampling.chunks import in_equal_chunks
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.quantizers import Mixture
 from stage2_prior.refiner import ConvexRefiner
 
-Progress = Callable[[int, int], None]
-_REFERENCE_SEED = 0  # of the shuffle that picks a reference when not the whole split is asked for
 
+class Reconstructions(NamedTuple):
+    """What one pass over a reference finds.
 
-class Reference:
-    """The real images that a model is measured against: ``count`` images of a split, always the same ones.
-
-    Args:
-        shards: a folder that ``scq data pack`` wrote.
-        count: number of images; 0 for all.
-
-    Raises:
-        UserError: more images are asked for than the split holds.
+    Attributes:
+        ways: ``z_q`` and, where the quantizer has codes, ``dominant``, the refiners' names, and ``z_q_4_bits`` and
+            such; each with mse, psnr, ssim, lpips, rfid, rkid, and the rounded ones with bits_per_image.
+        codebook: None where the quantizer has no codes.
     """
 
-    def __init__(self, shards: Path | str, count: int = 0, batch_size: int = 64):
-        self.rank, self.processes = process_place()
-        if self.processes > 1:  # every process gets a share of a set that is no larger than a batch, too
-            batch_size = self.processes * max(1, min(batch_size, count or batch_size) // self.processes)
-        self.stream = ImageStream(
-            shards, batch_size=batch_size, seed=_REFERENCE_SEED, rank=self.rank, world_size=self.processes
-        )
-        self.count = count or self.stream.num_images
-        self.batch_size = batch_size
-        if self.count > self.stream.num_images:
-            raise UserError(f"{shards} holds {self.stream.num_images} images, {self.count} were asked for")
-        source, protocol = self.stream.manifest["source"], self.stream.manifest["protocol"]
-        self.description = RealSet(
-            dataset=source["format"],
-            split=str(source["split"]),
-            count=self.count,
-            crop=f"{protocol['crop']} {protocol['size']}",
-            sha256=self.stream.state_dict()["fingerprint"],
-        )
-
-    def batches(self) -> Iterator[Batch]:
-        """This process's share."""
-        left = self.count - self.rank * self.batch_size // self.processes
-        for batch in islice(self.stream.iterate(), -(-self.count // self.batch_size)):
-            if left > 0:
-                yield Batch(*(field[:left] for field in batch))
-            left -= self.batch_size
-
-    def features(
-        self, network: InceptionFeatures, cache: Path | None = None, progress: Progress | None = None
-    ) -> FeatureSet:
-        """Inception features, from the file ``cache`` where an earlier run left them."""
-        count = _counter(progress, self.count, self.processes)
-        if cache is not None:
-            return cached_features(cache, self.description, network, self.batches, count)
-        return extract_features(self.batches(), network, name="real", progress=count).gather()
+    ways: dict[str, dict[str, Any]]
+    codebook: CodebookUsage | None
 
 
 @torch.no_grad()
 def evaluate_reconstructions(
     tokenizer: ImageTokenizer,
     reference: Reference,
-    network: InceptionFeatures | None,
+    network: FeatureNetwork | None,
     real: FeatureSet | None,
     progress: Progress | None = None,
     perceptual: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     refiners: dict[str, ConvexRefiner] | None = None,
     weight_bits: Sequence[int] = (),
     only: Collection[str] | None = None,
-) -> dict[str, Any]:
-    """Reconstructions from z_q and from the dominant codes alone, against the originals.
+) -> Reconstructions:
+    """Reconstructions from z_q and from the dominant codes alone, against the originals, and usage of the codebook.
 
     Args:
         network, real: for the FID; without them it is left out.
-        perceptual: for LPIPS; without it it is left out.
+        perceptual: for LPIPS, on the tokenizer's device; without it it is left out.
         refiners: by name; each decodes what it makes of the dominant codes, at their rate.
         weight_bits: for a soft quantizer, each decodes z_q with its weights rounded to so many bits, and says its cost.
         only: measure no other ways than these.
-
-    Returns:
-        ``z_q`` and, where the quantizer has codes, ``dominant``, the refiners' names, and ``z_q_4_bits`` and such; each
-        with mse, psnr, ssim, lpips, rfid, rkid, and the rounded ones with bits_per_image.
     """
     tokenizer.eval()
     pixels: dict[str, ReconstructionMetrics] = {}
     parts: dict[str, list[FeatureSet]] = {}
     bits: dict[str, list[torch.Tensor]] = {}
-    count = _counter(progress, reference.count, reference.processes)
+    count = image_counter(progress, reference.count, reference.processes)
+    shared = reference.processes > 1
+    codes = CodeCounter(tokenizer.quantizer.codebook_size) if tokenizer.quantizer.has_codes else None
     for batch in reference.batches():
         # In chunks of one size, so that no image's last bit depends on how many are measured together.
         images = to_float(batch.images.to(tokenizer.device))
         encoding = tokenizer.quantizer.mix(in_equal_chunks(tokenizer.latents, images))
+        if codes is not None:
+            codes.update(encoding.indices)
         latents = _latents(tokenizer, encoding, batch.positions, refiners or {}, weight_bits, bits)
         done: list[tuple[torch.Tensor, FeatureSet | None]] = []
         for name, z_q in latents.items():
             if only is not None and name not in only:
                 continue
             images = to_uint8(in_equal_chunks(tokenizer.decode, z_q)).cpu()
-            metrics = pixels.setdefault(
-                name, ReconstructionMetrics(across_processes=reference.processes > 1, perceptual=perceptual)
-            )
+            metrics = pixels.setdefault(name, ReconstructionMetrics(tokenizer.device, shared, perceptual))
             metrics.update(batch.images, images)
             features = next((known for same, known in done if torch.equal(same, images)), None)
             if network is not None and features is None:  # a hard quantizer decodes one and the same thing twice
@@ -131,12 +101,15 @@ def evaluate_reconstructions(
     results = {name: metrics.compute()._asdict() for name, metrics in pixels.items()}
     for name, found in results.items():
         if network is not None:
-            features = FeatureSet.merge(parts[name]).gather()
+            features = reference.whole(FeatureSet.merge(parts[name]))
             kernel = kid(real, features)
             found |= {"rfid": fid(real, features).value, "rkid": kernel.value, "rkid_error": kernel.error}
         if name in bits:
-            found["bits_per_image"] = float(sum_across_processes(torch.cat(bits[name]).sum()[None])) / found["count"]
-    return results
+            spent = torch.cat(bits[name]).sum()[None]
+            found["bits_per_image"] = float(sum_across_processes(spent) if shared else spent) / found["count"]
+    if codes is None:
+        return Reconstructions(results, None)
+    return Reconstructions(results, codes.usage.gather() if shared else codes.usage)
 
 
 def _latents(
@@ -162,17 +135,31 @@ def _latents(
 
 
 def sample_features(
-    images: Iterable[Any], count: int, network: InceptionFeatures, progress: Progress | None = None
+    images: Iterable[Any], count: int, network: FeatureNetwork, progress: Progress | None = None
 ) -> FeatureSet:
     """Features of generated images: batches as in evaluation.features, this process's share of ``count`` images."""
-    bar = _counter(progress, count, process_place()[1])
-    return extract_features(images, network, name="samples", progress=bar).gather()
+    return _sample_features(images, count, [network], progress)[0]
 
 
-def evaluate_samples(features: FeatureSet, real: FeatureSet) -> dict[str, Any]:
+def _sample_features(
+    images: Iterable[Any], count: int, networks: Sequence[FeatureNetwork], progress: Progress | None
+) -> list[FeatureSet]:
+    bar = image_counter(progress, count, process_place()[1])
+    return [share.gather() for share in extract_with_each(images, networks, name="samples", progress=bar)]
+
+
+def evaluate_samples(
+    features: FeatureSet, real: FeatureSet, device: str | torch.device | None = None
+) -> dict[str, Any]:
     """Every number of generated images against real ones: FID, KID, precision and recall, and, from 4,098 images on,
-    FID extrapolated to infinitely many."""
-    distance, kernel, manifold = fid(real, features), kid(real, features), precision_recall(real, features)
+    FID extrapolated to infinitely many.
+
+    Args:
+        device: for what is large; None for a GPU where there is one.
+    """
+    device = measuring_device(device)
+    distance, kernel = fid(real, features), kid(real, features)
+    manifold = precision_recall(real, features, device=device)
     found = {
         "count": features.count,
         "fid": distance.value,
@@ -186,8 +173,25 @@ def evaluate_samples(features: FeatureSet, real: FeatureSet) -> dict[str, Any]:
         "recall": manifold.recall,
     }
     if features.count >= 2 * (features.features.shape[1] + 1):
-        found["fid_infinity"] = fid_infinity(real, features, resamples=5)._asdict()
+        found["fid_infinity"] = fid_infinity(real, features, device=device)._asdict()
     return found
+
+
+def evaluate_with_second(features: FeatureSet, real: FeatureSet, network: FeatureNetwork) -> dict[str, Any]:
+    """The Frechet distance and KID of generated images in the features of a further network."""
+    distance, kernel = fid(real, features), kid(real, features)
+    return {
+        "frechet_distance": distance.value,
+        "biased": distance.biased,
+        "kid": kernel.value,
+        "kid_error": kernel.error,
+        "network": describe(network),
+    }
+
+
+def describe(network: FeatureNetwork) -> dict[str, str]:
+    """What must be equal for two numbers to be comparable."""
+    return {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol}
 
 
 @torch.no_grad()
@@ -195,7 +199,7 @@ def evaluate_codebook(
     tokenizer: ImageTokenizer, batches: Iterable[Batch], progress: Progress | None = None, total: int = 0
 ) -> CodebookUsage:
     """Usage of the codebook over a whole set of images; of several processes, over all their shares."""
-    count = _counter(progress, total, process_place()[1])
+    count = image_counter(progress, total, process_place()[1])
 
     def indices() -> Iterator[torch.Tensor]:
         for batch in batches:
@@ -205,14 +209,30 @@ def evaluate_codebook(
     return codebook_usage(indices(), tokenizer.quantizer.codebook_size).gather()
 
 
+@dataclass
+class Extras:
+    """What `evaluate` measures of samples on demand.
+
+    Attributes:
+        second: a further feature network, for a second Frechet distance.
+        training: training images, to look for the nearest ones of samples.
+        picture: PNG file for pairs of those.
+    """
+
+    second: FeatureNetwork | None = None
+    training: Reference | None = None
+    picture: Path | None = None
+
+
 def evaluate(
     tokenizer: ImageTokenizer,
     draw: Callable[[int], Iterable[Any]] | None,
     reference: Reference,
-    network: InceptionFeatures,
+    network: FeatureNetwork,
     num_samples: int = 0,
     cache: Path | None = None,
     progress: Callable[[str], AbstractContextManager[Progress]] | None = None,
+    extras: Extras | None = None,
     **reconstructions: Any,
 ) -> dict[str, Any]:
     """All numbers of one model against one reference, in one pass over real and generated images.
@@ -223,7 +243,7 @@ def evaluate(
         draw: ``draw(n)`` yields this process's share of n images (see evaluation.features); None where there is only a
             tokenizer.
         num_samples: how many to draw; 0 for as many as the reference holds.
-        cache: file for the reference's features.
+        cache: file for the reference's features; those of a second network go to NAME_second beside it.
         progress: opens a progress bar from the name of what runs.
         reconstructions: further arguments of `evaluate_reconstructions`.
 
@@ -240,36 +260,54 @@ def evaluate(
         seconds[title] = round(time.monotonic() - started, 2)
         return result
 
-    wanted = num_samples or reference.count
     real = timed("real images", lambda report: reference.features(network, cache, report))
-    reconstruction = timed(
+    found = timed(
         "reconstructions",
         lambda report: evaluate_reconstructions(tokenizer, reference, network, real, report, **reconstructions),
     )
     results = {
         "reference": vars(reference.description),
-        "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
-        "reconstruction": reconstruction,
+        "network": describe(network),
+        "reconstruction": found.ways,
     }
-    if tokenizer.quantizer.has_codes:
-        codebook = timed(
-            "codebook", lambda report: evaluate_codebook(tokenizer, reference.batches(), report, reference.count)
-        )
-        results["codebook"] = codebook.summary()
+    if found.codebook is not None:
+        results["codebook"] = found.codebook.summary()
     if draw is not None:
-        features = timed("samples", lambda report: sample_features(draw(wanted), wanted, network, report))
-        results["samples"] = evaluate_samples(features, real)
+        count = num_samples or reference.count
+        results["samples"] = _evaluate_drawn(
+            draw, count, reference, network, real, extras or Extras(), cache, tokenizer.device, timed
+        )
     return {**results, "seconds": seconds}
 
 
-def _counter(progress: Progress | None, total: int, processes: int = 1) -> Callable[[int], None]:
-    """A callback that takes the size of each of this process's batches, from one that takes (done, total)."""
-    done = 0
-
-    def add(fresh: int) -> None:
-        nonlocal done
-        done = min(done + fresh * processes, total) if total else done + fresh
-        if progress is not None:
-            progress(done, total)
-
-    return add
+def _evaluate_drawn(
+    draw: Callable[[int], Iterable[Any]],
+    count: int,
+    reference: Reference,
+    network: FeatureNetwork,
+    real: FeatureSet,
+    extras: Extras,
+    cache: Path | None,
+    device: torch.device,
+    timed: Callable[[str, Callable[[Progress | None], Any]], Any],
+) -> dict[str, Any]:
+    """``samples`` of `evaluate`: every image is drawn once and goes through every network."""
+    second, training, first = extras.second, extras.training, FirstImages()
+    networks = [network] if second is None else [network, second]
+    features, *others = timed(
+        "samples", lambda report: _sample_features(first.passing(draw(count)), count, networks, report)
+    )
+    found = evaluate_samples(features, real, device)
+    if second is not None:
+        beside = None if cache is None else cache.with_name(f"{cache.stem}_second{cache.suffix}")
+        known = timed("real images, second network", lambda report: reference.features(second, beside, progress=report))
+        found["second_backbone"] = evaluate_with_second(others[0], known, second)
+    if training is not None:
+        training_set = timed("training images", lambda report: training.features(network, progress=report))
+        nearest = nearest_images(features, training_set, training, first.gather(), device)
+        found["nearest_training_distance"] = nearest.median_distance
+        found["nearest_training_among"] = training.count
+        if extras.picture is not None and process_place()[0] == 0:
+            rows = [("samples", nearest.samples), ("nearest training images", nearest.neighbours)]
+            stacked_rows(rows).save(extras.picture)
+    return found

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as distributed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.processes import across_processes, process_place
-from evaluation.inception import InceptionFeatures
+from engine.processes import gather_objects, process_place
+from evaluation.networks import FeatureNetwork
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,38 +66,48 @@ class FeatureSet:
 
         Every process must call it.
         """
-        if not across_processes():
-            return self
-        parts: list[Any] = [None] * process_place()[1]
-        distributed.all_gather_object(parts, self)
-        return FeatureSet.merge(parts)
+        return FeatureSet.merge(gather_objects(self))
 
 
 def extract_features(
     batches: Iterable[Any],
-    network: InceptionFeatures,
+    network: FeatureNetwork,
     *,
     name: str,
     limit: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> FeatureSet:
-    """Run every image through the network once.
+    """Run every image through the network once; see `extract_with_each`."""
+    return extract_with_each(batches, [network], name=name, limit=limit, progress=progress)[0]
+
+
+def extract_with_each(
+    batches: Iterable[Any],
+    networks: Sequence[FeatureNetwork],
+    *,
+    name: str,
+    limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[FeatureSet]:
+    """Run every image through every network once, in one pass over the images.
 
     Args:
         batches: the image set (see the head of this file). Bare tensors are numbered in order, from 0.
-        network: from `load_inception`, or any module with `.fingerprint` that maps uint8 images to (b, D).
+        networks: such as `load_inception` and `load_transformer` return.
         name: what the images are.
         limit: stop after this many images; None: all. An endless iterator needs it.
         progress: called with the number of images after each batch.
 
-    Raises UserError when there is no image.
+    Returns one set for each network. Raises UserError when there is no image.
     """
-    features, positions, count = [], [], 0
+    features: list[list[Tensor]] = [[] for _ in networks]
+    positions, count = [], 0
     for batch in batches:
         images = batch if isinstance(batch, Tensor) else batch.images  # (b, 3, H, W) uint8
         numbers = torch.arange(count, count + len(images)) if isinstance(batch, Tensor) else batch.positions
         left = len(images) if limit is None else min(len(images), limit - count)
-        features.append(network(images[:left]).float().cpu())  # (b, D)
+        for network, parts in zip(networks, features, strict=True):
+            parts.append(network(images[:left]).float().cpu())  # (b, D)
         positions.append(numbers[:left].cpu())
         count += left
         if progress is not None:
@@ -107,8 +116,10 @@ def extract_features(
             break
     if not count:
         raise UserError(f"the image set {name!r} is empty")
-    part = FeatureSet(torch.cat(features), torch.cat(positions), name, network.fingerprint)
-    return FeatureSet.merge([part])
+    return [
+        FeatureSet.merge([FeatureSet(torch.cat(parts), torch.cat(positions), name, network.fingerprint)])
+        for network, parts in zip(networks, features, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,7 @@ class RealSet:
     """Which images a reference is made of: what must be equal for two numbers to be comparable.
 
     Attributes:
-        dataset: name or path as the user knows it.
+        dataset: the name that the user knows it by.
         split: "train", "val", ...
         count: number of images.
         crop: name of the crop and resize protocol, with the size in pixels ("center-bicubic 256").
@@ -133,26 +144,29 @@ class RealSet:
 def cached_features(
     path: str | Path,
     real_set: RealSet,
-    network: InceptionFeatures,
+    network: FeatureNetwork,
     batches: Callable[[], Iterable[Any]],
     progress: Callable[[int], None] | None = None,
+    alone: bool = False,
 ) -> FeatureSet:
     """The features of a real set, from the file `path`, which is written first when it is not there.
 
     The file is safetensors whose header says what it holds. With several processes `batches()` is each one's share,
-    every one must call this, and every one gets the whole set. Raises UserError when the file holds something else than
+    every one must call this, and every one gets the whole set; but with `alone`, `batches()` is the whole set and the
+    others are not asked. Raises UserError when the file holds something else than
     was asked for, naming each difference, and when there are not `real_set.count` images.
     """
     path = Path(path)
     asked = {**asdict(real_set), "network": network.fingerprint, "protocol": network.protocol}
     if path.exists():
         return _read_cache(path, asked)
-    features = extract_features(batches(), network, name="real", limit=real_set.count, progress=progress).gather()
+    features = extract_features(batches(), network, name="real", limit=real_set.count, progress=progress)
+    features = features if alone else features.gather()
     if features.count != real_set.count:
         raise UserError(
             f"{real_set.dataset} ({real_set.split}) gave {features.count} images, not {real_set.count} as asked"
         )
-    if process_place()[0] > 0:
+    if process_place()[0] > 0 and not alone:
         return features
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")

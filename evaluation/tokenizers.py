@@ -19,9 +19,10 @@ import torch
 from engine.config import as_dict, load_config, write_atomically
 from engine.progress import progress_bar
 from engine.tracking import read_metrics
-from evaluation.evaluate import Reference, evaluate_codebook, evaluate_reconstructions
+from evaluation.evaluate import Reconstructions, Reference, evaluate_reconstructions
 from evaluation.features import FeatureSet
-from evaluation.inception import InceptionFeatures, load_inception
+from evaluation.inception import load_inception
+from evaluation.networks import FeatureNetwork
 from evaluation.phases import Phases
 from evaluation.plots import curve
 from evaluation.tables import look, markdown_table, spread
@@ -49,24 +50,29 @@ class Yardsticks:
         network, real: the FID network and its features of the reference; None to leave FID out.
         lpips_weights: file of VGG16's weights; empty leaves LPIPS out.
         weight_bits: see `evaluate_reconstructions`.
+        device: of the tokenizers that are measured.
     """
 
     def __init__(
         self,
         reference: Reference,
-        network: InceptionFeatures | None,
+        network: FeatureNetwork | None,
         real: FeatureSet | None,
         lpips_weights: str = "",
         weight_bits: Sequence[int] = (),
         device: str = "cpu",
     ):
         self.reference, self.network, self.real, self.device = reference, network, real, device
-        self.perceptual = PerceptualLoss(lpips_weights) if lpips_weights else None
+        self.perceptual = PerceptualLoss(lpips_weights).to(device) if lpips_weights else None
         self.weight_bits = list(weight_bits)
         name = network.description if network else None
         self.description = [vars(reference.description), name, bool(lpips_weights), self.weight_bits]
 
     def reconstructions(self, tokenizer: ImageTokenizer, **choices: Any) -> dict[str, Any]:
+        """The ways of decoding that `measure` finds."""
+        return self.measure(tokenizer, **choices).ways
+
+    def measure(self, tokenizer: ImageTokenizer, **choices: Any) -> Reconstructions:
         """What `evaluate_reconstructions` finds, with its further arguments ``choices``."""
         with progress_bar("reconstructions") as bar:
             return evaluate_reconstructions(
@@ -119,17 +125,16 @@ def measure_tokenizer(experiment: TokenizerExperiment, yardsticks: Yardsticks) -
     started = time.monotonic()
     tokenizer = load_tokenizer(experiment.out).to(yardsticks.device)
     reference = yardsticks.reference
-    found = yardsticks.reconstructions(tokenizer, weight_bits=yardsticks.weight_bits)
-    usage = evaluate_codebook(tokenizer, reference.batches()).summary() if tokenizer.quantizer.has_codes else None
+    found = yardsticks.measure(tokenizer, weight_bits=yardsticks.weight_bits)
     log = read_metrics(Path(experiment.out))
     return {
         "quantizer": experiment.quantizer.name,
         "fingerprint": tokenizer.fingerprint(),
         "seed": experiment.training.seed,
-        **found,
-        "codebook": usage,
+        **found.ways,
+        "codebook": None if found.codebook is None else found.codebook.summary(),
         "latents": _of_latents(tokenizer, reference, log[-1]),
-        "curve": curve(log, ["l2", "perplexity"] if usage else ["l2"]),
+        "curve": curve(log, ["l2", "perplexity"] if found.codebook else ["l2"]),
         # Of the median logging window: what else the machine did for a while does not count.
         "images_per_second": statistics.median(row["images_per_second"] for row in log),
         "parameters": sum(p.numel() for p in tokenizer.parameters()),

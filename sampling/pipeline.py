@@ -22,20 +22,18 @@ from engine.errors import UserError
 from engine.processes import process_place
 from sampling.chunks import in_equal_chunks
 from sampling.editing import fill, tokens_under, variation_mask
-from sampling.hub import first_line, from_hub, is_hub_name
 from sampling.hub import upload as upload_folder
 from sampling.images import Pictures, to_mask, to_pictures, to_pixels
 from sampling.model_card import model_card
 from sampling.samplers import SAMPLERS, Step, guided
+from sampling.saved import EMBEDDED, MEASURED, is_pipeline, load_parts, model_root
 from sampling.scheduler import UnmaskingScheduler
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.quantizers import Mixture
-from stage1_tokenizer.train import load_tokenizer
 from stage2_prior.refiner import ConvexRefiner
 from stage2_prior.transformer import MaskedTransformer
 
-MEASURED = "measured.json"
-EMBEDDED = Path(__file__).parent / "pretrained"  # the model that comes with the package
+__all__ = ["EMBEDDED", "ImageOutput", "SoftConvexPipeline", "is_pipeline", "model_root"]
 
 StepCallback = Callable[["SoftConvexPipeline", int, int, dict[str, torch.Tensor]], Any]
 
@@ -347,26 +345,9 @@ class SoftConvexPipeline(DiffusionPipeline):
         Raises:
             UserError: nothing there is a pipeline, or a part of it cannot be loaded.
         """
-        local = from_hub(str(folder)) if is_hub_name(str(folder)) else Path(folder)
-        root = model_root(local)
-        if root is None:
-            raise UserError(
-                f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote "
-                "(with model_index.json)"
-            )
-        tokenizer = load_tokenizer(root / "tokenizer")
-        try:
-            prior = MaskedTransformer.from_pretrained(root / "prior", local_files_only=True)
-            refined = (root / "refiner").is_dir()
-            refiner = ConvexRefiner.from_pretrained(root / "refiner", local_files_only=True) if refined else None
-            scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
-            measured = json.loads((root / MEASURED).read_text()) if (root / MEASURED).is_file() else {}
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise UserError(f"{root} cannot be loaded: {first_line(error)}") from error
-        for part in filter(None, (tokenizer, prior, refiner)):
-            part.register_to_config(_name_or_path="")  # a path of this machine, which a copy would carry on
-        pipeline = cls(tokenizer, prior, refiner, scheduler)
-        pipeline.measured = measured
+        saved = load_parts(folder)
+        pipeline = cls(saved.tokenizer, saved.prior, saved.refiner, saved.scheduler)
+        pipeline.measured = saved.measured
         return pipeline.to(device) if device is not None else pipeline
 
     def _start(
@@ -406,13 +387,3 @@ def _seeds(num_images: int, seed: int | None, generator: torch.Generator | None)
     if generator is not None:
         raise ValueError("give a seed or a generator, not both")
     return torch.arange(seed, seed + num_images)
-
-
-def is_pipeline(folder: str | Path) -> bool:
-    """Whether ``folder`` holds both stages, rather than a tokenizer alone."""
-    return model_root(Path(folder)) is not None
-
-
-def model_root(folder: Path) -> Path | None:
-    """Where in a run's or a model's folder the pipeline lies; None where there is none."""
-    return next((root for root in (folder, folder / "model") if (root / "model_index.json").is_file()), None)

@@ -12,6 +12,7 @@ from data.shards import ShardSet
 from data.stream import iterate_once
 from data.tokens import TokenDataset, TokenWriter
 from data.views import augmented_view
+from engine.processes import join_processes
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 
 
@@ -34,6 +35,7 @@ def write_tokens(
     Raises:
         DataError: the shards are unfit, or ``out`` holds tokens of another tokenizer.
     """
+    join_processes()
     state = PartialState()
     source = ShardSet(shards)
     mine = len(source) * (state.process_index + 1) // state.num_processes

@@ -19,6 +19,10 @@ ALLOWED = {
 }
 SOURCES = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
 
+EVERYTHING = [
+    path for room in [*ROOMS, "tests", "docs", "examples"] for path in sorted((REPOSITORY / room).rglob("*.py"))
+]
+
 
 def imported_rooms(path: Path) -> set[str]:
     found = set()
@@ -39,9 +43,9 @@ def test_imports_run_one_way(path: Path) -> None:
     assert "engine.commands" not in path.read_text(), "nothing imports the command line"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", EVERYTHING, ids=lambda p: str(p.relative_to(REPOSITORY)))
 def test_files_stay_readable(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 430
+    assert len(path.read_text().splitlines()) <= 400
 
 
 def test_nothing_of_this_machine_is_committed() -> None:

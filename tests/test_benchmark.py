@@ -6,12 +6,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import REPOSITORY, SEVERAL, launcher, run_scq, write_tiny_benchmark
 from PIL import Image
 
 from data.stream import ImageStream
+from data.tokens import TokenDataset
 from engine.errors import UserError
 from evaluation.benchmark import run_benchmark
 from evaluation.evaluate import Reference
@@ -107,10 +109,25 @@ def test_two_processes_evaluate_as_one(tiny_run: Path, tmp_path: Path) -> None:
             cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=SEVERAL,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-2000:]
+        assert ("2 processes share the work" in result.stderr) == (processes == 2)
         found.append(json.loads(out.read_text()))
     one, two = found
     for section in ("reconstruction", "codebook", "samples"):
         assert flat(two[section]) == pytest.approx(flat(one[section]), rel=1e-6, abs=1e-6), section
+
+
+def test_two_processes_tokenize_as_one(tiny_run: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [*launcher(2), "-m", "engine.cli", "tokenize", "--model", str(tiny_run / "arms" / "scq" / "tokenizer")]
+        + ["--data", str(tiny_run / "shards" / "train"), "--out", str(tmp_path / "tokens")],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=SEVERAL,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = TokenDataset(tiny_run / "arms" / "scq" / "tokens"), TokenDataset(tmp_path / "tokens")
+    assert len(two.manifest["shards"]) == 2 * len(one.manifest["shards"]), "each process wrote its half"
+    images = np.arange(len(one))
+    codes = [tokens.read(images, np.zeros_like(images)) for tokens in (one, two)]
+    assert (codes[0] == codes[1]).double().mean() > 0.999, "but for a latent between two codes"
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, float]:

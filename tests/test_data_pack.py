@@ -21,6 +21,7 @@ from data.errors import DataError
 from data.pack import check, pack, preview
 from data.shards import ShardSet, key_of, member_name
 from data.transforms import PROTOCOLS, decode
+from evaluation.reference import Reference
 
 
 @pytest.fixture
@@ -40,12 +41,23 @@ def test_manifest_says_what_lies_there(folder, tmp_path):
     assert (manifest["num_images"], manifest["image_size"]) == (41, 32)
     assert [shard["images"] for shard in manifest["shards"]] == [16, 16, 9]
     assert manifest["class_names"] == ["cats", "dogs"]
-    assert manifest["source"] == {"format": "folder", "path": str(folder), "split": None, "images": 41}
+    assert manifest["source"] == {
+        "format": "folder", "path": str(folder), "name": folder.name, "split": None, "images": 41
+    }  # fmt: skip
     assert manifest["protocol"]["crop"] == "resize-shorter"
     assert manifest["bytes"] == sum((tmp_path / "out" / s["name"]).stat().st_size for s in manifest["shards"])
     assert seen[-1] == (41, 41)
     assert sorted(seen) == seen
     assert check(tmp_path / "out") == []
+
+
+def test_a_set_packed_before_names_were_kept_is_still_taken(folder, tmp_path):
+    manifest = packed(folder, tmp_path / "out")
+    assert Reference(tmp_path / "out").description.dataset == folder.name
+    del manifest["source"]["name"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert packed(folder, tmp_path / "out") == manifest
+    assert Reference(tmp_path / "out").description.dataset == "folder"
 
 
 def test_pixels_keys_and_labels_survive(folder, tmp_path):

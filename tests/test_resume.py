@@ -100,6 +100,16 @@ def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Pa
     assert losses[1] == pytest.approx(losses[0], rel=0.5)
 
 
+def test_the_main_process_scores_alone_while_the_others_wait(emoji: dict[str, Path], tmp_path: Path) -> None:
+    steps = ["training.steps=4", "training.checkpoint_every=2", "score.images=9"]
+    for processes in (1, 2):
+        finish(launch(processes, command(emoji, tmp_path / str(processes), *steps)), processes)
+        scored = {row["step"]: row["rfid"] for row in read_metrics(tmp_path / str(processes)) if "rfid" in row}
+        assert scored.keys() == {2, 4}
+        assert all(score > 0 for score in scored.values())
+        assert (tmp_path / str(processes) / "best" / "config.json").is_file()
+
+
 def test_a_run_folder_refuses_other_settings(emoji: dict[str, Path], tmp_path: Path) -> None:
     steps = ["training.steps=2", "training.checkpoint_every=2"]
     assert run_scq(*command(emoji, tmp_path / "run", *steps)).returncode == 0

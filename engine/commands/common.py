@@ -52,13 +52,6 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def join_processes() -> str:
-    """This process's device, after it has joined the others that `accelerate launch` started, if any."""
-    from accelerate import PartialState
-
-    return str(PartialState().device)
-
-
 def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)

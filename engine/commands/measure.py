@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import add_model, command, join_processes, positive
+from engine.commands.common import add_model, command, positive
+from engine.errors import UserError
 
 
 def add_quickstart(commands: Any) -> None:
@@ -49,6 +50,13 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--card", action="store_true", help="write the numbers into the model's card, too")
     parser.add_argument("--lpips-weights", help="file of VGG16's weights; without it LPIPS is left out")
     parser.add_argument(
+        "--second-backbone", metavar="NAME",
+        help="a vision transformer of timm, such as vit_large_patch14_dinov2, for a second Frechet distance",
+    )  # fmt: skip
+    parser.add_argument("--second-weights", metavar="FILE", help="its weights; without it timm's cache or download")
+    parser.add_argument("--train", metavar="SHARDS", help="training images, to picture the nearest ones of samples")
+    parser.add_argument("--neighbours", type=int, default=5000, help="training images to look through; 0 for all")
+    parser.add_argument(
         "--weight-bits", type=positive, action="append", default=[], metavar="BITS",
         help="decode z_q with its weights rounded to so many bits, too, and say what that costs; repeat for several",
     )  # fmt: skip
@@ -56,28 +64,41 @@ def add_evaluate(commands: Any) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from engine.config import write_atomically
-    from engine.processes import process_place
+    from engine.processes import join_processes, process_place
     from engine.progress import progress_bar, say
-    from evaluation.evaluate import Reference, evaluate
+    from evaluation.dinov2 import load_transformer
+    from evaluation.evaluate import Extras, Reference, evaluate
     from evaluation.inception import load_inception
     from sampling.pipeline import SoftConvexPipeline, is_pipeline, model_root
     from stage1_tokenizer.losses import PerceptualLoss
     from stage1_tokenizer.train import load_tokenizer
 
+    if options.second_weights and not options.second_backbone:
+        raise UserError("--second-weights needs --second-backbone, the name of the network that they are of")
     on = join_processes()
-    main = process_place()[0] == 0
+    rank, processes = process_place()
+    main = rank == 0
     reference = Reference(options.data, options.num_real)
     pipeline = SoftConvexPipeline.from_pretrained(options.model, on) if is_pipeline(options.model) else None
+    if pipeline is None and (options.train or options.second_backbone):
+        raise UserError(f"--train and --second-backbone are about samples, and {options.model} is a tokenizer alone")
+    training = Reference(options.train, options.neighbours) if options.train else None
     tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(options.model).to(on)
     network = load_inception(options.inception_weights, on)
+    second = load_transformer(options.second_backbone, options.second_weights, on) if options.second_backbone else None
+    extras = Extras(second, training, options.out.with_name(f"{options.out.stem}_neighbours.png"))
     if main:
         say(f"Inception: {network.description}")
+        if second is not None:
+            say(f"second backbone: {second.description}")
+        if processes > 1:
+            say(f"{processes} processes share the work")
     draw = pipeline.stream if pipeline else None
     refined = {"refined": pipeline.refiner} if pipeline and pipeline.refiner is not None else {}
     bar = partial(progress_bar, quiet=not main)
     perceptual = PerceptualLoss(options.lpips_weights).to(on) if options.lpips_weights else None
     results = evaluate(
-        tokenizer, draw, reference, network, options.num_samples, options.cache, bar,
+        tokenizer, draw, reference, network, options.num_samples, options.cache, bar, extras,
         perceptual=perceptual, refiners=refined, weight_bits=options.weight_bits,
     )  # fmt: skip
     if main:

@@ -36,31 +36,38 @@ def add_train(commands: Any) -> None:
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
     from engine.config import load_config
+    from engine.processes import join_processes, process_place
     from stage1_tokenizer.train import TokenizerExperiment, estimate_tokenizer, train_tokenizer
 
     config = load_config(TokenizerExperiment, options.config, options.overrides)
     if options.dry_run:
         say_once("\n".join(estimate_tokenizer(config)))
         return
-    train_tokenizer(config, _rfid(config) if config.score.images else None)
+    if config.score.images and not config.data.validation:
+        raise UserError("score.images needs held-out images: set data.validation to their shards")
+    join_processes()
+    # The loop scores in the main process alone, while the others wait.
+    scores = config.score.images and process_place()[0] == 0
+    train_tokenizer(config, _rfid(config) if scores else None)
     say_once(f"{Path(config.out) / 'model'}")
 
 
 def _rfid(config: Any) -> Any:
-    """A function from a tokenizer to its rFID on held-out images, the mean of that of z_q and of dominant codes."""
+    """A function from a tokenizer to its rFID on held-out images, the mean of that of z_q and of dominant codes.
+
+    It works in this process alone.
+    """
     from engine.progress import say
     from evaluation.evaluate import Reference, evaluate_reconstructions
     from evaluation.inception import load_inception
 
-    if not config.data.validation:
-        raise UserError("score.images needs held-out images: set data.validation to their shards")
-    reference = Reference(config.data.validation, config.score.images)
+    reference = Reference(config.data.validation, config.score.images, alone=True)
     network = load_inception(config.score.inception_weights or None, device())
     say(f"Inception: {network.description}")
     real = reference.features(network)
 
     def measure(tokenizer: Any) -> float:
-        found = evaluate_reconstructions(tokenizer, reference, network, real)
+        found = evaluate_reconstructions(tokenizer, reference, network, real).ways
         return sum(each["rfid"] for each in found.values()) / len(found)
 
     return measure
@@ -134,14 +141,14 @@ def add_tokenize(commands: Any) -> None:
 
 
 def _tokenize(options: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
+    from engine.processes import join_processes, process_place
     from engine.progress import progress_bar
     from stage1_tokenizer.train import load_tokenizer
     from stage1_tokenizer.write_tokens import write_tokens
 
     tokenizer = load_tokenizer(options.model)
-    with progress_bar("tokenize", quiet=not PartialState().is_main_process) as bar:
+    join_processes()
+    with progress_bar("tokenize", quiet=process_place()[0] > 0) as bar:
         tokens = write_tokens(tokenizer, options.data, options.out, options.batch_size, options.views, bar)
     h, w = tokens.grid
     say_once(f"{options.out}: {len(tokens)} grids of {h}x{w} codes out of {tokens.codebook_size}")

@@ -1,0 +1,64 @@
+"""What every feature network is: uint8 images in, features out, its weights named; and how their file is read."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.errors import UserError
+
+
+class FeatureNetwork(Protocol):
+    """Maps uint8 RGB images (B, 3, H, W) in 0..255, of any size, to float32 features (B, num_features)."""
+
+    num_features: int
+    description: str  # one line: which weights these are and where they came from
+    protocol: str  # the fixed preprocessing, to be written next to every number
+    fingerprint: str  # sha256 (hex) of the weights: features of two networks are never compared
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+def check_images(images: Tensor) -> None:
+    """Raises TypeError for another dtype than uint8 (floats would silently be on another scale), ValueError for another
+    shape than (B, 3, H, W)."""
+    if images.dtype != torch.uint8:
+        raise TypeError(f"feature networks take uint8 images in 0..255, not {images.dtype}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"feature networks take images of shape (B, 3, H, W), not {tuple(images.shape)}")
+
+
+def weights_fingerprint(weights: dict[str, Tensor]) -> str:
+    """sha256 (hex) of names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_weights(path: Path, what: str) -> dict[str, Tensor]:
+    """A state dict from a .safetensors or .pth file, read without unpickling any code.
+
+    Args:
+        what: words for the errors ("the Inception weights").
+
+    Raises:
+        UserError: the file is missing, cannot be read, or holds something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{what} {path} do not exist")
+    try:
+        if path.suffix == ".safetensors":
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file fails in as many ways as there are formats
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{what} {path} cannot be read as a state dict: {first_line}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{what} {path} are not a state dict (names to tensors)")
+    return weights
