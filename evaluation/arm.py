@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.stream import Batch, iterate_once
+from data.stream import Batch, ImageStream, iterate_once
 from engine.config import as_dict
 from engine.fingerprint import fingerprint
 from engine.loop import Trained
@@ -77,11 +77,10 @@ class Arm:
         yardsticks: Yardsticks,
         samples: SampleBudget,
         shards: dict[str, Path],
-        dataset: Any,
         training_set: FeatureSet | None = None,
     ):
         self.name, self.folder, self.pictures = name, folder, pictures
-        self.shards, self.dataset = shards, as_dict(dataset)
+        self.shards, self.training_images = shards, ImageStream(shards["train"], batch_size=1).fingerprint
         self.tokenizer, self.prior, self.refiners = tokenizer, prior, refiners
         self.yardsticks, self.samples, self.training_set = yardsticks, samples, training_set
         tokenizer.out = str(folder / "tokenizer")
@@ -136,7 +135,7 @@ class Arm:
         """What the result of a training depends on; not where on this disk it lies."""
         places = {"out", "tokenizer", "prior", "data"}
         choices = {key: value for key, value in as_dict(experiment).items() if key not in places}
-        return [choices, as_dict(experiment)["data"].get("flip"), self.dataset]
+        return [choices, as_dict(experiment)["data"].get("flip"), self.training_images]
 
     def _measure_tokenizer(self) -> dict[str, Any]:
         row = measure_tokenizer(self.tokenizer, self.yardsticks)

@@ -143,7 +143,7 @@ def run_benchmark(
         "sample_reference": vars(drawn_against.description),
         "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
         "sampling": as_dict(config.sampling),
-        "measure": as_dict(measure),
+        "measure": {**as_dict(measure), "lpips_weights": Path(measure.lpips_weights).name},
         "arms": {},
     }
     # One seed of every arm before the second of any: whoever stops early has a whole comparison.
@@ -247,7 +247,7 @@ def _arm(
     title = f"{name}_seed{seed}" if seed else name
     return Arm(
         title, out / "arms" / title, out / PICTURES / title, tokenizer, prior, refiners, yardsticks, samples, shards,
-        config.dataset, training_set,
+        training_set,
     )  # fmt: skip
 
 

@@ -65,8 +65,8 @@ class Yardsticks:
         self.reference, self.network, self.real, self.device = reference, network, real, device
         self.perceptual = PerceptualLoss(lpips_weights).to(device) if lpips_weights else None
         self.weight_bits = list(weight_bits)
-        name = network.description if network else None
-        self.description = [vars(reference.description), name, bool(lpips_weights), self.weight_bits]
+        weights = network.fingerprint if network else None
+        self.description = [vars(reference.description), weights, bool(lpips_weights), self.weight_bits]
 
     def reconstructions(self, tokenizer: ImageTokenizer, **choices: Any) -> dict[str, Any]:
         """The ways of decoding that `measure` finds."""
