@@ -12,7 +12,8 @@ from engine.config import as_dict, load_config, save_config, write_atomically
 from engine.errors import UserError
 
 # What may differ between the run that wrote a folder and the one that goes on in it. Where the data lies may change;
-# whether it is the same data is checked by its fingerprint when a checkpoint is restored.
+# whether it is the same data, and whether a tokenizer or a prior at another place is the same network, is checked by
+# fingerprints when a checkpoint is restored.
 _FREE_KEYS = frozenset(
     [
         "out",

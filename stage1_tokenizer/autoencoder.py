@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from engine.fingerprint import weights_fingerprint
 from stage1_tokenizer.latent_network import LatentNetwork
 from stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
 from stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
@@ -134,11 +134,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits of all weights: tokens carry it, and a prior refuses tokens of another tokenizer."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return weights_fingerprint(self)
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:

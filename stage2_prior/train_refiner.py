@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.stream import Batch, ImageStream
 from engine.config import DataConfig, LoopConfig, OptimizerConfig
 from engine.errors import UserError
+from engine.fingerprint import weights_fingerprint
 from engine.loop import Trained, make_accelerator, train
 from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from engine.pictures import picture_grid
@@ -189,8 +190,8 @@ def train_refiner(
     """Train, or go on with, the refiner of ``config``. The caller exports it together with tokenizer and prior.
 
     Raises:
-        UserError, DataError: the config or the shards are unfit, the tokenizer has nothing to refine, or training
-            diverged.
+        UserError, DataError: the config or the shards are unfit, the tokenizer has nothing to refine, the run was
+            begun with another tokenizer or prior, or training diverged.
     """
     if not config.out:
         raise UserError("out is empty: say where the run goes, for example out=runs/refiner")
@@ -208,7 +209,10 @@ def train_refiner(
         size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
         say(f"refiner {config.architecture.kind}: {size:.1f}M parameters, {stream.num_images} images, {run.path}")
     title = f"train refiner {config.architecture.kind}"
-    return train(task, stream, config.training, config.optimizer, run, accelerator, title)
+    frozen = {"tokenizer": tokenizer.fingerprint()}
+    if config.resampled_share > 0:  # else the prior has no say in what the refiner learns
+        frozen["prior"] = weights_fingerprint(prior)
+    return train(task, stream, config.training, config.optimizer, run, accelerator, title, frozen)
 
 
 def _images(shards: str) -> Tensor:

@@ -167,3 +167,19 @@ def test_what_cannot_be_refined_is_named(emoji: dict[str, Path], tmp_path: Path)
         train_refiner(config(emoji, tmp_path / "run", "resampled_share=0.5"), tokenizer())
     with pytest.raises(UserError, match="kind must be regression or flow, not 'magic'"):
         train_refiner(config(emoji, tmp_path / "run", "architecture.kind=magic"), tokenizer())
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_and_prior_only(emoji: dict[str, Path], tmp_path: Path) -> None:
+    """Also where nothing is left to train: the caller would export old codes' refiner with a new tokenizer."""
+    model, other = tokenizer(), tokenizer()
+    with torch.no_grad():
+        other.quantizer.codebook += 0.01
+    priors = [MaskedTransformer(32, model.grid, width=16, depth=1, heads=2) for _ in range(2)]
+    few = ["training.steps=2", "training.images_every=0", "resampled_share=0.5"]
+    train_refiner(config(emoji, tmp_path / "run", *few), model, priors[0])
+    with pytest.raises(UserError, match=f"holds a run with tokenizer {model.fingerprint()}, .* {other.fingerprint()}"):
+        train_refiner(config(emoji, tmp_path / "run", *few), other, priors[0])
+    with pytest.raises(UserError, match="holds a run with prior"):
+        train_refiner(config(emoji, tmp_path / "run", *few, "training.steps=4"), model, priors[1])
+    moved = config(emoji, tmp_path / "run", *few, "training.steps=4", "tokenizer=elsewhere", "prior=too")
+    assert train_refiner(moved, model, priors[0]).steps == 4, "only their places have changed"
