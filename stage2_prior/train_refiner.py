@@ -137,7 +137,8 @@ class RefinerTask:
         codes = found.indices.flatten(1)  # (B, L)
         share = self.config.resampled_share * image_uniform(positions, seed=seed, purpose="resampled share")
         hidden = image_uniform(positions, codes.shape[1], seed=seed, purpose="resampled places") < share[:, None]
-        logits = self.prior(torch.where(hidden, self.prior.mask_token, codes)).float()  # (B, L, K)
+        labels = batch.labels.to(device) if self.prior.config.num_classes else None
+        logits = self.prior(torch.where(hidden, self.prior.mask_token, codes), labels).float()  # (B, L, K)
         drawn = (logits + image_gumbel(positions, *logits.shape[1:], seed=seed, purpose="resampled codes")).argmax(-1)
         return torch.where(hidden, drawn, codes).view_as(found.indices), found.z_q, positions
 
@@ -201,6 +202,11 @@ def train_refiner(
         raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
     accelerator = make_accelerator(config.training)
     stream = open_stream(config.data, config.training, tokenizer.config.image_size, accelerator)
+    if config.resampled_share > 0 and prior.config.num_classes not in (0, stream.num_classes):
+        raise UserError(
+            f"the prior {config.prior} knows {prior.config.num_classes} classes, but {config.data.train} holds "
+            f"{stream.num_classes}"
+        )
     measured = _images(config.data.train)
     held_out = _images(config.data.validation or config.data.train)
     task = RefinerTask(config, accelerator, tokenizer, prior, measured, held_out)
