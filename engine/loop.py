@@ -30,7 +30,7 @@ from engine.progress import progress_bar, say
 from engine.randomness import step_seed
 from engine.schedules import learning_rate_share
 from engine.sharding import Whole, is_sharded
-from engine.tracking import RunFolder, read_metrics
+from engine.tracking import RunFolder, checked_tracker, read_metrics
 
 
 class Task(Protocol):
@@ -65,7 +65,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     """Devices, processes and mixed precision, as ``accelerate launch`` or the machine decides."""
     # accelerate keeps the first precision of a process for good; a process may train several models.
     AcceleratorState._reset_state()
-    tracker = None if config.tracker == "none" else config.tracker
+    tracker = checked_tracker(config.tracker)
     return Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
 
 
@@ -114,7 +114,7 @@ def train(
     if first:
         stream.load_state_dict(state["stream"])
         _refuse_other_networks(run.path, state.get("frozen", frozen), frozen)
-    run.forget_after(first)
+    run.begin(first)
     base_rates = {name: [group["initial_lr"] for group in o.param_groups] for name, o in task.optimizers.items()}
     meter, divided = _Meter(checkpoints), is_sharded(model)
     started = time.monotonic()
