@@ -31,7 +31,7 @@ from engine.progress import progress_bar, say
 from engine.randomness import step_seed
 from engine.schedules import learning_rate_share
 from engine.sharding import Whole, is_sharded
-from engine.tracking import RunFolder, read_metrics
+from engine.tracking import RunFolder, checked_tracker, read_metrics
 
 
 class Task(Protocol):
@@ -70,7 +70,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     # accelerate keeps the first precision of a process for good; a process may train several models.
     AcceleratorState._reset_state()
     join_processes()
-    tracker = None if config.tracker == "none" else config.tracker
+    tracker = checked_tracker(config.tracker)
     return Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
 
 
@@ -96,18 +96,21 @@ def train(
     run: RunFolder,
     accelerator: Accelerator,
     title: str,
+    frozen: dict[str, str] | None = None,
 ) -> Trained:
     """Train until ``config.steps``, going on from the newest checkpoint of ``run`` where there is one.
 
     Args:
         stream: yields this process's share of every batch, and knows its place (data.stream, data.tokens).
         title: what the progress bar says.
+        frozen: fingerprints, by name, of the networks that the task takes as given; a checkpoint keeps them.
 
     Raises:
         UserError: a loss or gradient became non-finite; the message names the step, the terms and the last good
-            checkpoint, which is left untouched.
+            checkpoint, which is left untouched. Or the run was trained with other frozen networks.
         DataError: the run was trained on other data.
     """
+    frozen = frozen or {}
     model, average = task.modules["model"], task.average
     modules = {**task.modules, "ema": average.module}
     checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints, modules, task.optimizers)
@@ -115,7 +118,8 @@ def train(
     first, spent = state["step"], state.get("seconds", 0.0)
     if first:
         stream.load_state_dict(state["stream"])
-    run.forget_after(first)
+        _refuse_other_networks(run.path, state.get("frozen", frozen), frozen)
+    run.begin(first)
     base_rates = {name: [group["initial_lr"] for group in o.param_groups] for name, o in task.optimizers.items()}
     meter, divided = _Meter(checkpoints), is_sharded(model)
     started = time.monotonic()
@@ -153,7 +157,7 @@ def train(
                     run.log(done, values if score is None else {**values, task.score_name: score})
                     if saves:
                         state = {"seconds": spent + time.monotonic() - started, "stream": stream.state_dict()}
-                        checkpoints.save(done, write=run.is_main, score=score, **state)
+                        checkpoints.save(done, write=run.is_main, score=score, frozen=frozen, **state)
             if config.images_every and (done % config.images_every == 0 or last) and run.is_main:
                 with meter.paused():
                     run.picture("curves", curves(read_metrics(run.path)))
@@ -167,6 +171,15 @@ def train(
         tracker.finish()
     seconds = spent + time.monotonic() - started if first < config.steps else spent
     return Trained(average.module.eval(), config.steps, seconds, checkpoints.best())
+
+
+def _refuse_other_networks(run: Path, saved: dict[str, str], given: dict[str, str]) -> None:
+    for name in sorted(saved.keys() | given.keys()):
+        if saved.get(name) != given.get(name):
+            raise UserError(
+                f"{run} holds a run with {name} {saved.get(name, 'none')}, this one is given {name} "
+                f"{given.get(name, 'none')}; choose another out=... or delete that folder"
+            )
 
 
 class _Meter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -12,7 +13,8 @@ from engine.config import as_dict, load_config, save_config, write_atomically
 from engine.errors import UserError
 
 # What may differ between the run that wrote a folder and the one that goes on in it. Where the data lies may change;
-# whether it is the same data is checked by its fingerprint when a checkpoint is restored.
+# whether it is the same data, and whether a tokenizer or a prior at another place is the same network, is checked by
+# fingerprints when a checkpoint is restored.
 _FREE_KEYS = frozenset(
     [
         "out",
@@ -47,10 +49,7 @@ class RunFolder:
         if self.is_main:
             (self.path / "images").mkdir(parents=True, exist_ok=True)
             save_config(config, self.path / "config.yaml")
-        tracker = config.training.tracker
-        if tracker != "none":
-            _require_tracker(tracker)
-            accelerator.init_trackers("scq", init_kwargs={"wandb": {"dir": str(self.path)}})
+        self._config = config
 
     @property
     def model(self) -> Path:
@@ -63,18 +62,40 @@ class RunFolder:
             with (self.path / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def forget_after(self, step: int) -> None:
-        """Drop what a killed run logged after the checkpoint that is resumed, so that no step stands twice."""
-        if not self.is_main or not (self.path / "metrics.jsonl").is_file():
-            return
-        kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
-        write_atomically(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
+    def begin(self, step: int) -> None:
+        """Open the logs for what comes after ``step``.
+
+        What a killed run logged after the checkpoint that is resumed is dropped, so that no step stands twice.
+        """
+        if self.is_main and (self.path / "metrics.jsonl").is_file():
+            kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
+            write_atomically(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
+        tracker = self._config.training.tracker
+        if tracker == "tensorboard":
+            # make_accelerator does not know the run; and what TensorBoard's tracker calls a project is a folder.
+            self.accelerator.project_configuration.logging_dir = str(self.path)
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        elif tracker == "wandb":
+            self.accelerator.init_trackers("scq", init_kwargs={"wandb": self._wandb_settings()})
 
     def picture(self, name: str, image: Image.Image) -> None:
         if self.is_main:
             temporary = self.path / "images" / f".{name}.tmp.png"
             image.save(temporary)
             temporary.rename(self.path / "images" / f"{name}.png")
+
+    def _wandb_settings(self) -> dict:
+        """A name that people recognise, the resolved config, and an id under which the run goes on where it stopped."""
+        path = self.path / "wandb_id"
+        if self.is_main and not path.is_file():
+            write_atomically(path, uuid.uuid4().hex[:8])
+        return {
+            "dir": str(self.path),
+            "name": "/".join(self.path.absolute().parts[-2:]),
+            "config": as_dict(self._config),
+            "id": path.read_text() if self.is_main else None,
+            "resume": "allow",
+        }
 
     def _refuse_other_settings(self, config: object) -> None:
         saved_path = self.path / "config.yaml"
@@ -112,11 +133,15 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def _require_tracker(tracker: str) -> None:
+def checked_tracker(tracker: str) -> str | None:
+    """accelerate's word for ``training.tracker``; UserError where there is no such tracker, or it is not installed."""
     from accelerate.tracking import is_tensorboard_available, is_wandb_available
 
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
+    if tracker == "none":
+        return None
     if tracker not in available:
         raise UserError(f"training.tracker is {tracker!r}; it must be none, tensorboard or wandb")
     if not available[tracker]():
         raise UserError(f"training.tracker={tracker} needs the logging extra: pip install 'scq[logging]'")
+    return tracker

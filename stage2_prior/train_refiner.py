@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data.stream import Batch, ImageStream
 from engine.config import DataConfig, LoopConfig, OptimizerConfig
 from engine.errors import UserError
+from engine.fingerprint import fingerprint
 from engine.loop import Trained, make_accelerator, train
 from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from engine.pictures import picture_grid
@@ -136,7 +137,8 @@ class RefinerTask:
         codes = found.indices.flatten(1)  # (B, L)
         share = self.config.resampled_share * image_uniform(positions, seed=seed, purpose="resampled share")
         hidden = image_uniform(positions, codes.shape[1], seed=seed, purpose="resampled places") < share[:, None]
-        logits = self.prior(torch.where(hidden, self.prior.mask_token, codes)).float()  # (B, L, K)
+        labels = batch.labels.to(device) if self.prior.config.num_classes else None
+        logits = self.prior(torch.where(hidden, self.prior.mask_token, codes), labels).float()  # (B, L, K)
         drawn = (logits + image_gumbel(positions, *logits.shape[1:], seed=seed, purpose="resampled codes")).argmax(-1)
         return torch.where(hidden, drawn, codes).view_as(found.indices), found.z_q, positions
 
@@ -189,8 +191,8 @@ def train_refiner(
     """Train, or go on with, the refiner of ``config``. The caller exports it together with tokenizer and prior.
 
     Raises:
-        UserError, DataError: the config or the shards are unfit, the tokenizer has nothing to refine, or training
-            diverged.
+        UserError, DataError: the config or the shards are unfit, the tokenizer has nothing to refine, the run was
+            begun with another tokenizer or prior, or training diverged.
     """
     if not config.out:
         raise UserError("out is empty: say where the run goes, for example out=runs/refiner")
@@ -200,6 +202,11 @@ def train_refiner(
         raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
     accelerator = make_accelerator(config.training)
     stream = open_stream(config.data, config.training, tokenizer.config.image_size, accelerator)
+    if config.resampled_share > 0 and prior.config.num_classes not in (0, stream.num_classes):
+        raise UserError(
+            f"the prior {config.prior} knows {prior.config.num_classes} classes, but {config.data.train} holds "
+            f"{stream.num_classes}"
+        )
     measured = _images(config.data.train)
     held_out = _images(config.data.validation or config.data.train)
     task = RefinerTask(config, accelerator, tokenizer, prior, measured, held_out)
@@ -208,7 +215,10 @@ def train_refiner(
         size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
         say(f"refiner {config.architecture.kind}: {size:.1f}M parameters, {stream.num_images} images, {run.path}")
     title = f"train refiner {config.architecture.kind}"
-    return train(task, stream, config.training, config.optimizer, run, accelerator, title)
+    frozen = {"tokenizer": tokenizer.fingerprint()}
+    if config.resampled_share > 0:  # else the prior has no say in what the refiner learns
+        frozen["prior"] = fingerprint(prior)
+    return train(task, stream, config.training, config.optimizer, run, accelerator, title, frozen)
 
 
 def _images(shards: str) -> Tensor:

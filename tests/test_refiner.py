@@ -160,6 +160,20 @@ def test_a_share_of_the_codes_is_the_priors(emoji: dict[str, Path], tmp_path: Pa
     assert changed.std() > 0.1, "every image has its own share"
 
 
+def test_a_class_conditional_prior_is_told_the_class(emoji: dict[str, Path], tmp_path: Path) -> None:
+    model = tokenizer()
+    prior = MaskedTransformer(32, model.grid, width=16, depth=1, heads=2, num_classes=3)
+    asked = config(emoji, tmp_path / "run", "resampled_share=1.0")
+    batch = next(iterate_once(emoji["train"], 16))._replace(labels=torch.arange(16) % 3)
+    task = RefinerTask(asked, make_accelerator(asked.training), model, prior, batch.images, batch.images)
+    given: list[torch.Tensor] = []
+    prior.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1]))
+    task._pairs(batch)
+    assert torch.equal(given[0], batch.labels)
+    with pytest.raises(UserError, match=r"knows 3 classes, but .* holds 0"):
+        train_refiner(asked, model, prior)
+
+
 def test_what_cannot_be_refined_is_named(emoji: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is nothing to refine"):
         train_refiner(config(emoji, tmp_path / "run"), tokenizer("vq"))
@@ -167,3 +181,19 @@ def test_what_cannot_be_refined_is_named(emoji: dict[str, Path], tmp_path: Path)
         train_refiner(config(emoji, tmp_path / "run", "resampled_share=0.5"), tokenizer())
     with pytest.raises(UserError, match="kind must be regression or flow, not 'magic'"):
         train_refiner(config(emoji, tmp_path / "run", "architecture.kind=magic"), tokenizer())
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_and_prior_only(emoji: dict[str, Path], tmp_path: Path) -> None:
+    """Also where nothing is left to train: the caller would export old codes' refiner with a new tokenizer."""
+    model, other = tokenizer(), tokenizer()
+    with torch.no_grad():
+        other.quantizer.codebook += 0.01
+    priors = [MaskedTransformer(32, model.grid, width=16, depth=1, heads=2) for _ in range(2)]
+    few = ["training.steps=2", "training.images_every=0", "resampled_share=0.5"]
+    train_refiner(config(emoji, tmp_path / "run", *few), model, priors[0])
+    with pytest.raises(UserError, match=f"holds a run with tokenizer {model.fingerprint()}, .* {other.fingerprint()}"):
+        train_refiner(config(emoji, tmp_path / "run", *few), other, priors[0])
+    with pytest.raises(UserError, match="holds a run with prior"):
+        train_refiner(config(emoji, tmp_path / "run", *few, "training.steps=4"), model, priors[1])
+    moved = config(emoji, tmp_path / "run", *few, "training.steps=4", "tokenizer=elsewhere", "prior=too")
+    assert train_refiner(moved, model, priors[0]).steps == 4, "only their places have changed"

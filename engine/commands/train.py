@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,6 @@ def _rfid(config: Any) -> Any:
 
 
 def _train_prior(options: argparse.Namespace) -> None:
-    from accelerate import PartialState
-    from safetensors.torch import load_model
-
     from engine.config import load_config
     from engine.pictures import picture_grid
     from sampling.pipeline import SoftConvexPipeline
@@ -96,18 +94,10 @@ def _train_prior(options: argparse.Namespace) -> None:
         return picture_grid(next(pipeline.stream(32, batch_size=32)).images, columns=8)
 
     trained = train_prior(config, tokenizer.fingerprint(), tokenizer.codes(), draw)
-    if PartialState().is_main_process:
-        prior = trained.averaged.cpu()
-        SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "model")
-        if trained.best is not None:
-            load_model(prior, str(trained.best / "ema.safetensors"))
-            SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "best")
-    say_once(f"{Path(config.out) / 'model'}")
+    _export(trained, Path(config.out), lambda prior, to: SoftConvexPipeline(tokenizer, prior).save_pretrained(to))
 
 
 def _train_refiner(options: argparse.Namespace) -> None:
-    from accelerate import PartialState
-
     from engine.config import load_config
     from sampling.pipeline import SoftConvexPipeline
     from stage1_tokenizer.train import export, load_tokenizer
@@ -119,14 +109,29 @@ def _train_refiner(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(config.tokenizer)
     pipeline = SoftConvexPipeline.from_pretrained(config.prior) if config.prior else None
     trained = train_refiner(config, tokenizer, None if pipeline is None else pipeline.prior)
-    folder = Path(config.out) / "model"
-    if PartialState().is_main_process:
+
+    def save(refiner: Any, folder: Path) -> None:
         if pipeline is None:
-            export(trained.averaged.cpu(), folder)
+            export(refiner, folder)
         else:
-            parts = tokenizer.cpu(), pipeline.prior.cpu(), trained.averaged.cpu(), pipeline.scheduler
+            parts = tokenizer.cpu(), pipeline.prior.cpu(), refiner, pipeline.scheduler
             SoftConvexPipeline(*parts).save_pretrained(folder)
-    say_once(f"{folder}")
+
+    _export(trained, Path(config.out), save)
+
+
+def _export(trained: Any, out: Path, save: Callable[[Any, Path], None]) -> None:
+    """Save the averaged weights of the last step to ``out/model``, and those of the best checkpoint to ``out/best``."""
+    from accelerate import PartialState
+    from safetensors.torch import load_model
+
+    if PartialState().is_main_process:
+        network = trained.averaged.cpu()
+        save(network, out / "model")
+        if trained.best is not None:
+            load_model(network, str(trained.best / "ema.safetensors"))
+            save(network, out / "best")
+    say_once(f"{out / 'model'}")
 
 
 def add_tokenize(commands: Any) -> None:
