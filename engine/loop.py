@@ -100,7 +100,7 @@ def train(
 
     Raises:
         UserError: a loss or gradient became non-finite; the message names the step, the terms and the last good
-            checkpoint, which is left untouched.
+            checkpoint, which is left untouched. Or the newest checkpoint is beyond ``config.steps``.
         DataError: the run was trained on other data.
     """
     model, average = task.modules["model"], task.average
@@ -108,6 +108,11 @@ def train(
     checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints, modules, task.optimizers)
     state = checkpoints.restore()
     first, spent = state["step"], state.get("seconds", 0.0)
+    if first > config.steps:
+        raise UserError(
+            f"{run.path} was trained for {first} steps already, training.steps={config.steps} asks for fewer; "
+            "raise training.steps, choose another out=... or delete that folder"
+        )
     if first:
         stream.load_state_dict(state["stream"])
     run.forget_after(first)
