@@ -7,9 +7,10 @@ that is not written down as different. The command line overrides with ``section
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,7 +84,47 @@ def load_config(schema: type[Schema], path: Path | str | None = None, overrides:
         except (OmegaConfBaseException, YAMLError) as error:
             raise UserError(f"override {override!r} cannot be read: {_first_line(error)}") from error
         config = _merge(config, parsed, f"override {override!r}")
-    return OmegaConf.to_object(config)
+    try:
+        found = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {_first_line(error)}") from error
+    check_ranges(found)
+    return found
+
+
+def check_ranges(config: object, prefix: str = "") -> None:
+    """Refuse values of the parts that experiments share which no training could work with.
+
+    Raises:
+        UserError: names the first value out of its range, with its whole key.
+    """
+    for name, good, what in _ranges(config):
+        if not good:
+            raise UserError(f"{prefix}{name} is {getattr(config, name)!r}; it must be {what}")
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            check_ranges(value, f"{prefix}{each.name}.")
+
+
+def _ranges(config: object) -> list[tuple[str, bool, str]]:
+    """Field, whether its value is good, and what it must be."""
+    if isinstance(config, LoopConfig):
+        counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        return [
+            *((name, getattr(config, name) >= 1, "at least 1") for name in counts),
+            *((name, getattr(config, name) >= 0, "at least 0") for name in ("keep_checkpoints", "images_every")),
+            ("ema_decay", 0 <= config.ema_decay < 1, "in [0, 1)"),
+        ]
+    if isinstance(config, OptimizerConfig):
+        betas = len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)
+        positive = ("learning_rate", "weight_decay", "warmup_steps", "clip_norm")
+        return [
+            *((name, 0 <= getattr(config, name) < math.inf, "at least 0, and finite") for name in positive),
+            ("betas", betas, "two numbers in [0, 1)"),
+            ("final_share", 0 <= config.final_share <= 1, "in [0, 1]"),
+        ]
+    return [("workers", config.workers >= 0, "at least 0")] if isinstance(config, DataConfig) else []
 
 
 def save_config(config: object, path: Path) -> None:

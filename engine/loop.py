@@ -107,7 +107,8 @@ def train(
 
     Raises:
         UserError: a loss or gradient became non-finite; the message names the step, the terms and the last good
-            checkpoint, which is left untouched. Or the run was trained with other frozen networks.
+            checkpoint, which is left untouched. Or the newest checkpoint is beyond ``config.steps``, or the run was
+            trained with other frozen networks.
         DataError: the run was trained on other data.
     """
     frozen = frozen or {}
@@ -116,6 +117,11 @@ def train(
     checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints, modules, task.optimizers)
     state = checkpoints.restore()
     first, spent = state["step"], state.get("seconds", 0.0)
+    if first > config.steps:
+        raise UserError(
+            f"{run.path} was trained for {first} steps already, training.steps={config.steps} asks for fewer; "
+            "raise training.steps, choose another out=... or delete that folder"
+        )
     if first:
         stream.load_state_dict(state["stream"])
         _refuse_other_networks(run.path, state.get("frozen", frozen), frozen)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from data.files import atomic_write
 from engine.pictures import picture_grid
 
 matplotlib.use("Agg")
@@ -171,7 +172,8 @@ def stacked_rows(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
 
 def _save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 from safetensors.torch import load_model
 from timm.utils import ModelEmaV3
@@ -22,6 +22,7 @@ from data.stream import Batch, ImageStream, iterate_once
 from engine.config import DataConfig, LoopConfig, OptimizerConfig
 from engine.dry_run import PROBED_IMAGES, estimate
 from engine.errors import UserError
+from engine.folders import replaced_model
 from engine.loop import Trained, make_accelerator, train
 from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from engine.pictures import picture_grid
@@ -271,13 +272,15 @@ def open_stream(data: DataConfig, training: LoopConfig, image_size: int, acceler
     return stream
 
 
-def export(model: ImageTokenizer, folder: Path) -> None:
-    """Save a diffusers model so that ``folder`` is never seen half-written."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+def export(model: ModelMixin, folder: Path) -> None:
+    """Save a diffusers model so that ``folder`` is never seen half-written.
+
+    Raises:
+        UserError: ``folder`` holds anything but a model.
+    """
+    # A refiner's run ends in a pipeline where it was told of a prior, and in a refiner alone where not.
+    with replaced_model(folder, {type(model).__name__, "SoftConvexPipeline"}) as fresh:
+        model.save_pretrained(fresh)
 
 
 def load_tokenizer(path: Path | str) -> ImageTokenizer:
@@ -290,7 +293,7 @@ def load_tokenizer(path: Path | str) -> ImageTokenizer:
     for folder in (path, path / "tokenizer", path / "model", path / "model" / "tokenizer"):
         if (folder / "diffusion_pytorch_model.safetensors").is_file():
             try:
-                return ImageTokenizer.from_pretrained(folder, local_files_only=True).eval()
+                return ImageTokenizer.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
             except (OSError, ValueError, RuntimeError, TypeError) as error:
                 raise UserError(f"{folder} cannot be loaded as a tokenizer: {str(error).splitlines()[0]}") from error
     raise UserError(f"no tokenizer in {path}: expected a folder that `scq train tokenizer` or `scq train prior` wrote")

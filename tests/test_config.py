@@ -90,6 +90,17 @@ def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
         ("training.steps=many", "training.steps"),
         ("training.steps", "not of the form"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate"),
+        ("out=${foo}", "foo"),
+        ("training.steps=0", "training.steps is 0; it must be at least 1"),
+        ("training.batch_size=0", "training.batch_size is 0"),
+        ("training.log_every=0", "training.log_every is 0"),
+        ("training.checkpoint_every=0", "training.checkpoint_every is 0"),
+        ("training.images_every=-1", "training.images_every is -1"),
+        ("training.ema_decay=1.0", r"training.ema_decay is 1.0; it must be in \[0, 1\)"),
+        ("optimizer.betas=[0.9]", r"optimizer.betas is \[0.9\]; it must be two numbers"),
+        ("optimizer.learning_rate=-1.0", "optimizer.learning_rate is -1.0"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan"),
+        ("data.workers=-1", "data.workers is -1"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, named: str) -> None:

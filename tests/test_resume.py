@@ -120,6 +120,9 @@ def test_a_run_folder_refuses_other_settings(emoji: dict[str, Path], tmp_path: P
     assert data.returncode == 2, "going on with other data would not be the same run"
     more = run_scq(*command(emoji, tmp_path / "run", "training.steps=4", "training.checkpoint_every=2"))
     assert more.returncode == 0, more.stderr
+    fewer = run_scq(*command(emoji, tmp_path / "run", "training.steps=3", "training.checkpoint_every=2"))
+    assert fewer.returncode == 2, "a model of 4 steps is none of 3"
+    assert "was trained for 4 steps already, training.steps=3" in fewer.stderr
 
 
 def test_divergence_names_step_terms_and_the_last_good_checkpoint(emoji: dict[str, Path], tmp_path: Path) -> None:
