@@ -78,18 +78,23 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
         moment = None if time is None else self.time(_waves(time))[:, :, None, None]  # (B, width, 1, 1)
         return self.network(given, embedded, moment)
 
-    def loss(self, indices: Tensor, latents: Tensor, noise: Tensor | None, time: Tensor | None) -> Tensor:
-        """Mean squared error of the prediction, 0-dim; 1 is what predicting nothing costs a regression.
+    def flow_loss(self, indices: Tensor, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Mean squared error of a flow's velocity, 0-dim.
 
         Args:
             indices: (B, h, w); latents: (B, F, h, w).
-            noise: flow only: (B, F, h, w) standard normal; time: flow only: (B,) uniform in [0, 1].
+            noise: (B, F, h, w) standard normal; time: (B,) uniform in [0, 1].
         """
-        wanted = self.difference(indices, latents)
-        if self.config.kind == "regression":
-            return F.mse_loss(self(indices), wanted)
-        t = time[:, None, None, None]
+        wanted, t = self.difference(indices, latents), time[:, None, None, None]
         return F.mse_loss(self(indices, (1 - t) * noise + t * wanted, time), wanted - noise)
+
+    def regression_loss(self, refined: Tensor, indices: Tensor, latents: Tensor) -> Tensor:
+        """Mean squared error of ``refined``, which is ``mean(indices)``, in units of ``spread``; codes alone have 1."""
+        return F.mse_loss(self.difference(indices, refined), self.difference(indices, latents))
+
+    def mean(self, indices: Tensor) -> Tensor:
+        """A regression's latents (B, F, h, w) for codes (B, h, w)."""
+        return self._code(indices) + self(indices) * self.spread[:, None, None]
 
     def difference(self, indices: Tensor, latents: Tensor) -> Tensor:
         """(B, F, h, w): latents minus their codes in units of ``spread``."""
@@ -107,7 +112,7 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
             ValueError: a flow without seeds, or steps below 1.
         """
         if self.config.kind == "regression":
-            return self._code(indices) + self(indices) * self.spread[:, None, None]
+            return self.mean(indices)
         if seeds is None or steps < 1:
             raise ValueError(f"a flow needs seeds and at least one step, not seeds={seeds} and steps={steps}")
         x = standard_normal(seeds, self.config.latent_dim, *indices.shape[1:], purpose="refiner")

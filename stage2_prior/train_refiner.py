@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from timm.utils import ModelEmaV3
@@ -48,6 +50,9 @@ class RefinerExperiment:
     resampled_share: float = (
         0.0  # of an image's codes, at most, replaced by the prior's guesses; each image its own share
     )
+    # Of the squared error of what the decoder makes of refined latents, beside that of the latents. A regression has no
+    # other aim than the image; a flow must match the latents' distribution, and is trained on latents alone.
+    pixel_weight: float = 0.0
     data: DataConfig = field(default_factory=DataConfig)
     architecture: RefinerArchitectureConfig = field(default_factory=RefinerArchitectureConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -83,7 +88,7 @@ class RefinerTask:
         refiner.describe(*self._around_codes(measured))
         self.average = ModelEmaV3(refiner, decay=config.training.ema_decay, use_warmup=True)
         self.modules: dict[str, nn.Module] = {"model": refiner}
-        loss = _LossOfRefiner(refiner, config, compiled=config.training.compile)
+        loss = _LossOfRefiner(refiner, config, self.tokenizer.decode)
         self.refiner = accelerator.prepare(loss)
         self.optimizers = {
             "refiner": accelerator.prepare(create_optimizer(refiner, config.optimizer, exclude=("embedding",)))
@@ -91,14 +96,13 @@ class RefinerTask:
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         terms = []
-        indices, latents, positions = self._pairs(batch)
-        parts = in_parts((indices, latents, positions), self.config.training)
+        parts = in_parts(self._pairs(batch), self.config.training)
         self.refiner.train()
         for part in micro_batches(self.accelerator, self.refiner, parts):
             with self.accelerator.autocast():
-                loss = self.refiner(*part)
+                loss, found = self.refiner(*part)
             self.accelerator.backward(loss / len(parts))
-            terms.append({"loss": loss})
+            terms.append({"loss": loss, **found})
         norm = optimizer_step(
             self.refiner, self.optimizers["refiner"], self.accelerator, self.config.optimizer.clip_norm
         )
@@ -127,20 +131,22 @@ class RefinerTask:
         return picture_grid(torch.cat([images, *map(to_uint8, decoded)]).cpu(), columns=len(images))
 
     @torch.no_grad()
-    def _pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes (B, h, w) as a prior might draw them, latents (B, F, h, w), and positions (B,)."""
+    def _pairs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes (B, h, w) as a prior might draw them, latents (B, F, h, w), images (B, 3, H, W) in [-1, 1], and
+        positions (B,)."""
         device, seed = self.accelerator.device, self.config.training.seed
         positions = batch.positions.to(device)
-        found = self.tokenizer.encode(to_float(batch.images.to(device, non_blocking=True)))
+        images = to_float(batch.images.to(device, non_blocking=True))
+        found = self.tokenizer.encode(images)
         if self.prior is None or self.config.resampled_share == 0:
-            return found.indices, found.z_q, positions
+            return found.indices, found.z_q, images, positions
         codes = found.indices.flatten(1)  # (B, L)
         share = self.config.resampled_share * image_uniform(positions, seed=seed, purpose="resampled share")
         hidden = image_uniform(positions, codes.shape[1], seed=seed, purpose="resampled places") < share[:, None]
         labels = batch.labels.to(device) if self.prior.config.num_classes else None
         logits = self.prior(torch.where(hidden, self.prior.mask_token, codes), labels).float()  # (B, L, K)
         drawn = (logits + image_gumbel(positions, *logits.shape[1:], seed=seed, purpose="resampled codes")).argmax(-1)
-        return torch.where(hidden, drawn, codes).view_as(found.indices), found.z_q, positions
+        return torch.where(hidden, drawn, codes).view_as(found.indices), found.z_q, images, positions
 
     @torch.no_grad()
     def _around_codes(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,20 +163,32 @@ class RefinerTask:
 
 
 class _LossOfRefiner(nn.Module):
-    """Noise and loss as one forward pass, which is what distributed training has to wrap."""
+    """Noise and loss as one forward pass, which is what distributed training has to wrap.
 
-    def __init__(self, refiner: ConvexRefiner, config: RefinerExperiment, compiled: bool):
+    Args:
+        decode: the frozen tokenizer's, latents to images.
+    """
+
+    def __init__(self, refiner: ConvexRefiner, config: RefinerExperiment, decode: Callable[[Tensor], Tensor]):
         super().__init__()
         self.refiner, self.seed = refiner, config.training.seed
-        if compiled:
+        self.pixel_weight, self.decode = config.pixel_weight, decode
+        if config.training.compile:
             self.refiner.compile()
 
-    def forward(self, indices: Tensor, latents: Tensor, positions: Tensor) -> Tensor:
-        if self.refiner.config.kind == "regression":
-            return self.refiner.loss(indices, latents, None, None)
-        noise = standard_normal(positions, *latents.shape[1:], seed=self.seed, purpose="refiner noise")
-        time = image_uniform(positions, seed=self.seed, purpose="refiner time")
-        return self.refiner.loss(indices, latents, noise, time)
+    def forward(
+        self, indices: Tensor, latents: Tensor, images: Tensor, positions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.refiner.config.kind == "flow":
+            noise = standard_normal(positions, *latents.shape[1:], seed=self.seed, purpose="refiner noise")
+            time = image_uniform(positions, seed=self.seed, purpose="refiner time")
+            return self.refiner.flow_loss(indices, latents, noise, time), {}
+        refined = self.refiner.mean(indices)
+        loss = self.refiner.regression_loss(refined, indices, latents)
+        if self.pixel_weight == 0:
+            return loss, {}
+        pixels = F.mse_loss(self.decode(refined), images)
+        return loss + self.pixel_weight * pixels, {"latents": loss, "pixels": pixels}
 
 
 def build_refiner(config: RefinerExperiment, tokenizer: ImageTokenizer) -> ConvexRefiner:
@@ -200,6 +218,8 @@ def train_refiner(
         raise UserError(f"resampled_share is {config.resampled_share}; it must be in [0, 1]")
     if config.resampled_share > 0 and prior is None:
         raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
+    if config.pixel_weight < 0:
+        raise UserError(f"pixel_weight is {config.pixel_weight}; it must be at least 0")
     accelerator = make_accelerator(config.training)
     stream = open_stream(config.data, config.training, tokenizer.config.image_size, accelerator)
     if config.resampled_share > 0 and prior.config.num_classes not in (0, stream.num_classes):

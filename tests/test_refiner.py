@@ -42,8 +42,10 @@ def fit(kind: str) -> ConvexRefiner:
     for step in range(500):
         indices, _, around = pairs(16, step)
         latents = refiner._code(indices) + around * refiner.spread[:, None, None]
-        noise, time = torch.randn_like(latents), torch.rand(16)
-        loss = refiner.loss(indices, latents, noise, time)
+        if kind == "flow":
+            loss = refiner.flow_loss(indices, latents, torch.randn_like(latents), torch.rand(16))
+        else:
+            loss = refiner.regression_loss(refiner.mean(indices), indices, latents)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -56,7 +58,8 @@ def test_an_untrained_regression_changes_nothing() -> None:
     assert torch.equal(refiner.refine(indices), refiner.codes[indices].permute(0, 3, 1, 2))
     latents = refiner._code(indices) + refiner.spread[:, None, None] * torch.randn(3, 4, 5, 5)
     torch.testing.assert_close(
-        refiner.loss(indices, latents, None, None), refiner.difference(indices, latents).square().mean()
+        refiner.regression_loss(refiner.mean(indices), indices, latents),
+        refiner.difference(indices, latents).square().mean(),
     )
 
 
@@ -145,15 +148,33 @@ def test_training_explains_more_and_the_pipeline_uses_it(kind: str, emoji: dict[
         SoftConvexPipeline(model, prior, other)
 
 
+def test_a_regression_may_aim_at_what_is_decoded(emoji: dict[str, Path], tmp_path: Path) -> None:
+    model, decoded = tokenizer(), {}
+    held_out = next(iterate_once(emoji["test"], 128)).images
+    truth = to_float(held_out)
+    for weight in (0, 100):
+        asked = config(emoji, tmp_path / str(weight), f"pixel_weight={weight}", "training.steps=80")
+        refiner = train_refiner(asked, model).averaged
+        with torch.no_grad():
+            indices = model.encode(truth).indices
+            images, alone = model.decode(refiner.refine(indices)), model.decode_indices(indices)
+        decoded[weight] = float((alone - truth).square().mean() - (images - truth).square().mean())
+    assert decoded[100] > 2 * abs(decoded[0]), "how much nearer refined latents come to the image than codes alone"
+    assert {"latents", "pixels"} <= read_metrics(tmp_path / "100")[-1].keys()
+    with pytest.raises(UserError, match=r"pixel_weight is -1.0; it must be at least 0"):
+        train_refiner(config(emoji, tmp_path / "bad", "pixel_weight=-1"), model)
+
+
 def test_a_share_of_the_codes_is_the_priors(emoji: dict[str, Path], tmp_path: Path) -> None:
     model = tokenizer()
     prior = MaskedTransformer(32, model.grid, width=16, depth=1, heads=2)
     asked = config(emoji, tmp_path / "run", "resampled_share=0.6")
     batch = next(iterate_once(emoji["train"], 64))
     task = RefinerTask(asked, make_accelerator(asked.training), model, prior, batch.images, batch.images)
-    codes, latents, _ = task._pairs(batch)
+    codes, latents, images, _ = task._pairs(batch)
     real = model.encode(to_float(batch.images))
     torch.testing.assert_close(latents, real.z_q, msg="the latents stay those of the image")
+    assert torch.equal(images, to_float(batch.images))
     changed = (codes != real.indices).flatten(1).float().mean(1)
     assert changed.max() < 0.75
     assert changed.mean() == pytest.approx(0.3 * 31 / 32, abs=0.06), "an untrained prior is right once in 32 times"
