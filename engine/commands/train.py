@@ -91,10 +91,14 @@ def _train_prior(options: argparse.Namespace) -> None:
     trained = train_prior(config, tokenizer.fingerprint(), tokenizer.codes(), draw)
     if PartialState().is_main_process:
         prior = trained.averaged.cpu()
-        SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "model")
+        pipeline, facts = SoftConvexPipeline(tokenizer, prior), _facts_of_tokenizer(Path(config.tokenizer))
+        pipeline.measured = {"training": facts | _facts("prior", trained.steps, config)}
+        pipeline.save_pretrained(Path(config.out) / "model")
         if trained.best is not None:
             load_model(prior, str(trained.best / "ema.safetensors"))
-            SoftConvexPipeline(tokenizer, prior).save_pretrained(Path(config.out) / "best")
+            steps = int(trained.best.name.removeprefix("step_"))
+            pipeline.measured = {"training": facts | _facts("prior", steps, config)}
+            pipeline.save_pretrained(Path(config.out) / "best")
     say_once(f"{Path(config.out) / 'model'}")
 
 
@@ -102,6 +106,7 @@ def _train_refiner(options: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from engine.config import load_config
+    from sampling.model_card import with_numbers
     from sampling.pipeline import SoftConvexPipeline
     from stage1_tokenizer.train import export, load_tokenizer
     from stage2_prior.train_refiner import RefinerExperiment, train_refiner
@@ -118,8 +123,41 @@ def _train_refiner(options: argparse.Namespace) -> None:
             export(trained.averaged.cpu(), folder)
         else:
             parts = tokenizer.cpu(), pipeline.prior.cpu(), trained.averaged.cpu(), pipeline.scheduler
-            SoftConvexPipeline(*parts).save_pretrained(folder)
+            facts = pipeline.measured.get("training", {}) | _facts("refiner", trained.steps, config)
+            refined = SoftConvexPipeline(*parts)
+            refined.measured = with_numbers(pipeline.measured, {"training": facts})
+            refined.save_pretrained(folder)
     say_once(f"{folder}")
+
+
+def _facts(stage: str, steps: int, config: Any) -> dict[str, Any]:
+    """How one stage was trained, for the model card (see sampling.model_card)."""
+    from engine.config import git_revision
+
+    seen = {"steps": steps, "images_seen": steps * config.training.batch_size}
+    return {"revision": git_revision(), stage: seen}
+
+
+def _facts_of_tokenizer(folder: Path) -> dict[str, Any]:
+    """As far as its run folder is still there, and its shards."""
+    from data.errors import DataError
+    from data.shards import ShardSet
+    from engine.config import load_config
+    from engine.tracking import read_metrics
+    from stage1_tokenizer.train import TokenizerExperiment
+
+    facts: dict[str, Any] = {}
+    run = next((each for each in (folder, folder.parent) if (each / "config.yaml").is_file()), None)
+    if run is None:
+        return facts
+    try:
+        config = load_config(TokenizerExperiment, run / "config.yaml")
+        if folder.name != "best":  # the weights of some step of the run
+            facts |= _facts("tokenizer", read_metrics(run)[-1]["step"], config)
+        facts["dataset"] = ShardSet(config.data.train).manifest["source"]["format"]
+    except (UserError, DataError, IndexError, OSError):
+        pass  # another version's config, no log, shards that are gone: the card says less
+    return facts
 
 
 def add_tokenize(commands: Any) -> None:
