@@ -23,6 +23,7 @@ MODULES = [
     "stage2_prior.train",
     "stage2_prior.train_refiner",
     "sampling.pipeline",
+    "sampling.storage",
     "sampling.scheduler",
     "sampling.samplers",
     "sampling.editing",

@@ -33,10 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         options.run(options)
-    except (UserError, DataError) as error:
+    except (UserError, DataError, OSError) as error:
         if "debug" in options:
             raise
-        print(f"scq: {' '.join(str(error).split())}", file=sys.stderr)
+        # A file that cannot be read or written, a disk that is full: nothing that a traceback would explain.
+        named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        print(f"scq: {' '.join(named.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("scq: interrupted; run the same command again to go on", file=sys.stderr)

@@ -60,6 +60,7 @@ def evaluate_reconstructions(
     refiners: dict[str, ConvexRefiner] | None = None,
     weight_bits: Sequence[int] = (),
     only: Collection[str] | None = None,
+    refiner_steps: int = 8,
 ) -> Reconstructions:
     """Reconstructions from z_q and from the dominant codes alone, against the originals, and usage of the codebook.
 
@@ -69,6 +70,7 @@ def evaluate_reconstructions(
         refiners: by name; each decodes what it makes of the dominant codes, at their rate.
         weight_bits: for a soft quantizer, each decodes z_q with its weights rounded to so many bits, and says its cost.
         only: measure no other ways than these.
+        refiner_steps: of refiners that are flows.
     """
     tokenizer.eval()
     pixels: dict[str, ReconstructionMetrics] = {}
@@ -83,7 +85,7 @@ def evaluate_reconstructions(
         encoding = tokenizer.quantizer.mix(in_equal_chunks(tokenizer.latents, images))
         if codes is not None:
             codes.update(encoding.indices)
-        latents = _latents(tokenizer, encoding, batch.positions, refiners or {}, weight_bits, bits)
+        latents = _latents(tokenizer, encoding, batch.positions, refiners or {}, refiner_steps, weight_bits, bits)
         done: list[tuple[torch.Tensor, FeatureSet | None]] = []
         for name, z_q in latents.items():
             if only is not None and name not in only:
@@ -117,6 +119,7 @@ def _latents(
     encoding: Mixture,
     positions: torch.Tensor,
     refiners: dict[str, ConvexRefiner],
+    refiner_steps: int,
     weight_bits: Sequence[int],
     bits: dict[str, list[torch.Tensor]],
 ) -> dict[str, torch.Tensor]:
@@ -125,7 +128,7 @@ def _latents(
     if tokenizer.quantizer.has_codes:
         latents["dominant"] = tokenizer.quantizer.lookup(encoding.indices).to(encoding.z_q.dtype)
     for name, refiner in refiners.items():
-        latents[name] = refiner.refine(encoding.indices, positions.to(encoding.indices.device))
+        latents[name] = refiner.refine(encoding.indices, positions.to(encoding.indices.device), refiner_steps)
     if encoding.support.shape[-1] > 1:
         for width in weight_bits:
             rounded = round_mixture(tokenizer.quantizer, encoding, width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,8 +52,9 @@ def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True, auth
         auth: user and password that the page asks for; None lets everybody in.
 
     Raises:
-        UserError: the port is taken.
+        UserError: nobody can listen there: the address is not this machine's, or the port is taken.
     """
+    _refuse_address(host, port)
     try:
         _, address, _ = page.queue(max_size=256).launch(
             server_name=host, server_port=port, prevent_thread_lock=not block, quiet=not block, auth=auth,
@@ -60,3 +63,21 @@ def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True, auth
     except OSError as error:
         raise UserError(f"port {port} of {host} is not free; choose another with --port") from error
     return address
+
+
+def _refuse_address(host: str, port: int | None) -> None:
+    """gradio says of every address that the port was not free; ask the system what is wrong with it."""
+    bare = host.removeprefix("[").removesuffix("]")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(bare, port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except (socket.gaierror, UnicodeError) as error:
+        raise UserError(f"--host {host} is no address and no name that is known here") from error
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"--host {host} is not an address of this machine; 0.0.0.0 is all of them") from error
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is not free; choose another with --port") from error
+        raise UserError(f"cannot listen on port {port} of {host}: {error.strerror}") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from engine.folders import refuse_to_replace, replaced_model
 from sampling.pipeline import SoftConvexPipeline
 
 
@@ -18,7 +18,11 @@ def export_half(pipeline: SoftConvexPipeline, folder: Path) -> None:
 
     The weights are rounded before the fingerprints are taken, so a tokenizer read from the copy is the one that prior
     and refiner name.
+
+    Raises:
+        UserError: ``folder`` holds anything but a model.
     """
+    refuse_to_replace(folder, pipeline.replaceable)  # before anything is rounded
     networks = {"tokenizer": pipeline.tokenizer, "prior": pipeline.prior, "refiner": pipeline.refiner}
     networks = {name: network.cpu() for name, network in networks.items() if network is not None}
     for network in networks.values():
@@ -28,15 +32,13 @@ def export_half(pipeline: SoftConvexPipeline, folder: Path) -> None:
     fingerprint = pipeline.tokenizer.fingerprint()
     for name in networks.keys() - {"tokenizer"}:
         networks[name].register_to_config(tokenizer_fingerprint=fingerprint)
-    temporary = folder.with_name(f".{folder.name}.half")
-    pipeline.save_pretrained(temporary)
-    for name, network in networks.items():
-        (path,) = (temporary / name).glob("*.safetensors")
-        rounded = _rounded(network)
-        tensors = load_file(path)
-        save_file({key: t.half() if key in rounded else t for key, t in tensors.items()}, path, {"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with replaced_model(folder, pipeline.replaceable) as fresh:
+        pipeline.save_pretrained(fresh)
+        for name, network in networks.items():
+            (path,) = (fresh / name).glob("*.safetensors")
+            rounded = _rounded(network)
+            tensors = load_file(path)
+            save_file({key: t.half() if key in rounded else t for key, t in tensors.items()}, path, {"format": "pt"})
 
 
 def _rounded(network: nn.Module) -> set[str]:

@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from engine.errors import UserError
 
+# Folders that this project's commands and its users keep models and data in: nobody's name on the hub is meant.
+LOCAL_FOLDERS = frozenset(
+    ["runs", "model", "models", "checkpoints", "out", "output", "outputs", "shards", "tokens", "samples", "tmp", "home"]
+    + ["configs", "data", "docs", "examples", "sampling"]
+)
+MODEL_FILES = ["*.json", "*.safetensors", "*.md"]  # nothing that would have to be unpickled
+
 
 def is_hub_name(name: str) -> bool:
-    """Two words and no such folder here, nor one that it could have been in."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).parent.exists()
+    """Two words, and no such folder here, nor one that it could have been in, nor one that is usual here."""
+    words = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", name)
+    return words is not None and words[1].lower() not in LOCAL_FOLDERS and not Path(name).parent.exists()
+
+
+def local_folder(name: str | Path, **access: Any) -> Path:
+    """The folder ``name``, or the copy on this disk of the hub's model of that name.
+
+    Args:
+        access: token, revision and cache_dir, as diffusers' ``from_pretrained`` takes them.
+
+    Raises:
+        UserError: a name for the hub, and it has no such model, or does not let us in.
+    """
+    return from_hub(str(name), **access) if is_hub_name(str(name)) else Path(name)
 
 
 def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -22,9 +43,9 @@ def upload(folder: Path, repo_id: str, private: bool | None = None, token: str |
     return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from scq"))
 
 
-def from_hub(name: str) -> Path:
+def from_hub(name: str, **access: Any) -> Path:
     try:
-        return Path(snapshot_download(name))
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, **access))
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
         raise UserError(f"no model in {name}: no such folder, and not on the hub ({first_line(error)})") from error
 

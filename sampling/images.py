@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageOps
 
 Pictures = Image.Image | Sequence[Image.Image] | torch.Tensor
+Output = list[Image.Image] | torch.Tensor | np.ndarray
+OUTPUT_TYPES = ("pil", "pt", "np")
 
 
 def to_pixels(pictures: Pictures, side: int) -> torch.Tensor:
@@ -39,6 +41,9 @@ def to_mask(pictures: Pictures, side: int) -> torch.Tensor:
 
     Args:
         pictures: as for `to_pixels`; or a bool tensor (N, side, side), which stays as it is.
+
+    Raises:
+        ValueError: a tensor of another shape or type, or no mask at all.
     """
     if isinstance(pictures, torch.Tensor) and pictures.dtype == torch.bool:
         if pictures.shape[1:] != (side, side):
@@ -47,6 +52,8 @@ def to_mask(pictures: Pictures, side: int) -> torch.Tensor:
     if isinstance(pictures, torch.Tensor):
         return to_pixels(pictures, side).float().mean(1) > 127.5
     several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    if not several:
+        raise ValueError("there is no mask")
     fitted = [ImageOps.fit(picture.convert("L"), (side, side), Image.Resampling.NEAREST) for picture in several]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted])) > 127
 
@@ -54,6 +61,28 @@ def to_mask(pictures: Pictures, side: int) -> torch.Tensor:
 def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
     """uint8 (N, 3, H, W) -> PIL."""
     return [Image.fromarray(each.permute(1, 2, 0).cpu().numpy()) for each in pixels]
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise ValueError unless `as_output` knows it."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+
+
+def as_output(pixels: torch.Tensor, output_type: str) -> Output:
+    """uint8 (N, 3, H, W) as what a caller wants.
+
+    Args:
+        output_type: ``pil``, a list of pictures; ``pt``, the uint8 tensor itself; ``np``, as diffusers has it: float32
+            (N, H, W, 3) in [0, 1].
+
+    Raises:
+        ValueError: another type.
+    """
+    check_output_type(output_type)
+    if output_type == "np":
+        return pixels.permute(0, 2, 3, 1).cpu().numpy().astype(np.float32) / 255
+    return pixels if output_type == "pt" else to_pictures(pixels)
 
 
 def enlarge(picture: Image.Image, side: int) -> Image.Image:

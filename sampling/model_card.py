@@ -7,23 +7,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sampling.pipeline import SoftConvexPipeline
 
-UNMEASURED = "Nothing yet: `scq evaluate --model THIS_FOLDER --data SHARDS --card` fills this in."
+STAGES = ("tokenizer", "prior", "refiner")
 TWEMOJI = (
     "Trained on Twemoji graphics, copyright 2020 Twitter, Inc and other contributors, licensed under CC-BY 4.0 "
     "(https://creativecommons.org/licenses/by/4.0/), resized to {size} pixels on white."
 )
 
 
+def with_numbers(measured: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a model after `evaluation.evaluate.evaluate` found new numbers: how it was trained stays."""
+    return {name: measured[name] for name in ("training", "license") if name in measured} | found
+
+
 def model_card(pipeline: SoftConvexPipeline) -> str:
-    """README.md of a model folder, from its components' configs and from ``pipeline.measured``."""
+    """README.md of a model folder, from its components' configs and from ``pipeline.measured``: what
+    `evaluation.evaluate.evaluate` returned, and, as far as they are known,
+
+    - ``training``: ``dataset``, git ``revision``, and for each of STAGES its ``steps`` and ``images_seen``;
+    - ``license``: of the weights, by its name on the hub.
+    """
     tokenizer, prior, refiner = pipeline.tokenizer.config, pipeline.prior.config, pipeline.refiner
     sizes = {"tokenizer": pipeline.tokenizer, "prior": pipeline.prior, "refiner": refiner}
     parameters = [f"{name} {model.num_parameters() / 1e6:.2f}M" for name, model in sizes.items() if model is not None]
     measured = pipeline.measured
+    training, reference = measured.get("training", {}), measured.get("reference", {})
+    emoji = "emoji" in (training.get("dataset"), reference.get("dataset"))
+    licence = measured.get("license", "cc-by-4.0" if emoji else None)
     lines = [
         "---",
         "library_name: diffusers",
-        "pipeline_tag: unconditional-image-generation",
+        *([] if prior.num_classes else ["pipeline_tag: unconditional-image-generation"]),
+        *([f"license: {licence}"] if licence else []),
         "tags: [soft-convex-quantization, masked-transformer, image-generation]",
         "---",
         "# Images from soft convex quantization" if tokenizer.quantizer_name == "scq" else "# Images from codes",
@@ -40,11 +54,12 @@ def model_card(pipeline: SoftConvexPipeline) -> str:
         "images = pipeline(num_images=16, seed=0).images",
         "```",
         "",
+        *(["## Training", "", *_training(training), ""] if training else []),
         "## Measured",
         "",
         *(
             _numbers(measured)
-            if measured
+            if reference
             else ["Nothing yet: `scq evaluate --model THIS_FOLDER --data SHARDS --card`."]
         ),
         "",
@@ -53,9 +68,19 @@ def model_card(pipeline: SoftConvexPipeline) -> str:
         *(f"- {name}: {value}" for name, value in pipeline.scheduler.config.items() if not name.startswith("_")),
         "",
     ]
-    if measured.get("reference", {}).get("dataset") == "emoji":
+    if emoji:
         lines += ["## Licence of the data", "", TWEMOJI.format(size=tokenizer.image_size), ""]
     return "\n".join(lines)
+
+
+def _training(training: dict[str, Any]) -> list[str]:
+    dataset, revision = training.get("dataset"), training.get("revision")
+    lines = [f"- {name}: {value}" for name, value in (("dataset", dataset), ("git revision", revision)) if value]
+    for stage in STAGES:
+        if stage in training:
+            steps, images = training[stage]["steps"], training[stage]["images_seen"]
+            lines.append(f"- {stage}: {steps:,} steps, {images:,} images seen")
+    return lines
 
 
 def _numbers(measured: dict[str, Any]) -> list[str]:

@@ -2,53 +2,47 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from PIL import Image
 
 from data.stream import Batch
-from engine.config import write_atomically
 from engine.errors import UserError
 from engine.processes import process_place
+from sampling.arguments import codes_to_start_from, image_labels, image_seeds
 from sampling.chunks import in_equal_chunks
-from sampling.editing import fill, tokens_under, variation_mask
-from sampling.hub import upload as upload_folder
-from sampling.images import Pictures, to_mask, to_pictures, to_pixels
-from sampling.model_card import model_card
+from sampling.editing import fill
+from sampling.images import Output, Pictures, as_output, check_output_type, to_mask, to_pixels
 from sampling.samplers import SAMPLERS, Step, guided
-from sampling.saved import EMBEDDED, MEASURED, is_pipeline, load_parts, model_root
 from sampling.scheduler import UnmaskingScheduler
+from sampling.storage import SavedPipeline
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.quantizers import Mixture
 from stage2_prior.refiner import ConvexRefiner
 from stage2_prior.transformer import MaskedTransformer
 
-__all__ = ["EMBEDDED", "ImageOutput", "SoftConvexPipeline", "is_pipeline", "model_root"]
+EMBEDDED = Path(__file__).parent / "pretrained"  # the model that comes with the package
 
 StepCallback = Callable[["SoftConvexPipeline", int, int, dict[str, torch.Tensor]], Any]
 
 
 @dataclass
 class ImageOutput(BaseOutput):
-    """images: PIL images or a uint8 tensor (N, 3, H, W); tokens: (N, h, w) int64; seeds: (N,) int64, each of which
-    draws its image again."""
+    """images: what ``output_type`` asked for; tokens: (N, h, w) int64; seeds: (N,) int64, each of which draws its image
+    again."""
 
-    images: list[Image.Image] | torch.Tensor
+    images: Output
     tokens: torch.Tensor
     seeds: torch.Tensor
 
 
-class SoftConvexPipeline(DiffusionPipeline):
+class SoftConvexPipeline(SavedPipeline):
     """Draws images: the prior fills a grid of dominant codes, a refiner turns them into latents, the tokenizer decodes.
 
     Args:
@@ -71,10 +65,11 @@ class SoftConvexPipeline(DiffusionPipeline):
         scheduler: UnmaskingScheduler | None = None,
     ):
         super().__init__()
-        found = tokenizer.fingerprint()
+        # Weights that were loaded in another dtype are rounded, and bear another fingerprint.
+        found = tokenizer.fingerprint() if tokenizer.dtype == torch.float32 else ""
         for name, part in (("prior", prior), ("refiner", refiner)):
             wanted = part.config.tokenizer_fingerprint if part is not None else ""
-            if wanted and wanted != found:
+            if wanted and found and wanted != found:
                 raise UserError(
                     f"the {name} was trained on tokens of tokenizer {wanted}, but this is tokenizer {found}"
                 )
@@ -124,7 +119,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             mask_image: one mask, or one for each; its light pixels are drawn anew (to whole tokens). With
                 ``init_image`` and no mask, a random share of the tokens is: a variation.
             strength: that share, in [0, 1].
-            output_type: ``pil`` or ``pt`` (uint8).
+            output_type: ``pil``, ``pt`` (uint8) or ``np`` (see `sampling.images.as_output`).
             callback_on_step_end: called as ``callback(pipeline, step, steps_left, {"tokens": (B, h, w)})`` after each
                 step of each batch; the tokens are the mask token where nothing is revealed. What it returns is ignored,
                 what it raises ends the drawing.
@@ -140,15 +135,16 @@ class SoftConvexPipeline(DiffusionPipeline):
         """
         if num_images < 1 or batch_size < 1:
             raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1")
-        if output_type not in ("pil", "pt"):
-            raise ValueError(f"output_type must be pil or pt, not {output_type!r}")
-        sampling |= {"steps": num_inference_steps or sampling.get("steps"), "temperature": temperature}
-        sampling["guidance_scale"] = guidance_scale
-        labels, seeds = self._labels(class_labels, num_images), _seeds(num_images, seed, generator)
+        check_output_type(output_type)
+        sampling |= {"temperature": temperature, "guidance_scale": guidance_scale}
+        if num_inference_steps is not None:
+            sampling["steps"] = num_inference_steps
+        labels = image_labels(class_labels, num_images, self.prior.config.num_classes)
+        seeds = image_seeds(num_images, seed, generator)
         if init_image is not None:
             if start is not None:
                 raise ValueError("give init_image or start, not both")
-            start = self._start(init_image, mask_image, strength, seeds)
+            start = codes_to_start_from(self, init_image, mask_image, strength, seeds)
         elif mask_image is not None:
             raise ValueError("mask_image says which part of init_image to draw anew; there is no init_image")
         if start is not None and (start.dim() != 3 or len(start) != num_images):
@@ -165,8 +161,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             )
             grids.append(tokens.cpu())
             images.append(self.decode_tokens(tokens, seeds[part], **sampling).cpu())
-        pixels = torch.cat(images)
-        return ImageOutput(pixels if output_type == "pt" else to_pictures(pixels), torch.cat(grids), seeds)
+        return ImageOutput(as_output(torch.cat(images), output_type), torch.cat(grids), seeds)
 
     def inpaint(self, image: Pictures, mask: Pictures, num_images: int = 1, **settings: Any) -> ImageOutput:
         """Draw the light part of ``mask`` anew; every other pixel stays as it was.
@@ -178,10 +173,10 @@ class SoftConvexPipeline(DiffusionPipeline):
         """
         kept, redrawn = to_pixels(image, self.image_size), to_mask(mask, self.image_size)
         num_images = num_images if len(kept) == 1 else len(kept)
-        kind = settings.pop("output_type", "pil")
+        output_type = settings.pop("output_type", "pil")
+        check_output_type(output_type)
         output = self(num_images, init_image=kept, mask_image=redrawn, output_type="pt", **settings)
-        output.images = torch.where(redrawn[:, None], output.images, kept)
-        output.images = output.images if kind == "pt" else to_pictures(output.images)
+        output.images = as_output(torch.where(redrawn[:, None], output.images, kept), output_type)
         return output
 
     def outpaint(
@@ -210,21 +205,20 @@ class SoftConvexPipeline(DiffusionPipeline):
         return self.tokenizer.encode(to_float(to_pixels(images, self.image_size).to(self.device)))
 
     @torch.no_grad()
-    def decode(self, z_q: torch.Tensor, output_type: str = "pil") -> list[Image.Image] | torch.Tensor:
-        """Latents (B, F, h, w) -> images, ``pil`` or ``pt`` (uint8); `decode_tokens` is for codes."""
-        pixels = to_uint8(in_equal_chunks(self.tokenizer.decode, z_q.to(self.device)))
-        return pixels if output_type == "pt" else to_pictures(pixels)
+    def decode(self, z_q: torch.Tensor, output_type: str = "pil") -> Output:
+        """Latents (B, F, h, w) -> images, of a type as in a call; `decode_tokens` is for codes."""
+        check_output_type(output_type)
+        return as_output(to_uint8(in_equal_chunks(self.tokenizer.decode, z_q.to(self.device))), output_type)
 
-    def interpolate(
-        self, first: Pictures, second: Pictures, num_images: int = 8, output_type: str = "pil"
-    ) -> list[Image.Image] | torch.Tensor:
+    def interpolate(self, first: Pictures, second: Pictures, num_images: int = 8, output_type: str = "pil") -> Output:
         """Images on the straight line between the convex latents of two images, both ends included.
 
         The codebook's hull is convex, so every point on the line is a convex combination of codes as well.
 
         Raises:
-            ValueError: fewer than two images asked for.
+            ValueError: fewer than two images asked for, or an unknown type of output.
         """
+        check_output_type(output_type)
         if num_images < 2:
             raise ValueError(f"num_images={num_images} must be at least 2, the two ends")
         one, other = (self.encode(picture).z_q[:1] for picture in (first, second))
@@ -241,7 +235,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         **sampling: float | str | None,
     ) -> torch.Tensor:
         """Grids of codes (B, h, w) for these seeds (B,); labels (B,), start (B, h, w) and sampling as in a call."""
-        prior, settings = self.prior, self.scheduler.changed(**sampling)
+        prior, settings = self.prior, self.scheduler.for_length(self.prior.length, **sampling)
         grid = tuple(prior.config.grid)
         if start is None:
             start = torch.full((len(seeds), *grid), prior.mask_token)
@@ -301,89 +295,6 @@ class SoftConvexPipeline(DiffusionPipeline):
             drawn = self(len(positions), labels, seed=seed + start, batch_size=batch_size, output_type="pt")
             yield Batch(drawn.images, torch.tensor(labels or [-1] * len(positions)), positions)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write every component, model_index.json and a model card; the folder appears when it is complete.
 
-        Args:
-            push_to_hub: upload it as well, with the arguments of `push_to_hub` (``repo_id="you/model"``) in ``kwargs``.
-            kwargs: further ones are diffusers'.
-        """
-        folder = Path(save_directory)
-        upload = {name: kwargs.pop(name) for name in ("repo_id", "private", "token") if name in kwargs}
-        temporary = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        super().save_pretrained(temporary, **kwargs)
-        self.write_card(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        if push_to_hub:
-            upload_folder(folder, **{"repo_id": folder.name, **upload})
-
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Upload to the Hugging Face hub with this model's own card; returns the address of the commit.
-
-        Args:
-            repo_id: "you/model"; made where there is none.
-            private: whether a new one is; None: as the account says.
-            token: of the account; None: the one that is logged in.
-        """
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "model"
-            self.save_pretrained(folder)
-            return upload_folder(folder, repo_id, private, token)
-
-    def write_card(self, folder: Path) -> None:
-        """Write README.md, and the numbers that are in it, to a model's folder."""
-        write_atomically(folder / MEASURED, json.dumps(self.measured, indent=1) + "\n")
-        write_atomically(folder / "README.md", model_card(self))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | torch.device | None = None) -> SoftConvexPipeline:
-        """The pipeline in ``folder``: one that ``save_pretrained`` wrote, a run folder of a prior, or a model of the
-        Hugging Face hub, as "you/model".
-
-        Raises:
-            UserError: nothing there is a pipeline, or a part of it cannot be loaded.
-        """
-        saved = load_parts(folder)
-        pipeline = cls(saved.tokenizer, saved.prior, saved.refiner, saved.scheduler)
-        pipeline.measured = saved.measured
-        return pipeline.to(device) if device is not None else pipeline
-
-    def _start(
-        self, init_image: Pictures, mask_image: Pictures | None, strength: float, seeds: torch.Tensor
-    ) -> torch.Tensor:
-        """Codes (num_images, h, w) of the images to start from, masked where they are to be drawn anew."""
-        tokens = self.encode(init_image).indices.cpu()  # (1 or num_images, h, w)
-        if mask_image is None:
-            redrawn = variation_mask(seeds, tuple(tokens.shape[1:]), strength)
-        else:
-            redrawn = tokens_under(to_mask(mask_image, self.image_size), self.tokenizer.factor)
-        for name, count in (("init_image", len(tokens)), ("mask_image", len(redrawn))):
-            if count not in (1, len(seeds)):
-                raise ValueError(f"{name} holds {count} images; give one, or one for each of {len(seeds)}")
-        return torch.where(redrawn, self.prior.mask_token, tokens).expand(len(seeds), -1, -1)
-
-    def _labels(self, class_labels: list[int] | int | None, num_images: int) -> torch.Tensor | None:
-        classes = self.prior.config.num_classes
-        if class_labels is None:
-            return None
-        if isinstance(class_labels, int):
-            class_labels = [class_labels] * num_images
-        if not classes:
-            raise ValueError("class_labels were given, but this prior was trained without classes")
-        if len(class_labels) != num_images:
-            raise ValueError(f"{len(class_labels)} class_labels for {num_images} images; give one for each")
-        bad = [label for label in class_labels if not 0 <= label < classes]
-        if bad:
-            raise ValueError(f"class label {bad[0]} is not one of the {classes} classes 0 .. {classes - 1}")
-        return torch.tensor(class_labels)
-
-
-def _seeds(num_images: int, seed: int | None, generator: torch.Generator | None) -> torch.Tensor:
-    """(num_images,) int64."""
-    if seed is None:
-        return torch.randint(2**31, (num_images,), generator=generator)
-    if generator is not None:
-        raise ValueError("give a seed or a generator, not both")
-    return torch.arange(seed, seed + num_images)
+# `DiffusionPipeline.from_pretrained(folder)` looks the class that a folder names up in diffusers.
+diffusers.SoftConvexPipeline = SoftConvexPipeline

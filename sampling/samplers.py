@@ -160,6 +160,7 @@ def remask(
 
 Sampler = Callable[..., torch.Tensor]
 SAMPLERS: dict[str, Sampler] = {"maskgit": maskgit, "halton": halton, "ancestral": ancestral, "remask": remask}
+MAY_TAKE_MORE_STEPS_THAN_TOKENS = frozenset(["remask"])
 
 
 def guided(

@@ -8,7 +8,7 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin
 
 from engine.config import as_dict, load_config
-from sampling.samplers import SAMPLERS, SamplerSettings
+from sampling.samplers import MAY_TAKE_MORE_STEPS_THAN_TOKENS, SAMPLERS, SamplerSettings
 
 
 @dataclass
@@ -40,6 +40,17 @@ class UnmaskingScheduler(SamplerSettings, SchedulerMixin, ConfigMixin):
         if settings.sampler not in SAMPLERS:
             raise ValueError(f"sampler {settings.sampler!r} does not exist; choose {', '.join(SAMPLERS)}")
         settings.check()
+        return settings
+
+    def for_length(self, tokens: int, **changes: float | str | None) -> UnmaskingScheduler:
+        """As `changed`, for grids of so many tokens: a default of more steps than a sampler can take there is lowered.
+
+        Raises:
+            ValueError: as `changed`; steps that ``changes`` asks for stay, and are the sampler's to refuse.
+        """
+        settings = self.changed(**changes)
+        if changes.get("steps") is None and settings.sampler not in MAY_TAKE_MORE_STEPS_THAN_TOKENS:
+            settings = settings.changed(steps=min(settings.steps, tokens))
         return settings
 
 

@@ -89,6 +89,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> latents before quantization (B, F, H / factor, W / factor)."""
+        images = images.to(self.before_quantizer.weight.dtype)
         return self.before_quantizer(self.encoder(F.pixel_unshuffle(images, self.config.patch_size)))
 
     def encode(self, images: torch.Tensor) -> Mixture:
@@ -100,14 +101,14 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     def decode(self, z_q: torch.Tensor) -> torch.Tensor:
         """Quantized latents (B, F, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
-        x = self.after_quantizer(z_q)  # (B, F, h, w)
+        x = self.after_quantizer(z_q.to(self.after_quantizer.weight.dtype))  # (B, F, h, w)
         if self.neck is not None:
             x = x + self.neck(x)
         return F.pixel_shuffle(self.decoder(x), self.config.patch_size)
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
         """Codes (B, h, w) -> images (B, 3, H, W), each latent being the code alone."""
-        return self.decode(self.quantizer.lookup(indices).to(self.after_quantizer.weight.dtype))
+        return self.decode(self.quantizer.lookup(indices))
 
     def codes(self) -> torch.Tensor:
         """The codebook (K, F), without gradients."""

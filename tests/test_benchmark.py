@@ -98,6 +98,7 @@ def test_evaluate_gives_the_benchmarks_numbers(tiny_run: Path, tmp_path: Path) -
     assert evaluated["samples"]["kid"] == pytest.approx(refined["kid"], rel=1e-3)
 
 
+@pytest.mark.slow  # the gathering of features and counts is tested with two processes in test_metrics.py
 def test_two_processes_evaluate_as_one(tiny_run: Path, tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):

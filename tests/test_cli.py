@@ -1,17 +1,26 @@
 """The command line: good help, one line for a mistake, the same images for the same seed."""
 
+import argparse
 import hashlib
+import re
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
+import gradio
 import pytest
 from helpers import run_scq
 from PIL import Image
 
-from engine.cli import build_parser
+from engine.cli import build_parser, main
+from engine.errors import UserError
+from sampling.app import serve
 
 COMMANDS = [
     ["quickstart"], ["data"], ["data", "pack"], ["data", "check"], ["data", "preview"], ["train"],
-    ["train", "tokenizer"], ["train", "prior"], ["tokenize"], ["sample"], ["evaluate"], ["app"],
+    ["train", "tokenizer"], ["train", "prior"], ["train", "refiner"], ["tokenize"], ["sample"], ["evaluate"], ["app"],
+    ["export"], ["benchmark"],
+    *(["benchmark", subject] for subject in ("data", "speed", "step", "tokenizers", "quality", "sampling")),
 ]  # fmt: skip
 
 
@@ -32,8 +41,18 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
 def test_help_opens_quickly_and_names_every_command() -> None:
     result = run_scq("--help", timeout=20)
     assert result.returncode == 0
-    for command in ("quickstart", "data", "train", "tokenize", "sample", "evaluate", "app"):
-        assert command in result.stdout
+    for command, *_ in COMMANDS:
+        assert re.search(rf"^    {command}\s", result.stdout, re.M)
+
+
+def test_no_command_is_missing_from_these_tests() -> None:
+    def commands(parser: argparse.ArgumentParser, path: list[str]) -> Iterator[list[str]]:
+        for action in parser._subparsers._group_actions if parser._subparsers else ():
+            for name, each in action.choices.items():
+                yield [*path, name]
+                yield from commands(each, [*path, name])
+
+    assert sorted(commands(build_parser(), [])) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +84,60 @@ def test_a_mistake_is_one_line_that_names_it(arguments: list[str], named: str, t
     assert named in lines[0]
     assert "Traceback" not in result.stderr
     assert not list(out.rglob("manifest.json")) if out.exists() else True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["app", "--port", "99999"], "99999"),
+        (["sample", "--seed", "9223372036854775807", "--out", "OUT"], "9223372036854775807"),
+        (["sample", "--model", "runs/no-such-run", "--out", "OUT"], "no model in runs/no-such-run"),
+        (["evaluate", "--model", "MODEL", "--data", "SHARDS", "--out", "OUT/e.json", "--num-real", "-5"], "-5"),
+        (["evaluate", "--model", "MODEL", "--data", "SHARDS", "--out", "FILE/e.json"], "FILE"),
+        (["evaluate", "--model", "TOKENIZER", "--data", "SHARDS", "--out", "OUT/e.json", "--card"], "--card"),
+        (["train", "tokenizer", "--config", "CONFIG", "out=${foo}"], "foo"),
+        (["train", "tokenizer", "--config", "CONFIG", "out=OUT", "training.log_every=0"], "training.log_every"),
+        (["train", "tokenizer", "--config", "CONFIG", "out=OUT", "optimizer.betas=[0.9]"], "optimizer.betas"),
+        (["train", "tokenizer", "--config", "CONFIG", "data.train=SHARDS", "out=FILE/run"], "FILE"),
+        (["tokenize", "--model", "TOKENIZER", "--data", "SHARDS", "--out", "FILE/tokens"], "FILE"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_a_mistake_is_one_line_before_any_work(
+    arguments: list[str], named: str, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As above, in this process; nothing is measured or written."""
+    (tmp_path / "file").write_text("no folder")
+    places = {
+        "MODEL": tiny_run / "model", "TOKENIZER": tiny_run / "arms" / "scq" / "tokenizer" / "model",
+        "SHARDS": tiny_run / "shards" / "test", "CONFIG": "configs/quickstart/tokenizer_scq.yaml",
+        "OUT": tmp_path / "out", "FILE": tmp_path / "file",
+    }  # fmt: skip
+    for word, place in places.items():
+        arguments = [argument.replace(word, str(place)) for argument in arguments]
+        named = named.replace(word, str(place))
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("scq: ")]
+    assert named in line
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_an_address_that_nobody_can_listen_at_says_why() -> None:
+    with socket.socket() as taken, gradio.Blocks() as page:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for host, asked, words in (
+            ("127.0.0.1", port, f"port {port} of 127.0.0.1 is not free"),
+            ("192.0.2.7", 7860, "--host 192.0.2.7 is not an address of this machine"),
+            ("no host", 7860, "--host no host is no address"),
+        ):
+            with pytest.raises(UserError, match=words):
+                serve(page, host, asked, block=False)
 
 
 def test_debug_shows_the_traceback() -> None:

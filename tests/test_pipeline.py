@@ -5,14 +5,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from data.stream import iterate_once
 from engine.errors import UserError
 from sampling.editing import fill, tokens_under, variation_mask, windows
+from sampling.images import to_mask
+from sampling.model_card import model_card, with_numbers
 from sampling.pipeline import SoftConvexPipeline
 from sampling.scheduler import UnmaskingScheduler
+from stage1_tokenizer.autoencoder import ImageTokenizer
 from stage1_tokenizer.train import load_tokenizer
+from stage2_prior.transformer import MaskedTransformer
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,19 @@ def test_a_generator_draws_seeds_that_draw_the_images_again(pipeline: SoftConvex
     assert not torch.equal(pipeline(3).tokens, pipeline(3).tokens), "without a seed, other images every time"
     with pytest.raises(ValueError, match="not both"):
         pipeline(1, seed=0, generator=torch.Generator())
+
+
+def test_arrays_are_as_diffusers_has_them(pipeline: SoftConvexPipeline) -> None:
+    pixels = pipeline(2, seed=0, output_type="pt").images
+    arrays = pipeline(2, seed=0, output_type="np").images
+    assert (arrays.dtype, arrays.shape) == ("float32", (2, 32, 32, 3))
+    assert torch.equal((torch.from_numpy(arrays) * 255).round().to(torch.uint8), pixels.permute(0, 2, 3, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_generator_of_the_gpu_draws_seeds(pipeline: SoftConvexPipeline) -> None:
+    first, again = (pipeline(2, generator=torch.Generator("cuda").manual_seed(1)) for _ in range(2))
+    assert torch.equal(first.tokens, again.tokens)
 
 
 def test_the_callback_sees_every_step_and_can_end_the_drawing(pipeline: SoftConvexPipeline) -> None:
@@ -171,6 +189,87 @@ def test_what_is_saved_comes_back(pipeline: SoftConvexPipeline, tmp_path: Path) 
     assert UnmaskingScheduler.from_config(loaded.scheduler.config) == loaded.scheduler
 
 
+def test_diffusers_loads_what_we_saved(pipeline: SoftConvexPipeline, tiny_run: Path) -> None:
+    loaded = DiffusionPipeline.from_pretrained(str(tiny_run / "model"))
+    assert isinstance(loaded, SoftConvexPipeline)
+    assert torch.equal(loaded.to("cpu")(2, seed=0).tokens, pipeline(2, seed=0).tokens)
+
+
+def test_a_dtype_is_for_the_networks_and_not_for_the_codes(
+    pipeline: SoftConvexPipeline, tiny_run: Path, tmp_path: Path
+) -> None:
+    rounded = SoftConvexPipeline.from_pretrained(tiny_run / "model", torch_dtype=torch.bfloat16)
+    assert rounded.prior.dtype == rounded.tokenizer.dtype == torch.bfloat16
+    assert torch.equal(rounded.tokenizer.codes(), pipeline.tokenizer.codes())
+    tokens = pipeline(3, seed=0).tokens
+    difference = rounded.decode_tokens(tokens).float() - pipeline.decode_tokens(tokens).float()
+    assert difference.abs().mean() < 2
+    drawn = rounded(3, seed=0, output_type="pt")
+    assert drawn.images.shape == (3, 3, 32, 32)
+    assert rounded.encode(drawn.images).z_q.isfinite().all()
+    with pytest.raises(UserError, match="rounded"):
+        rounded.save_pretrained(tmp_path / "rounded")
+    assert not (tmp_path / "rounded").exists()
+
+
+def test_a_model_on_the_hub_is_asked_for_as_diffusers_does(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, **settings: object) -> str:
+        asked.append((name, settings))
+        return str(tiny_run / "model")
+
+    monkeypatch.setattr("sampling.hub.snapshot_download", download)
+    loaded = SoftConvexPipeline.from_pretrained("ada/emoji", token="secret", revision="v2", cache_dir=tmp_path)
+    assert loaded.image_size == 32
+    ((name, settings),) = asked
+    assert name == "ada/emoji"
+    assert (settings["token"], settings["revision"], settings["cache_dir"]) == ("secret", "v2", tmp_path)
+    assert not any("bin" in pattern for pattern in settings["allow_patterns"]), "nothing that has to be unpickled"
+    for local in ("runs/typo", "Models/typo", f"{tmp_path}/typo", "./typo", "a/b/c"):
+        with pytest.raises(UserError, match="no model in"):
+            SoftConvexPipeline.from_pretrained(local)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("sampler", ["maskgit", "halton", "ancestral", "remask"])
+def test_the_usual_steps_fit_a_grid_of_few_tokens(sampler: str) -> None:
+    tokenizer = ImageTokenizer(24, (8, 8), patch_size=4, latent_dim=4, codebook_size=16)
+    pipeline = SoftConvexPipeline(tokenizer, MaskedTransformer(16, tokenizer.grid, width=16, depth=1, heads=2))
+    assert pipeline.prior.length == 9
+    assert pipeline.scheduler.steps == 12
+    seen = []
+    drawn = pipeline(2, seed=0, sampler=sampler, callback_on_step_end=lambda _, step, left, found: seen.append(step))
+    assert drawn.tokens.shape == (2, 3, 3)
+    assert len(seen) == (12 if sampler == "remask" else 9)
+    if sampler != "remask":
+        with pytest.raises(ValueError, match="steps=10 must be at most 9"):
+            pipeline(1, sampler=sampler, num_inference_steps=10)
+
+
+def test_a_card_says_how_a_model_was_trained(pipeline: SoftConvexPipeline) -> None:
+    plain = SoftConvexPipeline(pipeline.tokenizer, pipeline.prior)
+    head = model_card(plain).split("---")[1]
+    assert "license:" not in head
+    assert "pipeline_tag: unconditional-image-generation" in head
+    assert "## Training" not in model_card(plain)
+    plain.measured = {
+        "training": {"dataset": "folder", "revision": "1a2b3c", "prior": {"steps": 3000, "images_seen": 96000}},
+        "license": "mit",
+    }
+    card = model_card(plain)
+    assert "license: mit" in card.split("---")[1]
+    for fact in ("dataset: folder", "git revision: 1a2b3c", "prior: 3,000 steps, 96,000 images seen", "Nothing yet"):
+        assert fact in card
+    assert pipeline.measured["samples"] == with_numbers(plain.measured, pipeline.measured)["samples"]
+    assert with_numbers(plain.measured, pipeline.measured)["license"] == "mit"
+    tokenizer = pipeline.tokenizer
+    conditional = MaskedTransformer(tokenizer.config.codebook_size, tokenizer.grid, 16, 1, 2, num_classes=3)
+    assert "pipeline_tag" not in model_card(SoftConvexPipeline(tokenizer, conditional))
+
+
 def test_an_upload_carries_the_models_own_card(
     pipeline: SoftConvexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +307,8 @@ def test_mistakes_are_named(pipeline: SoftConvexPipeline, emoji_images: torch.Te
         ({"num_images": 0}, "num_images=0"),
         ({"temprature": 1.0}, "'temprature'"),
         ({"num_inference_steps": 65}, "at most 16"),
+        ({"num_inference_steps": 0}, "steps=0"),
+        ({"seed": 2**63 - 1}, "64 bits"),
         ({"output_type": "latent"}, "'latent'"),
         ({"mask_image": mask}, "no init_image"),
         ({"init_image": emoji_images, "num_images": 3}, "init_image holds 4 images"),
@@ -218,5 +319,15 @@ def test_mistakes_are_named(pipeline: SoftConvexPipeline, emoji_images: torch.Te
     ):
         with pytest.raises(ValueError, match=words):
             pipeline(**{"num_images": 1, **mistake})
+    codes = pipeline.encode(emoji_images[:1])
+    for wrong_output in (
+        lambda kind: pipeline.decode(codes.z_q, kind),
+        lambda kind: pipeline.inpaint(emoji_images[:1], mask, output_type=kind),
+        lambda kind: pipeline.interpolate(emoji_images[:1], emoji_images[1:2], 2, kind),
+    ):
+        with pytest.raises(ValueError, match="output_type must be pil, pt, np, not 'latent'"):
+            wrong_output("latent")
+    with pytest.raises(ValueError, match="there is no mask"):
+        to_mask([], 32)
     with pytest.raises(UserError, match="no model in"):
         SoftConvexPipeline.from_pretrained(tmp_path)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import Parser, add_model, command, device, positive
+from engine.commands.common import Parser, add_model, command, device, natural, positive
 
 
 def add_benchmark(commands: Any) -> None:
@@ -22,7 +22,7 @@ def add_benchmark(commands: Any) -> None:
     )
     data.add_argument("--data", required=True, metavar="SHARDS", help="local shards that 'scq data pack' wrote")
     data.add_argument("--batch-size", type=positive, default=64, help="images in a batch")
-    data.add_argument("--workers", type=int, default=2, help="decoding processes of the two that decode")
+    data.add_argument("--workers", type=natural, default=2, help="decoding processes of the two that decode")
     data.add_argument("--repeats", type=positive, default=5, help="turns of each way to read")
     data.add_argument("--out", type=Path, help="JSON file to write")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def port_number(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a whole number from 1 to 65535")
+    return int(text)
+
+
 def device() -> str:
     import torch
 
@@ -57,6 +70,22 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or os.strerror(error.errno)}") from error
+
+
+def check_writable(file: Path) -> None:
+    """Make sure that a file can be written at the end of long work; what is there stays as it is.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if file.is_dir():
+        raise UserError(f"cannot write to {file}: it is a folder")
+    make_folder(file.parent)
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {file}: {error.strerror}") from error
 
 
 def say_once(text: str) -> None:

@@ -35,7 +35,7 @@ def add_data(commands: Any) -> None:
     )
     pack.add_argument("--split", help="which part of the source, for formats that have several, e.g. train or test")
     pack.add_argument("--images-per-shard", type=positive, default=1000, help="images in each shard")
-    pack.add_argument("--workers", type=int, help="processes; by default one for each core")
+    pack.add_argument("--workers", type=positive, help="processes; by default one for each core")
     pack.add_argument("--keep-encoded", action="store_true", help="store the original bytes; needs --crop none")
     pack.add_argument("--max-bad", type=float, default=0.01, help="largest share of unusable images, else it fails")
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import add_model, command, device, make_folder, positive
+from engine.commands.common import add_model, command, device, make_folder, port_number, positive
 from engine.errors import UserError
 
 
@@ -35,6 +35,7 @@ def add_sample(commands: Any) -> None:
 def _sample(options: argparse.Namespace) -> None:
     from data.files import atomic_write
     from engine.progress import progress_bar
+    from sampling.arguments import LARGEST_SEED
     from sampling.pipeline import EMBEDDED, SoftConvexPipeline
     from sampling.scheduler import parse_settings
 
@@ -42,6 +43,8 @@ def _sample(options: argparse.Namespace) -> None:
     for name in ("steps", "temperature", "guidance_scale"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
+    if options.seed > LARGEST_SEED - options.num:
+        raise UserError(f"--seed {options.seed} leaves no room for {options.num} seeds below {LARGEST_SEED + 1}")
     pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     make_folder(options.out)
     with progress_bar("sample") as bar:
@@ -68,7 +71,7 @@ def add_app(commands: Any) -> None:
     parser = command(commands, "app", _app, "open the Gradio page in which images are generated")
     add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen on")
+    parser.add_argument("--port", type=port_number, default=7860, help="port to listen on")
     parser.add_argument("--auth", type=_user_and_password, metavar="USER:PASSWORD", help="ask for these")
     parser.add_argument("--max-batch", type=positive, default=64, help="the most images one request may draw")
     parser.add_argument(
@@ -106,13 +109,17 @@ def add_export(commands: Any) -> None:
         "The folder is what from_pretrained reads and a model hub takes, with a model card.",
     )
     add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the copy")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the copy; a model in it is replaced")
+    parser.add_argument("--license", help="of the weights, for the model card, as cc-by-4.0 or mit")
 
 
 def _export(options: argparse.Namespace) -> None:
     from sampling.export import export_half
     from sampling.pipeline import SoftConvexPipeline
 
-    export_half(SoftConvexPipeline.from_pretrained(options.model), options.out)
+    pipeline = SoftConvexPipeline.from_pretrained(options.model)
+    if options.license:
+        pipeline.measured["license"] = options.license
+    export_half(pipeline, options.out)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     print(f"{options.out}: {size / 1e6:.1f} MB")

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from engine.commands.common import add_model, command, positive
+from engine.commands.common import add_model, check_writable, command, natural, positive
 from engine.errors import UserError
 
 
@@ -43,8 +43,8 @@ def add_evaluate(commands: Any) -> None:
     add_model(parser, "a pipeline or a tokenizer")
     parser.add_argument("--data", required=True, help="shards the model was not trained on")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--num-real", type=int, default=0, help="held-out images to use; 0 for all")
-    parser.add_argument("--num-samples", type=int, default=0, help="images to draw; 0 for as many as real ones")
+    parser.add_argument("--num-real", type=natural, default=0, help="held-out images to use; 0 for all")
+    parser.add_argument("--num-samples", type=natural, default=0, help="images to draw; 0 for as many as real ones")
     parser.add_argument("--inception-weights", help="file of FID Inception weights; by default the first one found")
     parser.add_argument("--cache", type=Path, help="file that keeps the real images' features for the next run")
     parser.add_argument("--card", action="store_true", help="write the numbers into the model's card, too")
@@ -69,7 +69,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from evaluation.dinov2 import load_transformer
     from evaluation.evaluate import Extras, Reference, evaluate
     from evaluation.inception import load_inception
-    from sampling.pipeline import SoftConvexPipeline, is_pipeline, model_root
+    from sampling.hub import is_hub_name, local_folder
+    from sampling.model_card import with_numbers
+    from sampling.pipeline import SoftConvexPipeline
+    from sampling.storage import model_root
     from stage1_tokenizer.losses import PerceptualLoss
     from stage1_tokenizer.train import load_tokenizer
 
@@ -78,12 +81,20 @@ def _evaluate(options: argparse.Namespace) -> None:
     on = join_processes()
     rank, processes = process_place()
     main = rank == 0
+    for file in filter(None, (options.out, options.cache)):
+        check_writable(file)
+    if options.card and is_hub_name(str(options.model)):
+        raise UserError(f"--card writes into a model's folder, and {options.model} is on the hub; download it first")
     reference = Reference(options.data, options.num_real)
-    pipeline = SoftConvexPipeline.from_pretrained(options.model, on) if is_pipeline(options.model) else None
-    if pipeline is None and (options.train or options.second_backbone):
+    folder = local_folder(options.model)
+    root = model_root(folder)
+    if options.card and root is None:
+        raise UserError(f"--card needs a model with both stages; {folder} holds none, and a tokenizer has no card")
+    if root is None and (options.train or options.second_backbone):
         raise UserError(f"--train and --second-backbone are about samples, and {options.model} is a tokenizer alone")
+    pipeline = SoftConvexPipeline.from_pretrained(root, on) if root else None
     training = Reference(options.train, options.neighbours) if options.train else None
-    tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(options.model).to(on)
+    tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(folder).to(on)
     network = load_inception(options.inception_weights, on)
     second = load_transformer(options.second_backbone, options.second_weights, on) if options.second_backbone else None
     extras = Extras(second, training, options.out.with_name(f"{options.out.stem}_neighbours.png"))
@@ -94,16 +105,18 @@ def _evaluate(options: argparse.Namespace) -> None:
         if processes > 1:
             say(f"{processes} processes share the work")
     draw = pipeline.stream if pipeline else None
-    refined = {"refined": pipeline.refiner} if pipeline and pipeline.refiner is not None else {}
+    refined: dict[str, Any] = {}
+    if pipeline and pipeline.refiner is not None:
+        refined = {"refiners": {"refined": pipeline.refiner}, "refiner_steps": pipeline.scheduler.refiner_steps}
     bar = partial(progress_bar, quiet=not main)
     perceptual = PerceptualLoss(options.lpips_weights).to(on) if options.lpips_weights else None
     results = evaluate(
         tokenizer, draw, reference, network, options.num_samples, options.cache, bar, extras,
-        perceptual=perceptual, refiners=refined, weight_bits=options.weight_bits,
+        perceptual=perceptual, weight_bits=options.weight_bits, **refined,
     )  # fmt: skip
     if main:
-        if options.card and pipeline:
-            pipeline.measured = results
-            pipeline.write_card(model_root(options.model))
+        if options.card:
+            pipeline.measured = with_numbers(pipeline.measured, results)
+            pipeline.write_card(root)
         write_atomically(options.out, json.dumps({"model": str(options.model), **results}, indent=2) + "\n")
         print(options.out)

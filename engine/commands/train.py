@@ -94,11 +94,19 @@ def _train_prior(options: argparse.Namespace) -> None:
         return picture_grid(next(pipeline.stream(32, batch_size=32)).images, columns=8)
 
     trained = train_prior(config, tokenizer.fingerprint(), tokenizer.codes(), draw)
-    _export(trained, Path(config.out), lambda prior, to: SoftConvexPipeline(tokenizer, prior).save_pretrained(to))
+    facts = _facts_of_tokenizer(Path(config.tokenizer))
+
+    def save(prior: Any, folder: Path, steps: int) -> None:
+        pipeline = SoftConvexPipeline(tokenizer, prior)
+        pipeline.measured = {"training": facts | _facts("prior", steps, config)}
+        pipeline.save_pretrained(folder)
+
+    _export(trained, Path(config.out), save)
 
 
 def _train_refiner(options: argparse.Namespace) -> None:
     from engine.config import load_config
+    from sampling.model_card import with_numbers
     from sampling.pipeline import SoftConvexPipeline
     from stage1_tokenizer.train import export, load_tokenizer
     from stage2_prior.train_refiner import RefinerExperiment, train_refiner
@@ -110,28 +118,66 @@ def _train_refiner(options: argparse.Namespace) -> None:
     pipeline = SoftConvexPipeline.from_pretrained(config.prior) if config.prior else None
     trained = train_refiner(config, tokenizer, None if pipeline is None else pipeline.prior)
 
-    def save(refiner: Any, folder: Path) -> None:
+    def save(refiner: Any, folder: Path, steps: int) -> None:
         if pipeline is None:
             export(refiner, folder)
         else:
-            parts = tokenizer.cpu(), pipeline.prior.cpu(), refiner, pipeline.scheduler
-            SoftConvexPipeline(*parts).save_pretrained(folder)
+            facts = pipeline.measured.get("training", {}) | _facts("refiner", steps, config)
+            refined = SoftConvexPipeline(tokenizer.cpu(), pipeline.prior.cpu(), refiner, pipeline.scheduler)
+            refined.measured = with_numbers(pipeline.measured, {"training": facts})
+            refined.save_pretrained(folder)
 
     _export(trained, Path(config.out), save)
 
 
-def _export(trained: Any, out: Path, save: Callable[[Any, Path], None]) -> None:
+def _export(trained: Any, out: Path, save: Callable[[Any, Path, int], None]) -> None:
     """Save the averaged weights of the last step to ``out/model``, and those of the best checkpoint to ``out/best``."""
     from accelerate import PartialState
     from safetensors.torch import load_model
 
     if PartialState().is_main_process:
         network = trained.averaged.cpu()
-        save(network, out / "model")
+        save(network, out / "model", trained.steps)
         if trained.best is not None:
             load_model(network, str(trained.best / "ema.safetensors"))
-            save(network, out / "best")
+            save(network, out / "best", int(trained.best.name.removeprefix("step_")))
     say_once(f"{out / 'model'}")
+
+
+def _facts(stage: str, steps: int, config: Any) -> dict[str, Any]:
+    """How one stage was trained, for the model card (see sampling.model_card)."""
+    from engine.config import git_revision
+
+    seen = {"steps": steps, "images_seen": steps * config.training.batch_size}
+    return {"revision": git_revision(), stage: seen}
+
+
+def _facts_of_tokenizer(folder: Path) -> dict[str, Any]:
+    """As far as its run folder is still there, and its shards."""
+    from data.errors import DataError
+    from data.shards import ShardSet
+    from engine.config import load_config
+    from engine.tracking import read_metrics
+    from stage1_tokenizer.train import TokenizerExperiment
+
+    facts: dict[str, Any] = {}
+    run = next((each for each in (folder, folder.parent) if (each / "config.yaml").is_file()), None)
+    if run is None:
+        return facts
+    try:
+        config = load_config(TokenizerExperiment, run / "config.yaml")
+        if folder.name != "best":  # the weights of some step of the run
+            facts |= _facts("tokenizer", read_metrics(run)[-1]["step"], config)
+        source = ShardSet(config.data.train).manifest["source"]
+        facts["dataset"] = source.get("name") or source["format"]
+    except (
+        UserError,
+        DataError,
+        IndexError,
+        OSError,
+    ) as error:  # another version's config, no log, shards that are gone
+        say_once(f"the model's card will not say all about its tokenizer: {error}")
+    return facts
 
 
 def add_tokenize(commands: Any) -> None:

@@ -1,0 +1,74 @@
+"""The arguments of a drawing, checked and turned into tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sampling.editing import tokens_under, variation_mask
+from sampling.images import Pictures, to_mask
+
+if TYPE_CHECKING:
+    from sampling.pipeline import SoftConvexPipeline
+
+LARGEST_SEED = 2**63 - 1
+
+
+def image_seeds(num_images: int, seed: int | None, generator: torch.Generator | None) -> torch.Tensor:
+    """(num_images,) int64 on the CPU: seed + i, or drawn by the generator, wherever it is, or by torch's global one.
+
+    Raises:
+        ValueError: both are given, or the seeds do not fit into 64 bits.
+    """
+    if seed is None:
+        place = "cpu" if generator is None else generator.device
+        return torch.randint(2**31, (num_images,), generator=generator, device=place).cpu()
+    if generator is not None:
+        raise ValueError("give a seed or a generator, not both")
+    if not -LARGEST_SEED <= seed <= LARGEST_SEED - num_images:
+        raise ValueError(f"seed={seed} does not fit into 64 bits with the seeds of {num_images} images from it on")
+    return torch.arange(seed, seed + num_images)
+
+
+def image_labels(class_labels: list[int] | int | None, num_images: int, classes: int) -> torch.Tensor | None:
+    """(num_images,) int64 classes of a prior that knows so many.
+
+    Raises:
+        ValueError: the prior knows none, there is not one for each image, or one is not among the classes.
+    """
+    if class_labels is None:
+        return None
+    if isinstance(class_labels, int):
+        class_labels = [class_labels] * num_images
+    if not classes:
+        raise ValueError("class_labels were given, but this prior was trained without classes")
+    if len(class_labels) != num_images:
+        raise ValueError(f"{len(class_labels)} class_labels for {num_images} images; give one for each")
+    bad = [label for label in class_labels if not 0 <= label < classes]
+    if bad:
+        raise ValueError(f"class label {bad[0]} is not one of the {classes} classes 0 .. {classes - 1}")
+    return torch.tensor(class_labels)
+
+
+def codes_to_start_from(
+    pipeline: SoftConvexPipeline,
+    init_image: Pictures,
+    mask_image: Pictures | None,
+    strength: float,
+    seeds: torch.Tensor,
+) -> torch.Tensor:
+    """Codes (num_images, h, w) of the images to start from, masked where they are to be drawn anew.
+
+    Raises:
+        ValueError: neither one image or mask, nor one for each of ``seeds``; ``strength`` is out of range.
+    """
+    tokens = pipeline.encode(init_image).indices.cpu()  # (1 or num_images, h, w)
+    if mask_image is None:
+        redrawn = variation_mask(seeds, tuple(tokens.shape[1:]), strength)
+    else:
+        redrawn = tokens_under(to_mask(mask_image, pipeline.image_size), pipeline.tokenizer.factor)
+    for name, count in (("init_image", len(tokens)), ("mask_image", len(redrawn))):
+        if count not in (1, len(seeds)):
+            raise ValueError(f"{name} holds {count} images; give one, or one for each of {len(seeds)}")
+    return torch.where(redrawn, pipeline.prior.mask_token, tokens).expand(len(seeds), -1, -1)

@@ -1,0 +1,169 @@
+"""How a pipeline is saved, found, loaded and moved, whatever it draws."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from engine.config import write_atomically
+from engine.errors import UserError
+from engine.folders import replaced_model
+from sampling.hub import first_line, local_folder
+from sampling.hub import upload as upload_folder
+from sampling.model_card import model_card
+from sampling.scheduler import UnmaskingScheduler
+from stage1_tokenizer.autoencoder import ImageTokenizer
+from stage1_tokenizer.train import load_tokenizer
+from stage2_prior.refiner import ConvexRefiner
+from stage2_prior.transformer import MaskedTransformer
+
+MEASURED = "measured.json"
+_LOCAL = {"local_files_only": True, "use_safetensors": True}  # nothing is looked for elsewhere, nothing is unpickled
+
+
+class Parts(NamedTuple):
+    """What a pipeline is made of."""
+
+    tokenizer: ImageTokenizer
+    prior: MaskedTransformer
+    refiner: ConvexRefiner | None
+    scheduler: UnmaskingScheduler
+
+
+def is_pipeline(folder: str | Path) -> bool:
+    """Whether ``folder`` holds both stages, rather than a tokenizer alone."""
+    return model_root(Path(folder)) is not None
+
+
+def model_root(folder: Path) -> Path | None:
+    """Where in a run's or a model's folder the pipeline lies; None where there is none."""
+    return next((root for root in (folder, folder / "model") if (root / "model_index.json").is_file()), None)
+
+
+def load_parts(root: Path) -> tuple[Parts, dict[str, Any]]:
+    """The parts of the pipeline in ``root``, and what was measured of it.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    tokenizer = load_tokenizer(root / "tokenizer")
+    try:
+        prior = MaskedTransformer.from_pretrained(root / "prior", **_LOCAL)
+        refiner = ConvexRefiner.from_pretrained(root / "refiner", **_LOCAL) if (root / "refiner").is_dir() else None
+        scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
+        measured = json.loads((root / MEASURED).read_text()) if (root / MEASURED).is_file() else {}
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{root} cannot be loaded: {first_line(error)}") from error
+    for part in filter(None, (tokenizer, prior, refiner)):
+        part.register_to_config(_name_or_path="")  # a path of this machine, which a copy would carry on
+    return Parts(tokenizer, prior, refiner, scheduler), measured
+
+
+class SavedPipeline(DiffusionPipeline):
+    """What `sampling.pipeline.SoftConvexPipeline` inherits: its parts in a folder, on the hub, on a device.
+
+    Attributes:
+        measured: what `scq evaluate` found, and how it was trained, for the model card.
+    """
+
+    measured: dict[str, Any]
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write every component, model_index.json and a model card; the folder appears when it is complete.
+
+        Args:
+            push_to_hub: upload it as well, with the arguments of `push_to_hub` (``repo_id="you/model"``) in ``kwargs``.
+            kwargs: further ones are diffusers'.
+
+        Raises:
+            UserError: the folder holds anything but a model, or the weights were rounded by ``to(dtype)``.
+        """
+        folder = Path(save_directory).resolve()
+        if any(part.dtype != torch.float32 for part in self._networks()):
+            raise UserError("these weights were rounded by a dtype; load them in float32, `scq export` writes halves")
+        upload = {name: kwargs.pop(name) for name in ("repo_id", "private", "token") if name in kwargs}
+        with replaced_model(folder, self.replaceable) as fresh:
+            super().save_pretrained(fresh, **kwargs)
+            self.write_card(fresh)
+        if push_to_hub:
+            upload_folder(folder, **{"repo_id": folder.name, **upload})
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub with this model's own card; returns the address of the commit.
+
+        Args:
+            repo_id: "you/model"; made where there is none.
+            private: whether a new one is; None: as the account says.
+            token: of the account; None: the one that is logged in.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            self.save_pretrained(folder)
+            return upload_folder(folder, repo_id, private, token)
+
+    def write_card(self, folder: Path) -> None:
+        """Write README.md, and the numbers that are in it, to a model's folder."""
+        write_atomically(folder / MEASURED, json.dumps(self.measured, indent=1) + "\n")
+        write_atomically(folder / "README.md", model_card(self))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Self:
+        """The pipeline in ``folder``: one that ``save_pretrained`` wrote, a run folder of a prior, or a model of the
+        Hugging Face hub, as "you/model".
+
+        Args:
+            dtype: to compute in, see `to`; ``torch_dtype`` is its older name in diffusers.
+            token, revision, cache_dir: of a model on the hub: who asks, which version, where copies are kept.
+
+        Raises:
+            UserError: nothing there is a pipeline, or a part of it cannot be loaded.
+        """
+        root = model_root(local_folder(folder, token=token, revision=revision, cache_dir=cache_dir))
+        if root is None:
+            raise UserError(
+                f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote "
+                "(with model_index.json)"
+            )
+        parts, measured = load_parts(root)
+        pipeline = cls(*parts)
+        pipeline.measured = measured
+        return pipeline.to(device=device, dtype=dtype or torch_dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device, and compute in a dtype, as in any diffusers pipeline: ``to("cuda", torch.bfloat16)``.
+
+        A dtype is for the prior and the tokenizer's networks, where the work is. Quantizer and refiner stay in float32:
+        rounding would undo the convex detail that they are there for.
+        """
+        dtype = next((each for each in args if isinstance(each, torch.dtype)), kwargs.pop("dtype", None))
+        super().to(*(each for each in args if not isinstance(each, torch.dtype)), **kwargs)
+        if dtype is not None:
+            networks = [network for name, network in self.tokenizer.named_children() if name != "quantizer"]
+            for network in (self.prior, *networks):
+                nn.Module.to(network, dtype)  # ModelMixin's own warns of what it keeps in float32: nothing here
+        return self
+
+    @property
+    def replaceable(self) -> set[str]:
+        """Classes whose saved models this one may take the place of: itself, and its parts."""
+        return {type(self).__name__, *(type(part).__name__ for part in self._networks())}
+
+    def _networks(self) -> list[ModelMixin]:
+        return [part for part in (self.tokenizer, self.prior, self.refiner) if part is not None]
