@@ -126,7 +126,7 @@ class TokenizerTask:
         self.optimizers = {"autoencoder": create_optimizer(tokenizer, config.optimizer, exclude=("quantizer",))}
         if discriminator is not None:
             self.optimizers["discriminator"] = create_optimizer(discriminator, config.optimizer)
-        self.tokenizer = accelerator.prepare(torch.compile(tokenizer) if config.training.compile else tokenizer)
+        self.tokenizer = accelerator.prepare(_compiled(tokenizer) if config.training.compile else tokenizer)
         self.discriminator = accelerator.prepare(discriminator) if discriminator is not None else None
         for name, optimizer in self.optimizers.items():
             self.optimizers[name] = accelerator.prepare(optimizer)
@@ -196,6 +196,17 @@ class TokenizerTask:
 
     def score(self, averaged: ImageTokenizer) -> float | None:
         return None if self.measure is None else self.measure(averaged)
+
+
+def _compiled(tokenizer: ImageTokenizer) -> nn.Module:
+    """``tokenizer`` with encoder and decoder compiled at their first use."""
+    # A compiled backward pass may overwrite what was saved for it, and refuses to be run twice; VQGAN's adaptive weight
+    # runs the decoder's three times a step. The setting is read whenever something is compiled, hence global.
+    torch._functorch.config.donated_buffer = False
+    # Quantizers choose shapes and branches by the data, which splits a graph into dozens that are compiled again and
+    # again; and SCQ's solver on a CPU is numba's, which torch's tracer trips over.
+    tokenizer.quantizer.forward = torch.compiler.disable(tokenizer.quantizer.forward)
+    return torch.compile(tokenizer)
 
 
 def train_tokenizer(config: TokenizerExperiment, measure: Callable[[ImageTokenizer], float] | None = None) -> Trained:
