@@ -120,9 +120,11 @@ class TokenizerTask:
         if config.training.gradient_checkpointing:
             tokenizer.enable_gradient_checkpointing()
         self.average = ModelEmaV3(tokenizer, decay=config.training.ema_decay, use_warmup=True)
-        self.losses = TokenizerLoss(config.loss).to(accelerator.device)
+        parts = max(1, config.training.accumulate)  # less is refused by in_parts
+        self.losses = TokenizerLoss(config.loss, parts).to(accelerator.device)
         discriminator = self.losses.discriminator
         self.modules: dict[str, nn.Module] = {"model": tokenizer, **self.losses.stateful}
+        tokenizer.quantizer.parts_per_step = parts
         self.optimizers = {"autoencoder": create_optimizer(tokenizer, config.optimizer, exclude=("quantizer",))}
         if discriminator is not None:
             self.optimizers["discriminator"] = create_optimizer(discriminator, config.optimizer)
