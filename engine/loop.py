@@ -74,8 +74,8 @@ def resolve_precision(precision: str) -> str:
 
     ``auto`` becomes bf16 where the hardware multiplies bf16 natively; elsewhere emulation would only be slower.
     """
-    if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise UserError(f"training.precision is {precision!r}; it must be auto, fp32, bf16 or fp16")
+    if precision not in ("auto", "fp32", "bf16"):  # fp16 needs losses scaled, and steps left out where they overflow
+        raise UserError(f"training.precision is {precision!r}; it must be auto, fp32 or bf16")
     if precision != "auto":
         return "no" if precision == "fp32" else precision
     if torch.cuda.is_available():
