@@ -26,6 +26,7 @@ from engine.checkpoint import Checkpoints
 from engine.config import LoopConfig, OptimizerConfig
 from engine.errors import UserError
 from engine.pictures import curves
+from engine.processes import process_place, sum_across_processes
 from engine.progress import progress_bar, say
 from engine.randomness import step_seed
 from engine.schedules import learning_rate_share
@@ -178,7 +179,8 @@ def _refuse_other_networks(run: Path, saved: dict[str, str], given: dict[str, st
 
 
 class _Meter:
-    """Means over the steps since the last flush, kept on the device so that no step waits for the host."""
+    """Means over all processes and the steps since the last flush, kept on the device so that no step waits for the
+    host. Every process must flush."""
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
@@ -202,8 +204,10 @@ class _Meter:
         self.started += time.monotonic() - before
 
     def flush(self, batch_size: int) -> dict[str, float]:
-        # One transfer for all; a term that begins within the window is averaged over the steps that have it.
-        values = iter(torch.stack([x.detach().float() for row in self.rows for x in row.values()]).tolist())
+        # One transfer for all, and one sum over processes; a term that begins within the window is averaged over the
+        # steps that have it.
+        values = torch.stack([x.detach().float() for row in self.rows for x in row.values()])
+        values = iter((sum_across_processes(values) / process_place()[1]).tolist())
         rows = [{name: next(values) for name in row} for row in self.rows]
         for step, row in zip(self.steps, rows, strict=True):
             if not all(math.isfinite(value) for value in row.values()):

@@ -83,8 +83,10 @@ def _train_prior(options: argparse.Namespace) -> None:
         return
 
     def draw(prior: Any) -> Any:
-        pipeline = SoftConvexPipeline(tokenizer, prior).to(prior.device)
-        return picture_grid(next(pipeline.stream(32, batch_size=32)).images, columns=8)
+        # Not pipeline.stream: it divides the images among processes, and the main one draws alone.
+        pipeline, classes = SoftConvexPipeline(tokenizer, prior).to(prior.device), prior.config.num_classes
+        labels = [i % classes for i in range(32)] if classes else None
+        return picture_grid(pipeline(32, labels, seed=0, batch_size=32, output_type="pt").images, columns=8)
 
     trained = train_prior(config, tokenizer.fingerprint(), tokenizer.codes(), draw)
     _export(trained, Path(config.out), lambda prior, to: SoftConvexPipeline(tokenizer, prior).save_pretrained(to))
