@@ -247,19 +247,21 @@ def train_tokenizer(config: TokenizerExperiment, measure: Callable[[ImageTokeniz
 def estimate_tokenizer(config: TokenizerExperiment) -> list[str]:
     """What `train_tokenizer` would take, see `engine.dry_run.estimate`; writes nothing, and needs no shards."""
     accelerator = make_accelerator(config.training)
-    side = config.architecture.image_size
-    probe = Batch(
-        torch.randint(0, 256, (PROBED_IMAGES, 3, side, side), dtype=torch.uint8),
-        torch.zeros(PROBED_IMAGES, dtype=torch.int64),
-        torch.arange(PROBED_IMAGES),
-    )
-    images = None
-    if (Path(config.data.train) / MANIFEST).is_file():
-        stream = open_stream(config.data, config.training, config.architecture.image_size, accelerator)
-        images, probe = stream.num_images, Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream))))
+    probe, images = probe_images(config.data, config.training, config.architecture.image_size, accelerator)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
     task = TokenizerTask(single, accelerator, probe.images)
     return estimate(task, probe, len(probe.images), images, config.training, accelerator)
+
+
+def probe_images(
+    data: DataConfig, training: LoopConfig, image_size: int, accelerator: Accelerator
+) -> tuple[Batch, int | None]:
+    """A few training images and how many there are; where the shards are not at hand, noise and None."""
+    if (Path(data.train) / MANIFEST).is_file():
+        stream = open_stream(data, training, image_size, accelerator)
+        return Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream)))), stream.num_images
+    pixels = torch.randint(0, 256, (PROBED_IMAGES, 3, image_size, image_size), dtype=torch.uint8)
+    return Batch(pixels, torch.zeros(PROBED_IMAGES, dtype=torch.int64), torch.arange(PROBED_IMAGES)), None
 
 
 def open_stream(data: DataConfig, training: LoopConfig, image_size: int, accelerator: Accelerator) -> ImageStream:

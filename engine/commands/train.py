@@ -28,10 +28,9 @@ def add_train(commands: Any) -> None:
             f"accelerate launch --module engine.cli train {stage} --config FILE",
         )
         each.add_argument("--config", type=Path, required=True, help="YAML file; the ready ones are in configs/")
-        if stage != "refiner":
-            each.add_argument(
-                "--dry-run", action="store_true", help="print parameters, memory, steps per epoch, time; train nothing"
-            )
+        each.add_argument(
+            "--dry-run", action="store_true", help="print parameters, memory, steps per epoch, time; train nothing"
+        )
         each.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.steps=1000")
 
 
@@ -96,14 +95,18 @@ def _train_refiner(options: argparse.Namespace) -> None:
     from engine.config import load_config
     from sampling.pipeline import SoftConvexPipeline
     from stage1_tokenizer.train import export, load_tokenizer
-    from stage2_prior.train_refiner import RefinerExperiment, train_refiner
+    from stage2_prior.train_refiner import RefinerExperiment, estimate_refiner, train_refiner
 
     config = load_config(RefinerExperiment, options.config, options.overrides)
     if not config.tokenizer:
         raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
     tokenizer = load_tokenizer(config.tokenizer)
     pipeline = SoftConvexPipeline.from_pretrained(config.prior) if config.prior else None
-    trained = train_refiner(config, tokenizer, None if pipeline is None else pipeline.prior)
+    prior = None if pipeline is None else pipeline.prior
+    if options.dry_run:
+        say_once("\n".join(estimate_refiner(config, tokenizer, prior)))
+        return
+    trained = train_refiner(config, tokenizer, prior)
 
     def save(refiner: Any, folder: Path) -> None:
         if pipeline is None:
