@@ -45,7 +45,7 @@ class LoopConfig:
     batch_size: int = 64  # images per step over all processes together
     accumulate: int = 1  # parts that a process computes its share of a step's images in, to save memory
     seed: int = 0
-    precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto is bf16 where the hardware computes it natively
+    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 where the hardware computes it natively
     compile: bool = False
     gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
     ema_decay: float = 0.999

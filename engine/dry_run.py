@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from engine.config import LoopConfig
 from engine.loop import Task
@@ -16,14 +17,22 @@ PROBED_IMAGES = 4  # small enough for any machine; memory and time are scaled fr
 
 
 def estimate(
-    task: Task, probe: Any, probed: int, images: int | None, config: LoopConfig, accelerator: Accelerator
+    task: Task,
+    probe: Any,
+    probed: int,
+    images: int | None,
+    config: LoopConfig,
+    accelerator: Accelerator,
+    frozen: dict[str, nn.Module] | None = None,
 ) -> list[str]:
     """Lines for a person: parameters, memory, steps per epoch, time to the end.
 
     Args:
         probe: a batch of ``probed`` images, on which three training steps are taken, with every loss switched on.
         images: in the training set; None where it is not at hand.
+        frozen: networks by name that the task uses without training them.
     """
+    frozen = frozen or {}
     share = -(-config.batch_size // accelerator.num_processes)
     together = -(-share // max(1, config.accumulate))
     last = config.steps - 1
@@ -36,9 +45,10 @@ def estimate(
         float(terms["loss"])  # waits for the device
         seconds.append(time.perf_counter() - started)
     step = min(seconds) * share / probed
-    states = _state_bytes(task)
+    states = _state_bytes(task) + sum(_weight_bytes(module) for module in frozen.values())
     activations = saved.bytes / probed * together
     sizes = ", ".join(f"{name} {_parameters(module) / 1e6:.1f}M" for name, module in task.modules.items())
+    sizes += "".join(f", frozen {name} {_parameters(module) / 1e6:.1f}M" for name, module in frozen.items())
     epoch = "training set not at hand"
     if images is not None:
         steps = images / config.batch_size
@@ -58,7 +68,7 @@ class _SavedForBackward:
     """Counts the bytes that autograd keeps for the backward pass, every storage once, parameters left out."""
 
     def __init__(self, modules: list[nn.Module]):
-        self._known = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        self._known = {_here(p).untyped_storage().data_ptr() for module in modules for p in module.parameters()}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self.bytes = 0
 
@@ -81,12 +91,21 @@ def _parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def _weight_bytes(module: nn.Module) -> int:
+    """Of this process: of weights that are divided among several, its share."""
+    return sum(_here(p).nbytes for p in module.parameters())
+
+
+def _here(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _state_bytes(task: Task) -> int:
     """Weights, their averages, gradients as large as the weights, and the optimizers' state."""
-    weights = sum(p.numel() * p.element_size() for module in task.modules.values() for p in module.parameters())
-    averages = sum(p.numel() * p.element_size() for p in task.average.module.parameters())
+    weights = sum(_weight_bytes(module) for module in task.modules.values())
+    averages = _weight_bytes(task.average.module)
     state = sum(
-        value.numel() * value.element_size()
+        _here(value).nbytes
         for optimizer in task.optimizers.values()
         for values in optimizer.state.values()
         for value in values.values()

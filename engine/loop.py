@@ -26,7 +26,7 @@ from engine.checkpoint import Checkpoints
 from engine.config import LoopConfig, OptimizerConfig
 from engine.errors import UserError
 from engine.pictures import curves
-from engine.processes import join_processes
+from engine.processes import join_processes, process_place, sum_across_processes
 from engine.progress import progress_bar, say
 from engine.randomness import step_seed
 from engine.schedules import learning_rate_share
@@ -79,8 +79,8 @@ def resolve_precision(precision: str) -> str:
 
     ``auto`` becomes bf16 where the hardware multiplies bf16 natively; elsewhere emulation would only be slower.
     """
-    if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise UserError(f"training.precision is {precision!r}; it must be auto, fp32, bf16 or fp16")
+    if precision not in ("auto", "fp32", "bf16"):  # fp16 needs losses scaled, and steps left out where they overflow
+        raise UserError(f"training.precision is {precision!r}; it must be auto, fp32 or bf16")
     if precision != "auto":
         return "no" if precision == "fp32" else precision
     if torch.cuda.is_available():
@@ -189,7 +189,8 @@ def _refuse_other_networks(run: Path, saved: dict[str, str], given: dict[str, st
 
 
 class _Meter:
-    """Means over the steps since the last flush, kept on the device so that no step waits for the host."""
+    """Means over all processes and the steps since the last flush, kept on the device so that no step waits for the
+    host. Every process must flush."""
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
@@ -213,8 +214,10 @@ class _Meter:
         self.started += time.monotonic() - before
 
     def flush(self, batch_size: int) -> dict[str, float]:
-        # One transfer for all; a term that begins within the window is averaged over the steps that have it.
-        values = iter(torch.stack([x.detach().float() for row in self.rows for x in row.values()]).tolist())
+        # One transfer for all, and one sum over processes; a term that begins within the window is averaged over the
+        # steps that have it.
+        values = torch.stack([x.detach().float() for row in self.rows for x in row.values()])
+        values = iter((sum_across_processes(values) / process_place()[1]).tolist())
         rows = [{name: next(values) for name in row} for row in self.rows]
         for step, row in zip(self.steps, rows, strict=True):
             if not all(math.isfinite(value) for value in row.values()):

@@ -33,7 +33,7 @@ def shard(module: nn.Module, blocks: type[nn.Module]) -> nn.Module:
         UserError: there is only one process.
     """
     if not across_processes():
-        raise UserError("shard=true divides a model among several processes; this is one alone")
+        raise UserError("shard=true divides a model among several processes; this is one alone: set shard=false")
     for block in module.modules():
         if isinstance(block, blocks):
             fully_shard(block)

@@ -37,11 +37,6 @@ class Parts(NamedTuple):
     scheduler: UnmaskingScheduler
 
 
-def is_pipeline(folder: str | Path) -> bool:
-    """Whether ``folder`` holds both stages, rather than a tokenizer alone."""
-    return model_root(Path(folder)) is not None
-
-
 def model_root(folder: Path) -> Path | None:
     """Where in a run's or a model's folder the pipeline lies; None where there is none."""
     return next((root for root in (folder, folder / "model") if (root / "model_index.json").is_file()), None)

@@ -39,11 +39,15 @@ class LeCam(nn.Module):
     """LeCam regularization (Tseng et al., arXiv 2104.03310, eq. 7): verdicts stay near the other side's running mean.
 
     Its running means are buffers, so that a checkpoint has them.
+
+    Args:
+        decay: of the running means from one optimizer step to the next.
+        parts_per_step: updates that make such a step.
     """
 
-    def __init__(self, decay: float = 0.999):
+    def __init__(self, decay: float = 0.999, parts_per_step: int = 1):
         super().__init__()
-        self.decay = decay
+        self.decay = decay ** (1 / parts_per_step)
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
 

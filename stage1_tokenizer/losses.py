@@ -85,11 +85,14 @@ class TokenizerLoss(nn.Module):
 
     Images are (B, 3, H, W) in [-1, 1] throughout; every loss is 0-dim.
 
+    Args:
+        parts_per_step: calls of `discriminate` that make one optimizer step.
+
     Raises:
         UserError: an unknown game, norm or augmentation.
     """
 
-    def __init__(self, config: LossConfig):
+    def __init__(self, config: LossConfig, parts_per_step: int = 1):
         super().__init__()
         if config.game not in GAMES:
             raise UserError(f"loss.game is {config.game!r}; it must be {' or '.join(GAMES)}")
@@ -106,7 +109,7 @@ class TokenizerLoss(nn.Module):
                 )
             except ValueError as error:
                 raise UserError(f"loss.discriminator: {error}") from error
-            self.lecam = LeCam() if config.lecam > 0 else None
+            self.lecam = LeCam(parts_per_step=parts_per_step) if config.lecam > 0 else None
 
     @property
     def stateful(self) -> dict[str, nn.Module]:

@@ -121,13 +121,15 @@ class TokenizerTask:
         if config.training.gradient_checkpointing:
             tokenizer.enable_gradient_checkpointing()
         self.average = ModelEmaV3(tokenizer, decay=config.training.ema_decay, use_warmup=True)
-        self.losses = TokenizerLoss(config.loss).to(accelerator.device)
+        parts = max(1, config.training.accumulate)  # less is refused by in_parts
+        self.losses = TokenizerLoss(config.loss, parts).to(accelerator.device)
         discriminator = self.losses.discriminator
         self.modules: dict[str, nn.Module] = {"model": tokenizer, **self.losses.stateful}
+        tokenizer.quantizer.parts_per_step = parts
         self.optimizers = {"autoencoder": create_optimizer(tokenizer, config.optimizer, exclude=("quantizer",))}
         if discriminator is not None:
             self.optimizers["discriminator"] = create_optimizer(discriminator, config.optimizer)
-        self.tokenizer = accelerator.prepare(torch.compile(tokenizer) if config.training.compile else tokenizer)
+        self.tokenizer = accelerator.prepare(_compiled(tokenizer) if config.training.compile else tokenizer)
         self.discriminator = accelerator.prepare(discriminator) if discriminator is not None else None
         for name, optimizer in self.optimizers.items():
             self.optimizers[name] = accelerator.prepare(optimizer)
@@ -201,6 +203,17 @@ class TokenizerTask:
         return None if self.measure is None else self.measure(averaged)
 
 
+def _compiled(tokenizer: ImageTokenizer) -> nn.Module:
+    """``tokenizer`` with encoder and decoder compiled at their first use."""
+    # A compiled backward pass may overwrite what was saved for it, and refuses to be run twice; VQGAN's adaptive weight
+    # runs the decoder's three times a step. The setting is read whenever something is compiled, hence global.
+    torch._functorch.config.donated_buffer = False
+    # Quantizers choose shapes and branches by the data, which splits a graph into dozens that are compiled again and
+    # again; and SCQ's solver on a CPU is numba's, which torch's tracer trips over.
+    tokenizer.quantizer.forward = torch.compiler.disable(tokenizer.quantizer.forward)
+    return torch.compile(tokenizer)
+
+
 def train_tokenizer(config: TokenizerExperiment, measure: Callable[[ImageTokenizer], float] | None = None) -> Trained:
     """Train, or go on with, the tokenizer of ``config`` and export it to ``out/model``.
 
@@ -237,19 +250,21 @@ def train_tokenizer(config: TokenizerExperiment, measure: Callable[[ImageTokeniz
 def estimate_tokenizer(config: TokenizerExperiment) -> list[str]:
     """What `train_tokenizer` would take, see `engine.dry_run.estimate`; writes nothing, and needs no shards."""
     accelerator = make_accelerator(config.training)
-    side = config.architecture.image_size
-    probe = Batch(
-        torch.randint(0, 256, (PROBED_IMAGES, 3, side, side), dtype=torch.uint8),
-        torch.zeros(PROBED_IMAGES, dtype=torch.int64),
-        torch.arange(PROBED_IMAGES),
-    )
-    images = None
-    if (Path(config.data.train) / MANIFEST).is_file():
-        stream = open_stream(config.data, config.training, config.architecture.image_size, accelerator)
-        images, probe = stream.num_images, Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream))))
+    probe, images = probe_images(config.data, config.training, config.architecture.image_size, accelerator)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
     task = TokenizerTask(single, accelerator, probe.images)
     return estimate(task, probe, len(probe.images), images, config.training, accelerator)
+
+
+def probe_images(
+    data: DataConfig, training: LoopConfig, image_size: int, accelerator: Accelerator
+) -> tuple[Batch, int | None]:
+    """A few training images and how many there are; where the shards are not at hand, noise and None."""
+    if (Path(data.train) / MANIFEST).is_file():
+        stream = open_stream(data, training, image_size, accelerator)
+        return Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream)))), stream.num_images
+    pixels = torch.randint(0, 256, (PROBED_IMAGES, 3, image_size, image_size), dtype=torch.uint8)
+    return Batch(pixels, torch.zeros(PROBED_IMAGES, dtype=torch.int64), torch.arange(PROBED_IMAGES)), None
 
 
 def open_stream(data: DataConfig, training: LoopConfig, image_size: int, accelerator: Accelerator) -> ImageStream:

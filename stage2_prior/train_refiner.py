@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from data.stream import Batch, ImageStream
 from engine.config import DataConfig, LoopConfig, OptimizerConfig
+from engine.dry_run import estimate
 from engine.errors import UserError
 from engine.fingerprint import fingerprint
 from engine.loop import Trained, make_accelerator, train
@@ -24,7 +26,7 @@ from engine.progress import say
 from engine.randomness import image_gumbel, image_uniform
 from engine.tracking import RunFolder
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from stage1_tokenizer.train import open_stream
+from stage1_tokenizer.train import open_stream, probe_images
 from stage2_prior.refiner import ConvexRefiner, standard_normal
 from stage2_prior.transformer import MaskedTransformer
 
@@ -214,10 +216,7 @@ def train_refiner(
     """
     if not config.out:
         raise UserError("out is empty: say where the run goes, for example out=runs/refiner")
-    if not 0 <= config.resampled_share <= 1:
-        raise UserError(f"resampled_share is {config.resampled_share}; it must be in [0, 1]")
-    if config.resampled_share > 0 and prior is None:
-        raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
+    _check_resampling(config, prior)
     if config.pixel_weight < 0:
         raise UserError(f"pixel_weight is {config.pixel_weight}; it must be at least 0")
     accelerator = make_accelerator(config.training)
@@ -239,6 +238,27 @@ def train_refiner(
     if config.resampled_share > 0:  # else the prior has no say in what the refiner learns
         frozen["prior"] = fingerprint(prior)
     return train(task, stream, config.training, config.optimizer, run, accelerator, title, frozen)
+
+
+def _check_resampling(config: RefinerExperiment, prior: MaskedTransformer | None) -> None:
+    if not 0 <= config.resampled_share <= 1:
+        raise UserError(f"resampled_share is {config.resampled_share}; it must be in [0, 1]")
+    if config.resampled_share > 0 and prior is None:
+        raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
+
+
+def estimate_refiner(
+    config: RefinerExperiment, tokenizer: ImageTokenizer, prior: MaskedTransformer | None = None
+) -> list[str]:
+    """What `train_refiner` would take, see `engine.dry_run.estimate`; writes nothing, and needs no shards."""
+    _check_resampling(config, prior)
+    accelerator = make_accelerator(config.training)
+    probe, images = probe_images(config.data, config.training, tokenizer.config.image_size, accelerator)
+    single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
+    used = prior if config.resampled_share > 0 else None
+    task = RefinerTask(single, accelerator, tokenizer, used, probe.images, probe.images)
+    frozen = {"tokenizer": tokenizer} | ({} if used is None else {"prior": used})
+    return estimate(task, probe, len(probe.images), images, config.training, accelerator, frozen)
 
 
 def _images(shards: str) -> Tensor:

@@ -56,6 +56,10 @@ def test_lecam_pulls_towards_the_other_sides_mean_and_remembers_it() -> None:
     assert lecam.real_mean == 1.0
     assert lecam.fake_mean == -2.0
     assert lecam(real, fake) == (2.0 + 2.0) ** 2 + (1.0 + 4.0) ** 2
+    parted = LeCam(decay=0.5, parts_per_step=2)
+    for _ in range(2):
+        parted.update(real, fake)
+    torch.testing.assert_close(parted.real_mean, lecam.real_mean, msg="two parts of a step forget as much as the step")
     again = LeCam()
     again.load_state_dict(lecam.state_dict())
     assert again(real, fake) == lecam(real, fake)

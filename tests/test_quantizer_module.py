@@ -142,14 +142,33 @@ def test_image_noise_defaults_to_the_global_generator():
 
 
 def test_lambda_follows_the_running_mean_of_the_nearest_distance():
-    quantizer = SoftConvexQuantizer(32, 6, momentum=0.9, kmeans_batches=0, revive=False)
-    z = latents()
-    means = [quantizer(s * z).stats["hard_error"] for s in (1.0, 2.0, 3.0)]
-    expected = means[0]
-    for mean in means[1:]:
-        expected = 0.9 * expected + 0.1 * mean
-    torch.testing.assert_close(quantizer.mean_distance, expected)
-    assert int(quantizer.steps) == 3
+    for parts in (1, 2):
+        quantizer = SoftConvexQuantizer(32, 6, momentum=0.9, kmeans_batches=0, revive=False)
+        quantizer.parts_per_step = parts
+        z, momentum = latents(), 0.9 ** (1 / parts)
+        means = [quantizer(s * z).stats["hard_error"] for s in (1.0, 2.0, 3.0)]
+        expected = means[0]
+        for mean in means[1:]:
+            expected = momentum * expected + (1 - momentum) * mean
+        torch.testing.assert_close(quantizer.mean_distance, expected)
+        assert int(quantizer.steps) == 3 // parts
+
+
+def test_parts_of_a_step_count_as_one_step():
+    options = {"momentum": 0.9, "kmeans_batches": 2, "rho": 0.1, "rho_end": 10.0, "rho_steps": 4, "window": 4}
+    whole, parts = (SoftConvexQuantizer(64, 6, dominant_dropout=0.0, **options) for _ in range(2))
+    parts.parts_per_step = 2
+    for step in range(6):
+        z = latents(8, side=2, seed=step)  # fewer latents than codes: some are dead
+        rho = whole(z).stats["rho"]
+        books = [parts.codebook.detach().clone()]
+        for part in z.split(4):
+            assert parts(part).stats["rho"] == rho
+            books.append(parts.codebook.detach().clone())
+        assert not torch.equal(books[0], books[1]), "k-means at first, then the revival of dead codes"
+        assert torch.equal(books[1], books[2]) == (step >= 2), "k-means takes every part, revival waits for a step"
+        assert parts.steps == whole.steps == step + 1
+    assert "parts" not in parts.state_dict(), "it is zero whenever a checkpoint is written"
 
 
 def test_a_resumed_run_is_the_same_run():

@@ -28,10 +28,9 @@ def add_train(commands: Any) -> None:
             f"accelerate launch --module engine.cli train {stage} --config FILE",
         )
         each.add_argument("--config", type=Path, required=True, help="YAML file; the ready ones are in configs/")
-        if stage != "refiner":
-            each.add_argument(
-                "--dry-run", action="store_true", help="print parameters, memory, steps per epoch, time; train nothing"
-            )
+        each.add_argument(
+            "--dry-run", action="store_true", help="print parameters, memory, steps per epoch, time; train nothing"
+        )
         each.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.steps=1000")
 
 
@@ -90,8 +89,10 @@ def _train_prior(options: argparse.Namespace) -> None:
         return
 
     def draw(prior: Any) -> Any:
-        pipeline = SoftConvexPipeline(tokenizer, prior).to(prior.device)
-        return picture_grid(next(pipeline.stream(32, batch_size=32)).images, columns=8)
+        # Not pipeline.stream: it divides the images among processes, and the main one draws alone.
+        pipeline, classes = SoftConvexPipeline(tokenizer, prior).to(prior.device), prior.config.num_classes
+        labels = [i % classes for i in range(32)] if classes else None
+        return picture_grid(pipeline(32, labels, seed=0, batch_size=32, output_type="pt").images, columns=8)
 
     trained = train_prior(config, tokenizer.fingerprint(), tokenizer.codes(), draw)
     facts = _facts_of_tokenizer(Path(config.tokenizer))
@@ -109,14 +110,18 @@ def _train_refiner(options: argparse.Namespace) -> None:
     from sampling.model_card import with_numbers
     from sampling.pipeline import SoftConvexPipeline
     from stage1_tokenizer.train import export, load_tokenizer
-    from stage2_prior.train_refiner import RefinerExperiment, train_refiner
+    from stage2_prior.train_refiner import RefinerExperiment, estimate_refiner, train_refiner
 
     config = load_config(RefinerExperiment, options.config, options.overrides)
     if not config.tokenizer:
         raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
     tokenizer = load_tokenizer(config.tokenizer)
     pipeline = SoftConvexPipeline.from_pretrained(config.prior) if config.prior else None
-    trained = train_refiner(config, tokenizer, None if pipeline is None else pipeline.prior)
+    prior = None if pipeline is None else pipeline.prior
+    if options.dry_run:
+        say_once("\n".join(estimate_refiner(config, tokenizer, prior)))
+        return
+    trained = train_refiner(config, tokenizer, prior)
 
     def save(refiner: Any, folder: Path, steps: int) -> None:
         if pipeline is None:

@@ -59,16 +59,17 @@ class SoftConvexQuantizer(Quantizer):
             rho: lambda as a multiple of the running mean of the squared distance to the nearest code, > 0.
             rho_end: if given, rho moves geometrically to this value over ``rho_steps`` training steps; as it does, the
                 straight-through gradient is blended in, because dz_q/dz vanishes when lambda grows.
-            rho_steps: length of that move, >= 1 with ``rho_end``.
+            rho_steps: length of that move, >= 1 with ``rho_end``. Here and below a step is an optimizer's: see
+                `Quantizer.parts_per_step`.
             dominant_dropout: share of images, in [0, 1], decoded from dominant codes alone in training, so that they
                 learn to stand alone: a prior can emit nothing else.
             commitment: weight of |z - sg(nearest code)|^2, >= 0.
             codebook_weight: weight of |sg(z) - nearest code|^2, >= 0.
-            kmeans_batches: the first training batches over which codes are placed by k-means; 0: random codes.
+            kmeans_batches: the first training steps over whose batches codes are placed by k-means; 0: random codes.
             revive: replace codes that dominated no latent over a whole window by latents far from their codes.
             projection_dim: if given, latents are projected to this many channels and codes and latents are
                 l2-normalised; z_q is projected back.
-            momentum: of the running mean of the nearest distance, in [0, 1).
+            momentum: of the running mean of the nearest distance from step to step, in [0, 1).
             window: images over which usage and perplexity are counted in training, >= 1.
         """
         super().__init__()
@@ -99,7 +100,9 @@ class SoftConvexQuantizer(Quantizer):
         self.down = None if projection_dim is None else nn.Linear(dim, inner)
         self.up = None if projection_dim is None else nn.Linear(inner, dim)
         self.codebook = nn.Parameter(torch.randn(codebook_size, inner) / inner**0.5)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training forwards seen
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training steps seen
+        # Parts seen of the step under way. Checkpoints are written between steps, so it need not be saved.
+        self.register_buffer("parts", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("mean_distance", torch.zeros(()))  # running mean of min_k |z - c_k|^2; 0: none yet
         self.register_buffer("kmeans_counts", torch.zeros(codebook_size))
         self.register_buffer("counts", torch.zeros(codebook_size))  # dominant codes in the window being filled
@@ -211,8 +214,9 @@ class SoftConvexQuantizer(Quantizer):
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> None:
         """Before the codes enter the graph: k-means over the first batches, and a full window's revival of codes."""
-        step = int(self.steps)
-        if int(self.images) >= self.window:
+        step, first_part = int(self.steps), self.parts_per_step == 1 or int(self.parts) == 0
+        # Between the parts of a step no code is replaced: their gradients are of the same codebook.
+        if first_part and int(self.images) >= self.window:
             if self.revive:
                 self._revive(rows)
             self.last_counts.copy_(self.counts)
@@ -221,7 +225,7 @@ class SoftConvexQuantizer(Quantizer):
         if step >= self.kmeans_batches:
             return
         everywhere = gather_rows(rows)
-        if step == 0:
+        if step == 0 and first_part:
             codes, counts = kmeans(everywhere, self.codebook_size)
         else:
             codes, counts = kmeans_step(self._codes(), self.kmeans_counts, everywhere)
@@ -235,10 +239,14 @@ class SoftConvexQuantizer(Quantizer):
         here = torch.stack([hard_error * len(rows), hard_error.new_tensor(len(rows)), hard_error.new_tensor(images)])
         summed = sum_across_processes(torch.cat([here.double(), counts.double()]))
         mean = (summed[0] / summed[1]).float()
-        self.mean_distance.copy_(torch.where(self.steps == 0, mean, mean.lerp(self.mean_distance, self.momentum)))
+        momentum = self.momentum ** (1 / self.parts_per_step)
+        first = self.steps + self.parts == 0
+        self.mean_distance.copy_(torch.where(first, mean, mean.lerp(self.mean_distance, momentum)))
         self.counts += summed[3:].float()
         self.images += summed[2].long()
-        self.steps += 1
+        self.parts += 1
+        self.steps += self.parts // self.parts_per_step
+        self.parts %= self.parts_per_step
         seen = self.usage_counts()
         return {"usage": (seen > 0).float().mean(), "perplexity": perplexity(seen)}
 
