@@ -216,9 +216,7 @@ def train_refiner(
     """
     if not config.out:
         raise UserError("out is empty: say where the run goes, for example out=runs/refiner")
-    _check_resampling(config, prior)
-    if config.pixel_weight < 0:
-        raise UserError(f"pixel_weight is {config.pixel_weight}; it must be at least 0")
+    _check(config, prior)
     accelerator = make_accelerator(config.training)
     stream = open_stream(config.data, config.training, tokenizer.config.image_size, accelerator)
     if config.resampled_share > 0 and prior.config.num_classes not in (0, stream.num_classes):
@@ -240,18 +238,20 @@ def train_refiner(
     return train(task, stream, config.training, config.optimizer, run, accelerator, title, frozen)
 
 
-def _check_resampling(config: RefinerExperiment, prior: MaskedTransformer | None) -> None:
+def _check(config: RefinerExperiment, prior: MaskedTransformer | None) -> None:
     if not 0 <= config.resampled_share <= 1:
         raise UserError(f"resampled_share is {config.resampled_share}; it must be in [0, 1]")
     if config.resampled_share > 0 and prior is None:
         raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
+    if config.pixel_weight < 0:
+        raise UserError(f"pixel_weight is {config.pixel_weight}; it must be at least 0")
 
 
 def estimate_refiner(
     config: RefinerExperiment, tokenizer: ImageTokenizer, prior: MaskedTransformer | None = None
 ) -> list[str]:
     """What `train_refiner` would take, see `engine.dry_run.estimate`; writes nothing, and needs no shards."""
-    _check_resampling(config, prior)
+    _check(config, prior)
     accelerator = make_accelerator(config.training)
     probe, images = probe_images(config.data, config.training, tokenizer.config.image_size, accelerator)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
