@@ -15,8 +15,8 @@ from evaluation.plots import (
     draw_samples,
     draw_sweep,
 )
-from evaluation.tables import look, markdown_table, spread, verdict
-from evaluation.tokenizers import render as render_tokenizers
+from evaluation.reconstructions import rate, reconstruction_table, training_table, ways_of_decoding, with_seeds
+from evaluation.tables import comparison, look, markdown_table, spread
 
 
 def write_report(results: dict[str, Any], out: Path) -> None:
@@ -26,7 +26,7 @@ def write_report(results: dict[str, Any], out: Path) -> None:
         results: what evaluation.benchmark.run_benchmark measured.
         out: its folder; the arms' pictures are read from ``out/pictures``.
     """
-    arms: Runs = results["arms"]
+    arms = _measured_arms(results)
     draw_samples(out, arms).save(out / "samples.png")
     draw_reconstructions(out, arms).save(out / "reconstructions.png")
     draw_curves(arms, out / "curves.png")
@@ -40,14 +40,20 @@ def write_report(results: dict[str, Any], out: Path) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """The text of report.md."""
-    arms, reference, machine = results["arms"], results["reference"], results["machine"]
+    arms, reference, machine = _measured_arms(results), results["reference"], results["machine"]
     seeds = max(len(runs) for runs in arms.values())
+    drawn_against = results.get("sample_reference", reference)
     lines = [
         f"# {results['title']}",
         "",
         f"Reference: {reference['count']} {reference['dataset']} images of the split '{reference['split']}', "
         f"{reference['crop']} pixels, which no model was trained on. Features: {results['network']['weights']}; "
         f"protocol: {results['network']['protocol']}."
+        + (
+            f" Samples are measured against {drawn_against['count']:,} images of the split '{drawn_against['split']}'."
+            if drawn_against != reference
+            else ""
+        )
         + (" Of several seeds: the mean, and the range in brackets." if seeds > 1 else ""),
         "",
         "## Samples",
@@ -59,11 +65,10 @@ def render(results: dict[str, Any]) -> str:
         "![reconstructions](reconstructions.png)",
         "",
         "The prior draws dominant codes only; z_q is what the soft quantizer hands to the decoder in training. It is "
-        "continuous and costs more than the rate of the codes: never compare the two as if they had one rate.",
+        "continuous: its own row has no rate, and those of rounded weights have the rate that these were coded at.",
         "",
-        *render_tokenizers({name: [run["tokenizer"] for run in runs] for name, runs in arms.items()}),
+        *reconstruction_table(arms),
         "",
-        *_at_a_rate(arms),
         "![rFID over bits per image](rates.png)",
         "",
         "## Codebook",
@@ -74,6 +79,8 @@ def render(results: dict[str, Any]) -> str:
         "",
         *_training(arms),
         "",
+        *training_table(arms),
+        "",
     ]
     if any("sweep" in runs[0] for runs in arms.values()):
         lines += ["## Settings of sampling", *_sweep(arms), "", "![FID over sampling steps](sweep.png)", ""]
@@ -81,7 +88,7 @@ def render(results: dict[str, Any]) -> str:
     if any("nearest_training_distance" in found for found in ways):
         lines += [
             "## Memorised?",
-            "Samples, and below each the training image nearest to it in Inception features.",
+            f"Samples, and below each the nearest of {_searched(results)} in Inception features.",
             "",
             "![samples and their nearest training images](neighbours.png)",
             "",
@@ -100,63 +107,97 @@ def render(results: dict[str, Any]) -> str:
 
 
 def summary_table(results: dict[str, Any]) -> list[str]:
-    """The few numbers that a README shows, one row for each arm and way of decoding its samples."""
+    """The few numbers that a README shows, one row for each arm and thing that is decoded."""
     rows = []
-    for name, runs in results["arms"].items():
-        tokenizers = [run["tokenizer"] for run in runs]
-        reconstruction = [
-            f"{spread([look(t, way, 'mse') for t in tokenizers], '.4f')} / "
-            f"{spread([look(t, way, 'rfid') for t in tokenizers], '.1f')}"
-            for way in ("z_q", "dominant")
-        ]
-        usage = [run["codebook"]["train"] for run in runs if "codebook" in run]
-        used = f"{spread([u['used_share'] for u in usage], '.0%')} / {spread([u['perplexity'] for u in usage], '.0f')}"
-        ways = list(runs[0].get("samples", {})) or [""]
-        for way in ways:
-            found = [run["samples"][way] for run in runs if way]
-            generated = [
-                spread([1e3 * f["kid"] for f in found], ".1f")
-                + (f" ± {1e3 * found[0]['kid_error']:.1f}" if len(found) == 1 else ""),
-                spread([f["fid"] for f in found], ".1f"),
-            ]
-            title = name if way in ("", "codes") else f"{name}, {way} refiner"
-            rows.append([title, *(reconstruction if way in ("", "codes") else ["", ""]), used, *generated])
-    head = ["arm", "z_q: MSE / rFID", "dominant codes: MSE / rFID", "codes used / perplexity", "KID x 1000", "FID"]
-    return markdown_table(head, rows)
+    for name, runs in _measured_arms(results).items():
+        for way, decoded in ways_of_decoding(runs).items():
+            samples = [each.samples for each in decoded if each.samples is not None]
+            single = f" ± {1e3 * samples[0]['kid_error']:.1f}" if len(samples) == 1 else ""
+            rows.append(
+                [
+                    with_seeds(name, runs),
+                    way,
+                    rate(decoded),
+                    spread([each.reconstruction["mse"] for each in decoded], ".4f"),
+                    spread([each.reconstruction.get("rfid") for each in decoded], ".1f"),
+                    spread([1e3 * found["kid"] for found in samples], ".1f") + single,
+                    spread([found["fid"] for found in samples], ".1f"),
+                ]
+            )
+    return markdown_table(["arm", "decoded from", "bits per image", "MSE", "rFID", "KID x 1000", "FID"], rows)
+
+
+def _measured_arms(results: dict[str, Any]) -> Runs:
+    """The arms of which at least one seed is there."""
+    return {name: runs for name, runs in results["arms"].items() if runs}
+
+
+def _searched(results: dict[str, Any]) -> str:
+    count = results.get("measure", {}).get("neighbours")
+    return f"{count:,} training images" if count else "the training images that were searched"
 
 
 def _samples(arms: Runs) -> list[str]:
     """What was measured of samples, and how the first arm's stand beside the others'."""
-    rows, values = [], {}
-    for name, runs in arms.items():
-        for way in runs[0].get("samples", ()):
-            found = [run["samples"][way] for run in runs]
-            title = name if way == "codes" else f"{name}, {way} refiner"
-            values[title] = [each["fid"] for each in found]
-            rows.append(
-                [title, *(spread([scale * each[key] for each in found], form) for key, scale, form in _OF_SAMPLES)]
-                + [spread([look(each, "fid_infinity", "value") for each in found], ".1f")]
-                + [spread([_refiner_share(run, way) for run in runs], ".1%"), found[0]["count"]]
-            )
-    first = next(runs[0]["samples"]["codes"] for runs in arms.values() if "samples" in runs[0])
+    drawn = _drawn(arms)
+    rows = [
+        [_of(arm, way), *(spread([scale * each[key] for each in found], form) for key, scale, form in _OF_SAMPLES)]
+        + [spread([look(each, "fid_infinity", "value") for each in found], ".1f")]
+        + [spread([_refiner_share(run, way) for run in arms[arm]], ".1%"), found[0]["count"]]
+        for (arm, way), found in drawn.items()
+    ]
+    first = next(iter(drawn.values()))[0]
     fid = "FID (biased)" if first["fid_biased"] else "FID"
     head = ["", "KID x 1000", "±", fid, "precision", "recall", "FID at infinity", "refiner's share of time", "samples"]
-    ours = [title for title in values if title.split(",")[0] == next(iter(arms))]
-    best = min(ours, key=lambda title: sum(values[title]) / len(values[title]))
-    told = [
-        f"- against {title}: {_ratio(values[best], values[title])} of its FID, {verdict(values[best], values[title])}"
-        for title in values
-        if title not in ours
-    ]
     return [
         "KID leads; " + (first["fid_note"] or f"FID at {first['count']} samples") + ".",
         "",
         *markdown_table(head, rows),
         "",
-        f"**{best}** beside the other arms (a difference under 5%, or within the seeds' range, is a tie):",
-        "",
-        *told,
+        *_beside_the_others(drawn, next(iter(arms))),
     ]
+
+
+def _drawn(arms: Runs) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(arm, way of decoding) -> what was measured of its samples, of each seed."""
+    drawn: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for arm, runs in arms.items():
+        for run in runs:
+            for way, found in run.get("samples", {}).items():
+                drawn.setdefault((arm, way), []).append(found)
+    return drawn
+
+
+def _decoder(way: str) -> str:
+    return way if way == "codes" else f"{way} refiner"
+
+
+def _of(arm: str, way: str) -> str:
+    return arm if way == "codes" else f"{arm}, {_decoder(way)}"
+
+
+def _beside_the_others(drawn: dict[tuple[str, str], list[dict[str, Any]]], ours: str) -> list[str]:
+    """Every way of decoding of the arm ``ours`` beside every other arm: none is picked after the fact."""
+    ways = {way: found for (arm, way), found in drawn.items() if arm == ours}
+    others = {_of(arm, way): found for (arm, way), found in drawn.items() if arm != ours}
+    if not others:
+        return []
+    lines = [
+        f"Each way of decoding **{ours}** as a share of the other arms; below 1 it is ahead. A difference under 5%, or "
+        "within the range of the seeds, is a tie; a single seed's range is its KID's error to both sides.",
+        "",
+    ]
+    for key in ("kid", "fid"):
+        rows = [
+            [_decoder(way), *(_compare(mine, found, key) for found in others.values())] for way, mine in ways.items()
+        ]
+        lines += [*markdown_table([f"{ours}: {key.upper()} beside that of", *others], rows), ""]
+    return lines[:-1]
+
+
+def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> str:
+    errors = [found[0].get(f"{key}_error", 0.0) for found in (ours, theirs)]
+    return comparison([each[key] for each in ours], [each[key] for each in theirs], *errors)
 
 
 _OF_SAMPLES = [
@@ -168,41 +209,12 @@ _OF_SAMPLES = [
 ]
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> str:
-    return f"{sum(ours) / len(ours) / (sum(theirs) / len(theirs)):.2f}"
-
-
 def _refiner_share(run: dict[str, Any], way: str) -> float | None:
     """Of the time from nothing to images: what a refiner adds to decoding the same codes."""
-    if way == "codes":
+    if way == "codes" or way not in run.get("samples", {}):
         return None
     plain, refined = run["samples"]["codes"]["seconds_of"], run["samples"][way]["seconds_of"]
     return max(0.0, refined["decode"] - plain["decode"]) / (refined["prior"] + refined["decode"])
-
-
-def _at_a_rate(arms: Runs) -> list[str]:
-    """What soft latents cost when their weights are rounded, and what refiners make of codes alone."""
-    rows = []
-    for name, runs in arms.items():
-        row = runs[0]["tokenizer"]
-        for way, found in row.items():
-            if isinstance(found, dict) and "bits_per_image" in found and "mse" in found:
-                title = f"{name}: {way.replace('_', ' ').replace('z q', 'z_q, weights of')}"
-                rows.append([title, f"{found['bits_per_image']:.0f}", *_pixels(found)])
-        if "dominant" in row and len(runs[0].get("samples", {})) > 1:
-            rows.append([f"{name}: codes", f"{row['codebook']['fixed_bits_per_image']:.0f}", *_pixels(row["dominant"])])
-        for way, found in runs[0].get("samples", {}).items():
-            if "reconstruction" in found:
-                bits = f"{row['codebook']['fixed_bits_per_image']:.0f}"
-                rows.append([f"{name}: codes, {way} refiner", bits, *_pixels(found["reconstruction"])])
-        if rows and rows[-1][0].startswith(f"{name}:"):
-            rows.append([f"{name}: z_q", "continuous", *_pixels(row["z_q"])])
-    head = ["decoded from", "bits per image", "MSE", "PSNR", "rFID"]
-    return [*markdown_table(head, rows), ""] if rows else []
-
-
-def _pixels(found: dict[str, Any]) -> list[str]:
-    return [f"{found['mse']:.5f}", f"{found['psnr']:.2f}", f"{found['rfid']:.1f}" if "rfid" in found else "-"]
 
 
 def _sweep(arms: Runs) -> list[str]:
@@ -216,13 +228,18 @@ def _sweep(arms: Runs) -> list[str]:
 
 
 def _codebook(arms: Runs) -> list[str]:
-    rows = [
-        [name, part.replace("_", "-"), f"{usage['used_share']:.1%}", f"{usage['perplexity']:.0f}"]
-        + [f"{usage['bits_per_token']:.2f}", f"{usage['bits_per_image']:.0f} of {usage['fixed_bits_per_image']:.0f}"]
-        for name, runs in arms.items()
-        for part, usage in runs[0].get("codebook", {}).items()
-    ]
-    return markdown_table(["", "images", "codes used", "perplexity", "bits per token", "bits per image"], rows)
+    rows = []
+    for name, runs in arms.items():
+        usages = [run["codebook"] for run in runs if "codebook" in run]
+        for part in usages[0] if usages else ():
+            each = [usage[part] for usage in usages]
+            cells = [spread([usage[key] for usage in each], form) for key, form in _OF_CODEBOOK]
+            rows.append([name, part.replace("_", "-"), *cells, f"{each[0]['fixed_bits_per_image']:.0f}"])
+    head = ["", "images", "codes used", "perplexity", "bits per token", "bits per image", "of"]
+    return markdown_table(head, rows)
+
+
+_OF_CODEBOOK = [("used_share", ".1%"), ("perplexity", ".0f"), ("bits_per_token", ".2f"), ("bits_per_image", ".0f")]
 
 
 def _training(arms: Runs) -> list[str]:

@@ -1,7 +1,4 @@
-"""Tokenizers that differ in one thing, trained alike, compared by reconstructions: ``scq benchmark tokenizers``.
-
-Numbers of z_q and of the dominant codes stand in one row, but never in one column: they do not cost the same.
-"""
+"""Tokenizers that differ in one thing, trained alike, compared by reconstructions: ``scq benchmark tokenizers``."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from evaluation.inception import load_inception
 from evaluation.networks import FeatureNetwork
 from evaluation.phases import Phases
 from evaluation.plots import curve
-from evaluation.tables import look, markdown_table, spread
+from evaluation.reconstructions import reconstruction_table, training_table
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 from stage1_tokenizer.losses import PerceptualLoss
 from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer, train_tokenizer
@@ -157,39 +154,7 @@ def _of_latents(tokenizer: ImageTokenizer, reference: Reference, last: dict[str,
     return found
 
 
-# (head, way into a row, format); a column that no arm has is left out.
-_COLUMNS = [
-    ("MSE of z_q", ("z_q", "mse"), ".5f"),
-    ("MSE of dominant codes", ("dominant", "mse"), ".5f"),
-    ("PSNR", ("z_q", "psnr"), ".2f"),
-    ("of dominant", ("dominant", "psnr"), ".2f"),
-    ("SSIM", ("z_q", "ssim"), ".3f"),
-    ("of dominant", ("dominant", "ssim"), ".3f"),
-    ("LPIPS", ("z_q", "lpips"), ".3f"),
-    ("of dominant", ("dominant", "lpips"), ".3f"),
-    ("rFID", ("z_q", "rfid"), ".1f"),
-    ("of dominant", ("dominant", "rfid"), ".1f"),
-    ("codes used", ("codebook", "used_share"), ".1%"),
-    ("perplexity", ("codebook", "perplexity"), ".0f"),
-    ("bits per image", ("codebook", "fixed_bits_per_image"), ".0f"),
-    ("entropy", ("codebook", "bits_per_image"), ".0f"),
-    ("dominant is nearest", ("latents", "dominant_is_nearest"), ".1%"),
-    ("dominant weight", ("latents", "dominant_weight"), ".2f"),
-    ("soft / hard latent error", ("latents", "soft_over_hard"), ".2f"),
-    ("images/s", ("images_per_second",), ".0f"),
-]
-
-
 def render(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """The results as a Markdown table; of several seeds the mean, and the range in brackets."""
-
-    every = [row for each in rows.values() for row in each]
-    columns = [column for column in _COLUMNS if any(look(row, *column[1]) is not None for row in every)]
-    return markdown_table(
-        ["arm", *(head for head, _, _ in columns)],
-        [
-            [title if len(each) == 1 else f"{title}, {len(each)} seeds"]
-            + [spread([look(row, *way) for row in each], form) for _, way, form in columns]
-            for title, each in rows.items()
-        ],
-    )
+    """The results as Markdown tables; of several seeds the mean, and the range in brackets."""
+    arms = {title: [{"tokenizer": row} for row in each] for title, each in rows.items() if each}
+    return [*reconstruction_table(arms), "", *training_table(arms)]

@@ -1,10 +1,10 @@
 """The README's promises: its code runs, its commands parse, its files exist, its numbers are those of a real run."""
 
 import importlib.util
-import json
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import REPOSITORY
@@ -13,7 +13,7 @@ from engine.cli import build_parser
 from evaluation.report import render, summary_table
 
 README = (REPOSITORY / "README.md").read_text()
-RESULTS = REPOSITORY / "docs" / "results" / "quickstart"
+RESULTS = REPOSITORY / "docs" / "results"
 
 
 EXAMPLES = [
@@ -53,15 +53,39 @@ def test_links_lead_somewhere(document: str) -> None:
         assert (path.parent / target).exists(), f"{document} links to {target}"
 
 
-def test_the_results_are_those_of_the_kept_run() -> None:
-    results = json.loads((RESULTS / "metrics.json").read_text())
-    table = re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.S).group(1)
-    assert table.splitlines() == summary_table(results)
-    assert (RESULTS / "report.md").read_text() == render(results)
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
+def test_the_results_are_those_of_the_kept_run(name: str) -> None:
+    module = _script("build_results")
+    results = module.kept_runs()[name]
+    table = re.search(rf"<!-- results {name} -->\n(.*?)\n<!-- /results {name} -->", README, re.S)
+    assert table is not None, f"README.md shows nothing of docs/results/{name}"
+    hint = "run: python docs/build_results.py"
+    assert table.group(1).splitlines() == summary_table(results), hint
+    report = (RESULTS / name / "report.md").read_text()
+    assert report == render(results), hint
+    for picture in re.findall(r"\]\(([^)]+\.png)\)", report):
+        assert (RESULTS / name / picture).is_file(), picture
+
+
+def test_the_readmes_blocks_are_filled_from_the_kept_runs() -> None:
+    module = _script("build_results")
+    runs = module.kept_runs()
+    assert module.fill_blocks(README, runs) == README
+    emptied = re.sub(r"(<!-- results (\S+) -->\n).*?(<!-- /results \2 -->)", r"\1\3", README, flags=re.S)
+    assert emptied != README
+    assert module.fill_blocks(emptied, runs) == README
+    with pytest.raises(SystemExit, match="elsewhere"):
+        module.fill_blocks(README, runs | {"elsewhere": next(iter(runs.values()))})
+
+
+def _script(name: str) -> ModuleType:
+    """A script of docs/, imported."""
+    path = REPOSITORY / "docs" / f"{name}.py"
+    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
+    module.__spec__.loader.exec_module(module)
+    return module
 
 
 def test_the_api_page_is_that_of_the_docstrings() -> None:
-    path = REPOSITORY / "docs" / "build_api.py"
-    module = importlib.util.module_from_spec(importlib.util.spec_from_file_location("build_api", path))
-    module.__spec__.loader.exec_module(module)
-    assert (REPOSITORY / "docs" / "api.md").read_text() == module.build(), "run: python docs/build_api.py"
+    page = _script("build_api").build()
+    assert (REPOSITORY / "docs" / "api.md").read_text() == page, "run: python docs/build_api.py"

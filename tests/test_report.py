@@ -1,0 +1,142 @@
+"""A benchmark's report: what is compared with what, at which rate, and what is said of it. No run is needed."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from helpers import REPOSITORY
+
+from evaluation.report import render, summary_table
+from evaluation.tables import comparison, verdict
+from evaluation.tokenizers import render as render_tokenizers
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    """The kept quickstart's numbers, with refiners, rounded weights, an arm without quantizer, and two seeds of scq."""
+    results = json.loads((REPOSITORY / "docs" / "results" / "quickstart" / "metrics.json").read_text())
+    (scq,), (vqgan,) = results["arms"]["scq"], results["arms"]["vqgan"]
+    for width, bits, mse in ((4, 600.0, 0.0161), (2, 400.0, 0.0169)):
+        scq["tokenizer"][f"z_q_{width}_bits"] = scq["tokenizer"]["z_q"] | {"bits_per_image": bits, "mse": mse}
+    for kind, kid, fid in (("regression", 0.160, 200.0), ("flow", 0.178, 300.0)):
+        scq["samples"][kind] = scq["samples"]["codes"] | {
+            "kid": kid,
+            "fid": fid,
+            "refiner": {"parameters": 10, "steps": 20, "images_seen": 30},
+            "reconstruction": scq["tokenizer"]["dominant"] | {"mse": 0.0166},
+        }
+    second = copy.deepcopy(scq)
+    second["samples"]["codes"]["fid"] += 2.0
+    ceiling = {"tokenizer": {"z_q": vqgan["tokenizer"]["z_q"], "codebook": None, "latents": {}} | _counts(vqgan)}
+    results["arms"] = {"scq": [scq, second], "vqgan": [vqgan], "none": [ceiling], "rvq2": []}
+    return results
+
+
+def _counts(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: run["tokenizer"][key] for key in ("parameters", "steps", "images_seen", "images_per_second")}
+
+
+def table(lines: list[str], head: str) -> list[dict[str, str]]:
+    """The table whose first line starts with ``head``, as rows."""
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+    first = next(number for number, line in enumerate(lines) if line.startswith(f"| {head}"))
+    rows = []
+    for number in range(first + 2, len(lines)):
+        if not lines[number].startswith("|"):
+            break
+        rows.append(dict(zip(cells[first], cells[number], strict=True)))
+    return rows
+
+
+def test_a_verdict_knows_seeds_and_errors() -> None:
+    assert verdict([10.0], [12.0]) == "better"
+    assert verdict([12.0], [10.0]) == "worse"
+    assert verdict([10.0], [10.4]) == "tie"  # under 5%
+    assert verdict([10.0, 13.0], [12.0]) == "tie"  # within the range of the seeds
+    assert verdict([10.0, 11.0], [12.0, 14.0]) == "better"
+    assert verdict([10.0], [12.0], 0.9, 0.9) == "better"
+    assert verdict([10.0], [12.0], 1.1, 1.1) == "tie"  # within the sum of both errors
+    assert verdict([9.0, 10.0], [12.0], 5.0, 1.0) == "better"  # seeds say more than one seed's error
+    assert verdict([9.0, 10.0], [12.0], 5.0, 2.0) == "tie"
+
+
+def test_a_comparison_is_a_share_and_a_verdict() -> None:
+    assert comparison([8.2], [10.0]) == "0.82 (better)"
+    assert comparison([10.2], [10.0]) == "1.02 (tie)"
+    assert comparison([1.0], [-0.1]) == "- (worse)"
+
+
+def test_every_way_of_decoding_stands_beside_every_other_arm(results: dict[str, Any]) -> None:
+    lines = render(results).splitlines()
+    kid = table(lines, "scq: KID")
+    fid = table(lines, "scq: FID")
+    assert [row["scq: KID beside that of"] for row in kid] == ["codes", "regression refiner", "flow refiner"]
+    # 145, 160 and 178 against 172.8, of two equal seeds against one with an error of 3.2
+    assert [row["vqgan"] for row in kid] == ["0.84 (better)", "0.93 (better)", "1.03 (tie)"]
+    assert [row["vqgan"] for row in fid] == ["0.96 (tie)", "0.77 (better)", "1.15 (worse)"]
+    results["arms"]["vq_plus"] = results["arms"]["vqgan"]
+    assert list(table(render(results).splitlines(), "scq: FID")[0]) == ["scq: FID beside that of", "vqgan", "vq_plus"]
+    del results["arms"]["vqgan"], results["arms"]["vq_plus"]
+    assert "beside that of" not in render(results)
+
+
+def test_soft_latents_have_rows_of_their_own_and_say_what_they_cost(results: dict[str, Any]) -> None:
+    rows = table(render(results).splitlines(), "arm | decoded from")
+    assert [(row["arm"], row["decoded from"], row["bits per image"], row["MSE"]) for row in rows] == [
+        ("scq, 2 seeds", "dominant codes", "144", "0.01737"),
+        ("scq, 2 seeds", "codes, regression refiner", "144", "0.01660"),
+        ("scq, 2 seeds", "codes, flow refiner", "144", "0.01660"),
+        ("scq, 2 seeds", "z_q, weights of 2 bits", "400", "0.01690"),
+        ("scq, 2 seeds", "z_q, weights of 4 bits", "600", "0.01610"),
+        ("scq, 2 seeds", "z_q", "continuous", "0.01585"),
+        ("vqgan", "codes", "144", "0.02190"),
+        ("none", "latents", "continuous", "0.02190"),
+    ]
+    for row in rows:  # a codebook's usage is nothing that mixed or refined latents have
+        assert (row["perplexity"] == "-") == (row["decoded from"] not in ("dominant codes", "codes")), row
+
+
+def test_the_summary_names_the_rate_of_every_number(results: dict[str, Any]) -> None:
+    rows = table(summary_table(results), "arm")
+    assert list(rows[0]) == ["arm", "decoded from", "bits per image", "MSE", "rFID", "KID x 1000", "FID"]
+    drawn = {row["decoded from"]: row["FID"] for row in rows if row["arm"].startswith("scq")}
+    assert drawn == {
+        "dominant codes": "248.7 (247.7 - 249.7)",
+        "codes, regression refiner": "200.0",
+        "codes, flow refiner": "300.0",
+        **dict.fromkeys(("z_q, weights of 2 bits", "z_q, weights of 4 bits", "z_q"), "-"),  # a prior draws codes
+    }
+    assert next(row for row in rows if row["arm"] == "vqgan")["KID x 1000"] == "172.8 ± 3.2"
+
+
+def test_a_comparison_of_tokenizers_has_the_same_rows(results: dict[str, Any]) -> None:
+    arms = {name: [run["tokenizer"] for run in runs] for name, runs in results["arms"].items()}
+    lines = render_tokenizers(arms)
+    found = [row["decoded from"] for row in table(lines, "arm | decoded from")]
+    assert found == ["dominant codes", "z_q, weights of 2 bits", "z_q, weights of 4 bits", "z_q", "codes", "latents"]
+    training = {row["arm"]: row for row in table(lines, "arm | dominant is nearest")}
+    assert training["scq, 2 seeds"]["dominant weight"].startswith("0.81")
+    assert training["vqgan"] == {
+        **dict.fromkeys(("dominant is nearest", "dominant weight", "soft / hard latent error"), "-"),
+        "arm": "vqgan",
+        "images/s": "392",
+    }
+
+
+def test_the_report_says_among_how_many_images_it_looked(results: dict[str, Any]) -> None:
+    assert "Memorised" not in render(results)
+    results["arms"]["scq"][0]["samples"]["codes"]["nearest_training_distance"] = 1.0
+    assert "nearest of the training images that were searched" in render(results)
+    results["measure"] = {"neighbours": 5000}
+    assert "nearest of 5,000 training images" in render(results)
+
+
+def test_the_report_says_what_samples_are_measured_against(results: dict[str, Any]) -> None:
+    assert "measured against" not in render(results)
+    results["sample_reference"] = results["reference"] | {"split": "train", "count": 50000}
+    assert "Samples are measured against 50,000 images of the split 'train'" in render(results)
+
+
+def test_an_unmeasured_arm_is_left_out(results: dict[str, Any]) -> None:
+    assert "rvq2" not in render(results) + "\n".join(summary_table(results))
