@@ -253,7 +253,8 @@ def _training(arms: Runs) -> list[str]:
         }
         rows += [
             [name, part, f"{found['parameters']:,}", f"{found['steps']:,}", f"{found['images_seen']:,}"]
+            + [spread([look(found, "held_out_likelihood", "bits_per_token")], ".3f")]
             for part, found in parts.items()
             if found is not None
         ]
-    return markdown_table(["", "", "parameters", "steps", "images seen"], rows)
+    return markdown_table(["", "", "parameters", "steps", "images seen", "held-out bits per token, at most"], rows)
