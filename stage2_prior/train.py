@@ -142,7 +142,7 @@ class PriorTask:
             prior.enable_gradient_checkpointing()
         _check_masking(config.masking)
         self.average = ModelEmaV3(prior, decay=config.training.ema_decay, use_warmup=True)
-        if accelerator.device.type == "cpu":
+        if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
             prior.attend_by_products()
         self.modules: dict[str, nn.Module] = {"model": prior}
         loss = _LossOfPrior(prior, config, compiled=config.training.compile)
