@@ -15,6 +15,7 @@ from sampling.studio.edit import edit_tab
 from sampling.studio.generate import generate_tab
 from sampling.studio.inspect import inspect_tab
 from sampling.studio.results import results_tab
+from sampling.studio.steps import fingerprints
 
 LARGEST_UPLOAD = "20mb"
 KEPT_SECONDS = 3600  # how long a drawn picture stays on the server
@@ -27,20 +28,20 @@ def build_page(pipeline: SoftConvexPipeline, max_batch: int = 64, results: Seque
         max_batch: the most images that one request may draw.
         results: folders with reports, or with folders of reports, to show.
     """
-    prior = pipeline.prior.config
+    prior, model = pipeline.prior.config, fingerprints(pipeline)
     with gr.Blocks(title="scq", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
         gr.Markdown(
             f"# scq\nImages from {prior.grid[0]}x{prior.grid[1]} dominant codes out of {prior.codebook_size}, "
             f"{pipeline.image_size} pixels."
         )
         with gr.Tab("Generate"):
-            drawn = generate_tab(pipeline, max_batch)
+            drawn = generate_tab(pipeline, max_batch, model)
         with gr.Tab("Edit"):
-            edit_tab(pipeline, drawn)
+            edit_tab(pipeline, drawn, max_batch, model)
         with gr.Tab("Inspect"):
             inspect_tab(pipeline)
         with gr.Tab("Benchmark"):
-            results_tab(list(results))
+            results_tab(results)
     return page
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from data.transforms import centre_box, to_rgb
+
 Pictures = Image.Image | Sequence[Image.Image] | torch.Tensor
 Output = list[Image.Image] | torch.Tensor | np.ndarray
 OUTPUT_TYPES = ("pil", "pt", "np")
@@ -16,11 +18,13 @@ OUTPUT_TYPES = ("pil", "pt", "np")
 def to_pixels(pictures: Pictures, side: int) -> torch.Tensor:
     """Pictures -> uint8 (N, 3, side, side): turned as their camera says, on white, cropped to their middle square.
 
+    A picture that was enlarged by a whole factor (see `enlarge`) comes back as it was.
+
     Args:
         pictures: one or several of any size and mode, or a uint8 tensor (N, 3, side, side), which stays as it is.
 
     Raises:
-        ValueError: a tensor of another shape or type, or no picture at all.
+        ValueError: a tensor of another shape or type, no picture at all, or one whose samples have no stated range.
     """
     if isinstance(pictures, torch.Tensor):
         if pictures.dtype != torch.uint8 or pictures.shape[1:] != (3, side, side):
@@ -32,12 +36,14 @@ def to_pixels(pictures: Pictures, side: int) -> torch.Tensor:
     several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not several:
         raise ValueError("there is no image")
-    fitted = [ImageOps.fit(_on_white(picture), (side, side), Image.Resampling.BICUBIC) for picture in several]
+    fitted = [_fitted(to_rgb(picture), side) for picture in several]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted])).permute(0, 3, 1, 2).contiguous()
 
 
 def to_mask(pictures: Pictures, side: int) -> torch.Tensor:
     """Masks -> bool (N, side, side), True where a pixel is lighter than middle grey: what is to be drawn anew.
+
+    Of a larger mask, where any pixel is: a thin stroke is not lost.
 
     Args:
         pictures: as for `to_pixels`; or a bool tensor (N, side, side), which stays as it is.
@@ -54,8 +60,17 @@ def to_mask(pictures: Pictures, side: int) -> torch.Tensor:
     several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
     if not several:
         raise ValueError("there is no mask")
-    fitted = [ImageOps.fit(picture.convert("L"), (side, side), Image.Resampling.NEAREST) for picture in several]
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted])) > 127
+    upright = [ImageOps.exif_transpose(picture).convert("L") for picture in several]
+    squares = [each.crop(centre_box(*each.size, min(each.size))) for each in upright]
+    return torch.from_numpy(np.stack([resized_mask(np.asarray(each) > 127, (side, side)) for each in squares]))
+
+
+def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Mask (H, W) bool -> of ``size`` (height, width): True wherever any pixel is that falls there."""
+    for axis, (before, after) in enumerate(zip(mask.shape, size, strict=True)):
+        # Where a mask grows, several places begin at one pixel, and reduceat takes that pixel for each.
+        mask = np.logical_or.reduceat(mask, np.arange(after) * before // after, axis=axis)
+    return mask
 
 
 def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
@@ -91,6 +106,6 @@ def enlarge(picture: Image.Image, side: int) -> Image.Image:
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+def _fitted(picture: Image.Image, side: int) -> Image.Image:
+    whole = min(picture.size) % side == 0
+    return ImageOps.fit(picture, (side, side), Image.Resampling.BOX if whole else Image.Resampling.BICUBIC)

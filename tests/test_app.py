@@ -6,25 +6,29 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from gradio.route_utils import delete_files_created_by_app
+from gradio.utils import SyncToAsyncIterator
 from gradio_client import Client, handle_file
 from PIL import Image
+from studio_client import EDIT, GENERATE, drawing, edit, generate, pixels, serving
 
+from engine.config import CONFIG_ROOT
+from engine.fingerprint import fingerprint
 from sampling.app import build_page, serve
-from sampling.pipeline import SoftConvexPipeline
+from sampling.pipeline import ImageOutput, SoftConvexPipeline
+from sampling.scheduler import UnmaskingScheduler
 from sampling.studio.edit import INPAINT, OUTPAINT, VARY
+from sampling.studio.steps import step_by_step
 from stage2_prior.transformer import MaskedTransformer
-
-GENERATE = {"seed": 0, "count": 3, "steps": 4, "sampler": "maskgit", "temperature": 1.0, "choice": 4.5, "top_p": 1.0}
-GENERATE["refine"] = True
-EDIT = {"what": INPAINT, "strength": 0.5, "left": 0, "right": 0, "top": 0, "bottom": 0, "seed": 0, "count": 2}
-EDIT |= {name: GENERATE[name] for name in ("steps", "sampler", "temperature", "choice", "top_p", "refine")}
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +48,16 @@ def client(address: str) -> Client:
     return Client(address, verbose=False)
 
 
-def pixels(path: str) -> bytes:
-    with Image.open(path) as image:
-        return image.convert("RGB").tobytes()
-
-
-def generate(client: Client, **changes: object) -> list[bytes]:
-    gallery, _ = client.predict(*{**GENERATE, **changes}.values(), api_name="/generate")
-    return [pixels(item["image"]) for item in gallery]
-
-
-def edit(client: Client, image: dict[str, Any] | None, **changes: object) -> list[bytes]:
-    gallery = client.predict(image, *{**EDIT, **changes}.values(), api_name="/edit")
-    return [pixels(item["image"]) for item in gallery]
+@pytest.fixture(scope="module")
+def conditional(pipeline: SoftConvexPipeline) -> Iterator[Client]:
+    """A page of a prior with three classes."""
+    torch.manual_seed(0)
+    config = pipeline.tokenizer.config
+    prior = MaskedTransformer(config.codebook_size, pipeline.tokenizer.grid, 32, 1, 2, num_classes=3)
+    for embedding in (prior.class_embedding, prior.token_embedding):
+        torch.nn.init.normal_(embedding.weight)
+    with serving(build_page(SoftConvexPipeline(pipeline.tokenizer, prior))) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +68,7 @@ def painted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     layer = Image.new("RGBA", (96, 96))
     layer.paste((255, 0, 255, 255), (0, 0, 96, 40))
     layer.save(folder / "layer.png")
-    return {
-        "background": handle_file(str(folder / "image.png")),
-        "layers": [handle_file(str(folder / "layer.png"))],
-        "composite": None,
-    }
+    return drawing(folder / "image.png", folder / "layer.png")
 
 
 def test_every_control_of_generate_does_what_it_says(client: Client) -> None:
@@ -85,29 +82,42 @@ def test_every_control_of_generate_does_what_it_says(client: Client) -> None:
         assert generate(client, **change) != usual, change
 
 
-def test_class_and_guidance_of_a_conditional_prior_do_what_they_say(pipeline: SoftConvexPipeline) -> None:
-    torch.manual_seed(0)
-    config = pipeline.tokenizer.config
-    prior = MaskedTransformer(config.codebook_size, pipeline.tokenizer.grid, 32, 1, 2, num_classes=3)
-    for embedding in (prior.class_embedding, prior.token_embedding):
-        torch.nn.init.normal_(embedding.weight)
-    page = build_page(SoftConvexPipeline(pipeline.tokenizer, prior))
-    client = Client(serve(page, "127.0.0.1", None, block=False), verbose=False)
-    try:
-        drawn = {}
-        for label, guidance in ((-1, 0.0), (1, 0.0), (2, 0.0), (1, 8.0)):
-            settings = [GENERATE[name] for name in GENERATE if name != "refine"]
-            gallery, _ = client.predict(*settings, label, guidance, api_name="/generate")
-            drawn[label, guidance] = tuple(pixels(item["image"]) for item in gallery)
-        assert len(set(drawn.values())) == 4
-    finally:
-        page.close()
+CLASSES = ((-1, 0.0), (1, 0.0), (2, 0.0), (1, 8.0))  # class and guidance
+
+
+def test_class_and_guidance_of_a_conditional_prior_do_what_they_say(conditional: Client) -> None:
+    drawn = {}
+    for label, guidance in CLASSES:
+        settings = [GENERATE[name] for name in GENERATE if name != "refine"]
+        gallery, _ = conditional.predict(*settings, label, guidance, api_name="/generate")
+        drawn[label, guidance] = tuple(pixels(item["image"]) for item in gallery)
+    assert len(set(drawn.values())) == 4
+
+
+def test_class_and_guidance_do_what_they_say_when_editing(conditional: Client, painted: dict[str, Any]) -> None:
+    drawn = set()
+    for label, guidance in CLASSES:
+        settings = {**{name: EDIT[name] for name in EDIT if name != "refine"}, "what": VARY, "strength": 1.0}
+        gallery = conditional.predict(painted, *settings.values(), label, guidance, api_name="/edit")
+        drawn.add(tuple(pixels(item["image"]) for item in gallery))
+        with Image.open(gallery[0]["image"]) as answer:
+            about = json.loads(answer.info["scq"])
+        assert about.get("class_labels", -1) == label
+        assert about["guidance_scale"] == guidance
+    assert len(drawn) == 4
 
 
 def test_a_request_draws_no_more_than_the_server_allows(client: Client) -> None:
     assert len(generate(client, count=40, steps=1)) == 40
     with pytest.raises(Exception, match="maximum value 40"):
         generate(client, count=41, steps=1)
+
+
+def test_the_servers_limit_holds_for_answers_too(pipeline: SoftConvexPipeline, painted: dict[str, Any]) -> None:
+    with serving(build_page(pipeline, max_batch=3)) as client:
+        assert len(edit(client, painted, count=3, steps=1)) == 3
+        with pytest.raises(Exception, match="maximum value 3"):
+            edit(client, painted, count=4, steps=1)
 
 
 def test_the_grid_fills_in_step_by_step(client: Client) -> None:
@@ -131,10 +141,19 @@ def test_generated_images_are_the_pipelines_and_say_how_they_were_drawn(
         assert json.loads(shown.info["scq"])["seed"] == 8
     with zipfile.ZipFile(archive) as files:
         assert sorted(files.namelist()) == ["000007.png", "000008.png", "000009.png", "settings.json"]
-        assert json.loads(files.read("settings.json"))["num_inference_steps"] == 4
+        settings = json.loads(files.read("settings.json"))
+        assert settings["num_inference_steps"] == 4
+        assert settings["schedule"] == pipeline.scheduler.schedule, "a setting without a control"
+        assert settings["model"] == {
+            "tokenizer": pipeline.tokenizer.fingerprint(),
+            "prior": fingerprint(pipeline.prior),
+            "refiner": fingerprint(pipeline.refiner),
+        }
         with files.open("000008.png") as file, Image.open(file) as image:
             assert image.tobytes() == wanted[1].tobytes()
             about = json.loads(image.info["scq"])
+            assert json.loads(image.info["scq_model"]) == settings["model"]
+    assert about.keys() >= {field.name for field in fields(UnmaskingScheduler)} - {"steps"}
     again = pipeline(1, **about).images[0]
     assert again.tobytes() == wanted[1].tobytes(), "the metadata draws the image again"
 
@@ -155,6 +174,32 @@ def test_every_control_of_edit_does_what_it_says(client: Client, painted: dict[s
     assert strong[0] != strong[1]
 
 
+def test_answers_say_how_they_were_drawn(client: Client, pipeline: SoftConvexPipeline, painted: dict[str, Any]) -> None:
+    sides = {"left": 8, "right": 0, "top": 3, "bottom": 0}
+    for changes, told in (
+        ({"what": INPAINT}, {}),
+        ({"what": VARY, "strength": 0.25}, {"strength": 0.25}),
+        ({"what": OUTPAINT, **sides}, sides),
+    ):
+        gallery = client.predict(painted, *{**EDIT, **changes, "seed": 5}.values(), api_name="/edit")
+        with Image.open(gallery[1]["image"]) as answer:
+            about = json.loads(answer.info["scq"])
+            assert json.loads(answer.info["scq_model"])["prior"] == fingerprint(pipeline.prior)
+        assert about["seed"] == 6
+        assert about["edit"] == changes["what"]
+        assert about["final_temperature"] == pipeline.scheduler.final_temperature, "a setting without a control"
+        assert {name: about[name] for name in ("strength", *sides) if name in about} == told
+
+
+def test_the_number_says_which_generated_image_is_taken(client: Client) -> None:
+    drawn = generate(client, seed=3)
+    for number in (1, 3):
+        with Image.open(client.predict(number, api_name="/take")["background"]) as taken:
+            assert taken.convert("RGB").resize((128, 128), Image.Resampling.NEAREST).tobytes() == drawn[number - 1]
+    with pytest.raises(Exception, match="choose 1 to 3"):
+        client.predict(4, api_name="/take")
+
+
 def test_outpainting_grows_on_the_side_that_was_asked_for(client: Client, painted: dict[str, Any]) -> None:
     for sides, size in (({"right": 8}, (40, 32)), ({"left": 3, "bottom": 17}, (40, 56)), ({"top": 32}, (32, 64))):
         gallery = client.predict(painted, *{**EDIT, "what": OUTPAINT, **sides}.values(), api_name="/edit")
@@ -162,8 +207,11 @@ def test_outpainting_grows_on_the_side_that_was_asked_for(client: Client, painte
             assert picture.width * size[1] == picture.height * size[0], sides
 
 
-def test_inspect_shows_reconstructions_errors_codes_and_weights(client: Client, painted: dict[str, Any]) -> None:
-    *pictures, usage = client.predict(painted["background"], api_name="/reconstruct")
+def test_inspect_shows_reconstructions_errors_codes_and_weights(client: Client, tmp_path: Path) -> None:
+    # Of low contrast: the barely trained model's errors of black and white are all off the scale of the maps.
+    Image.linear_gradient("L").point(lambda v: 96 + v // 4).convert("RGB").save(tmp_path / "soft.png")
+    image = handle_file(str(tmp_path / "soft.png"))
+    *pictures, usage = client.predict(image, api_name="/reconstruct")
     assert len(pictures) == 8, "the image, three reconstructions, the codes, three error maps"
     assert len({pixels(picture) for picture in pictures}) == 8
     assert "plot" in usage
@@ -171,6 +219,10 @@ def test_inspect_shows_reconstructions_errors_codes_and_weights(client: Client, 
     assert sum(weight for _, weight in rows) == pytest.approx(1, abs=1e-3)
     assert [weight for _, weight in rows] == sorted((weight for _, weight in rows), reverse=True)
     assert client.predict(3, 3, api_name="/patch")["data"] != rows
+    assert client.predict(1, 3, api_name="/patch")["data"] != rows, "the column alone"
+    assert client.predict(3, 2, api_name="/patch")["data"] != rows, "the row alone"
+    *again, _ = client.predict(image, api_name="/reconstruct")
+    assert [pixels(picture) for picture in again] == [pixels(picture) for picture in pictures], "colours stay"
 
 
 def test_the_report_of_a_run_is_shown(client: Client) -> None:
@@ -180,20 +232,6 @@ def test_the_report_of_a_run_is_shown(client: Client) -> None:
     assert len(pictures) == 6
     with pytest.raises(Exception, match=r"report|choices"):
         client.predict("../../etc", api_name="/report")
-
-
-def test_uploads_of_any_kind_are_reconstructed(client: Client, tmp_path: Path) -> None:
-    for mode, size in (("RGBA", (50, 90)), ("L", (10, 10)), ("P", (200, 40))):
-        path = tmp_path / f"{mode}.png"
-        Image.linear_gradient("L").resize(size).convert(mode).save(path)
-        seen, soft, dominant = map(pixels, client.predict(handle_file(str(path)), api_name="/reconstruct")[:3])
-        assert len({seen, soft, dominant}) == 3, "the soft quantizer's z_q is not its dominant codes"
-
-
-def test_transparent_pixels_are_seen_as_white(client: Client, tmp_path: Path) -> None:
-    Image.new("RGBA", (64, 64), (10, 200, 10, 0)).save(tmp_path / "clear.png")
-    shown = client.predict(handle_file(str(tmp_path / "clear.png")), api_name="/reconstruct")
-    assert set(pixels(shown[0])) == {255}
 
 
 def test_a_mistake_gets_a_message(client: Client, painted: dict[str, Any], tmp_path: Path) -> None:
@@ -223,6 +261,73 @@ def test_a_cancelled_drawing_stops(pipeline: SoftConvexPipeline, client: Client)
     assert not [t for t in threading.enumerate() if t.name == "scq drawing"]
 
 
+def test_no_step_begins_once_nobody_looks(pipeline: SoftConvexPipeline) -> None:
+    begun = []
+
+    def draw(look: Callable[..., None]) -> ImageOutput:
+        for step in range(9):
+            begun.append(step)
+            look(pipeline, step, 8 - step, {"tokens": torch.zeros(1)})
+        raise AssertionError("it was not ended")
+
+    grids = step_by_step(draw)
+    for seen in range(1, 4):
+        next(grids)
+        assert len(begun) == seen, "nothing is drawn ahead"
+    grids.close()
+    assert len(begun) == 3
+    assert not [t for t in threading.enumerate() if t.name == "scq drawing"]
+
+
+def test_a_cancel_stops_within_the_step(
+    pipeline: SoftConvexPipeline, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fifth step is held until the server has heard of the cancel; it must be the last."""
+    steps, heard, fifth = [], threading.Event(), threading.Event()
+    close = SyncToAsyncIterator.aclose
+
+    async def noted(iterator: SyncToAsyncIterator, *arguments: float) -> None:
+        heard.set()
+        await close(iterator, *arguments)
+
+    def held(*_: object) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            fifth.set()
+            assert heard.wait(60)
+
+    monkeypatch.setattr(SyncToAsyncIterator, "aclose", noted)
+    hook = pipeline.prior.register_forward_pre_hook(held)
+    try:
+        job = client.submit(*{**GENERATE, "count": 8, "steps": 16}.values(), api_name="/generate")
+        assert fifth.wait(60)
+        job.cancel()
+        for thread in threading.enumerate():
+            if thread.name == "scq drawing":
+                thread.join(60)
+        assert len(steps) == 5
+    finally:
+        hook.remove()
+    assert len(generate(client, count=1, steps=1)) == 1, "the line is free again"
+
+
+def test_a_zip_is_deleted_with_the_pages_other_files(
+    pipeline: SoftConvexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    page = build_page(pipeline)
+    address = serve(page, "127.0.0.1", None, block=False)
+    try:
+        Client(address, verbose=False, download_files=False).predict(*GENERATE.values(), api_name="/generate")
+        assert len(list(tmp_path.rglob("*.zip"))) == 1
+        delete_files_created_by_app(page, age=0)  # what the server does every hour
+        assert not list(tmp_path.rglob("*.zip"))
+        assert not list(tmp_path.rglob("*.png"))
+    finally:
+        page.close()
+
+
 def test_many_at_once_each_get_their_own_images(address: str) -> None:
     alone = {seed: generate(Client(address, verbose=False), seed=seed, count=1) for seed in range(20)}
     with ThreadPoolExecutor(20) as pool:
@@ -233,10 +338,23 @@ def test_many_at_once_each_get_their_own_images(address: str) -> None:
 
 
 def test_no_file_of_the_server_can_be_read(address: str) -> None:
-    for path in (Path("README.md").resolve(), Path("/etc/passwd"), Path(__file__)):
+    picture = CONFIG_ROOT.parent / "docs" / "pictures" / "edit.png"  # one that could be opened
+    assert picture.is_file()
+    for path in (Path("README.md").resolve(), Path("/etc/passwd"), Path(__file__), picture):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}gradio_api/file={path}")
         assert refused.value.code in (403, 404)
+        bare = {"path": str(path)}
+        for file in (bare, {**bare, "meta": {"_type": "gradio.FileData"}}):
+            for name, given in (("reconstruct", file), ("edit", {"background": file, "layers": [], "composite": None})):
+                values = [given] if name == "reconstruct" else [given, *{**EDIT, "what": VARY}.values()]
+                call = httpx.post(f"{address}gradio_api/call/{name}", json={"data": values})
+                answer = call.text
+                if call.is_success:
+                    answer = httpx.get(f"{address}gradio_api/call/{name}/{call.json()['event_id']}", timeout=60).text
+                    assert "event: error" in answer
+                assert "complete" not in answer
+                assert "root:" not in answer
 
 
 def test_a_password_keeps_others_out(pipeline: SoftConvexPipeline) -> None:

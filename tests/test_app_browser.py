@@ -5,9 +5,13 @@ SCQ_SCREENSHOTS=FOLDER keeps what it looked like.
 
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
@@ -25,8 +29,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here; Debi
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    page = build_page(SoftConvexPipeline.from_pretrained(EMBEDDED), results=[CONFIG_ROOT.parent / "docs" / "results"])
+def pipeline() -> SoftConvexPipeline:
+    return SoftConvexPipeline.from_pretrained(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def address(pipeline: SoftConvexPipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    own = tmp_path_factory.mktemp("results") / "own"
+    own.mkdir()
+    (own / "report.md").write_text("# A run of my own\n")
+    page = build_page(pipeline, results=[CONFIG_ROOT.parent / "docs" / "results", own])
     yield serve(page, "127.0.0.1", None, block=False)
     page.close()
 
@@ -51,6 +63,7 @@ def page(browser: object, address: str) -> Iterator[Page]:
 def keep(page: Page, folder: Path, name: str) -> None:
     """A screenshot, checked to be of more than an empty page."""
     folder = Path(os.environ.get("SCQ_SCREENSHOTS", folder))
+    folder.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=folder / f"{name}.png")
     with Image.open(folder / f"{name}.png") as picture:
         assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 300
@@ -61,6 +74,24 @@ def tab(page: Page, name: str) -> Locator:
     panel = page.get_by_role("tabpanel").filter(visible=True)
     expect(panel).to_be_visible(timeout=PATIENCE)
     return panel
+
+
+def until(page: Page, condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE / 1000
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        page.wait_for_timeout(100)
+
+
+def until_drawn(page: Page) -> None:
+    drawing = [thread for thread in threading.enumerate() if thread.name == "scq drawing"]
+    until(page, lambda: not any(thread.is_alive() for thread in drawing), "the end of the drawing")
+
+
+def seen_pixels(page: Page, image: Locator) -> np.ndarray:
+    """A picture of the page, (H, W, 3) uint8."""
+    answer = page.request.get(image.get_attribute("src"))
+    return np.asarray(Image.open(BytesIO(answer.body())).convert("RGB"))
 
 
 def generate(page: Page) -> Locator:
@@ -81,8 +112,34 @@ def test_generate_draws_other_images_for_another_seed(page: Page, tmp_path: Path
     expect(images.first).not_to_have_attribute("src", first, timeout=PATIENCE)
 
 
+def test_cancel_stops_the_drawing(page: Page, pipeline: SoftConvexPipeline) -> None:
+    steps = []
+
+    def slow(*_: object) -> None:
+        steps.append(1)
+        time.sleep(0.2)
+
+    hook = pipeline.prior.register_forward_pre_hook(slow)
+    try:
+        panel = tab(page, "Generate")
+        panel.get_by_label("number input for Images").fill("64")
+        panel.get_by_role("button", name="Generate").click()
+        panel.locator(".thumbnail-item img").first.wait_for()
+        panel.get_by_role("button", name="Cancel").click()
+        until_drawn(page)
+        drawn = len(steps)
+        page.wait_for_timeout(1500)
+        assert len(steps) == drawn, "no further batch begins"
+        assert drawn < 2 * pipeline.scheduler.steps * 64 // 16, "two chunks in each step of four batches"
+    finally:
+        hook.remove()
+    expect(panel.get_by_test_id("download-link")).to_have_count(0)
+    panel.get_by_label("number input for Images").fill("16")
+    generate(page)  # the line is free again
+
+
 def test_a_generated_image_can_be_painted_and_redrawn(page: Page, tmp_path: Path) -> None:
-    generate(page)
+    taken = seen_pixels(page, generate(page).first)
     panel = tab(page, "Edit")
     panel.get_by_role("button", name="Take it from Generate").click()
     canvas = panel.locator("canvas").first
@@ -97,6 +154,15 @@ def test_a_generated_image_can_be_painted_and_redrawn(page: Page, tmp_path: Path
     panel.get_by_role("button", name="Redraw").click()
     answers = panel.locator(".thumbnail-item img")
     expect(answers).to_have_count(4, timeout=PATIENCE)
+
+    def finished() -> bool:
+        """Nothing is painted in the upper and the left quarter; before the last step these are only decoded."""
+        redrawn = [seen_pixels(page, answer) for answer in answers.all()]
+        same = [(each[:32] == taken[:32]).all() and (each[:, :32] == taken[:, :32]).all() for each in redrawn]
+        return all(same) and len({each.tobytes() for each in redrawn}) == 4
+
+    until_drawn(page)
+    until(page, finished, "answers that keep what is not painted")
     keep(page, tmp_path, "edit")
 
 
@@ -107,15 +173,27 @@ def test_inspect_shows_what_a_patch_mixes(page: Page, tmp_path: Path) -> None:
     panel.locator("img").first.wait_for()
     panel.get_by_role("button", name="Reconstruct").click()
     panel.get_by_role("gridcell").first.wait_for()
+    for label in ("What the model sees", "From z_q: error", "From dominant codes: error", "Dominant codes: click"):
+        expect(panel.get_by_text(label)).to_be_visible()
     keep(page, tmp_path, "inspect")
     row = panel.get_by_label("number input for Row of the patch")
     expect(row).to_have_value("0")
     seen = panel.locator("img").nth(1)
     seen.click(position={"x": 100, "y": int(0.9 * seen.bounding_box()["height"])})
     expect(row).to_have_value("3", timeout=PATIENCE)
+    mixed = panel.get_by_role("gridcell")
+    for label, value in (("Row of the patch", "1"), ("Column of the patch", "3")):
+        before = mixed.all_inner_texts()
+        panel.get_by_label(f"number input for {label}").fill(value)
+        panel.get_by_label(f"number input for {label}").press("Enter")
+        until(page, lambda before=before: mixed.all_inner_texts() != before, f"another mixture for {label}")
 
 
 def test_results_are_shown(page: Page, tmp_path: Path) -> None:
     panel = tab(page, "Benchmark")
     panel.get_by_text("KID leads").first.wait_for()
     keep(page, tmp_path, "benchmark")
+    panel.get_by_label("Report").click()
+    page.get_by_role("option", name="own").click()
+    panel.get_by_text("A run of my own").wait_for()
+    expect(panel.get_by_text("KID leads")).to_have_count(0)

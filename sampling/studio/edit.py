@@ -10,8 +10,10 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
+from sampling.images import resized_mask, to_mask
 from sampling.pipeline import ImageOutput, SoftConvexPipeline
 from sampling.studio.steps import (
+    BUTTONS,
     MODEL_QUEUE,
     SHOWN_SIDE,
     checked_seed,
@@ -26,15 +28,25 @@ from sampling.studio.uploads import UploadedDrawing
 
 INPAINT, VARY, OUTPAINT = "Redraw what is painted", "Vary the whole image", "Continue beyond the borders"
 MOST_ANSWERS = 8
+SIDES = ("left", "right", "top", "bottom")
 
 
-def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State) -> None:
-    """Build the tab; ``drawn`` holds the images of the Generate tab."""
+def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, model: dict[str, str]) -> None:
+    """Build the tab.
+
+    Args:
+        drawn: holds the images of the Generate tab.
+        max_batch: the most images that one request may draw.
+        model: the pipeline's `fingerprints`.
+    """
+    most, side = min(MOST_ANSWERS, max_batch), pipeline.image_size
     with gr.Row():
         with gr.Column(scale=3):
+            # PNG: gradio's own format for a picture that it puts here loses detail.
             editor = UploadedDrawing(
-                type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=420,
+                label="Image", sources=["upload", "clipboard"], height=420,
                 brush=gr.Brush(default_size=40, colors=["#ff00ff"], color_mode="fixed"), transforms=[], layers=False,
+                format="png", buttons=BUTTONS,
             )  # fmt: skip
             with gr.Row():
                 number = gr.Number(1, label="Generated image", precision=0, minimum=1)
@@ -42,36 +54,32 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State) -> None:
             what = gr.Radio([INPAINT, VARY, OUTPAINT], value=INPAINT, label="What to do")
             strength = gr.Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="Share of tokens that vary.")
             with gr.Row():
-                borders = {
-                    side: gr.Slider(0, 4 * pipeline.image_size, pipeline.image_size // 2, step=1, label=side.title())
-                    for side in ("left", "right", "top", "bottom")
-                }
+                # At most the image's own size on each side: time and memory grow with the canvas.
+                borders = {name: gr.Slider(0, side, side // 2, step=1, label=name.title()) for name in SIDES}
         with gr.Column(scale=2):
             seed = gr.Number(0, label="Seed", precision=0)
-            count = gr.Slider(1, MOST_ANSWERS, 4, step=1, label="Answers")
+            count = gr.Slider(1, most, min(4, most), step=1, label="Answers")
             controls = sampler_controls(pipeline)
             redraw = gr.Button("Redraw", variant="primary")
             cancel = gr.Button("Cancel")
         with gr.Column(scale=3):
-            gallery = gr.Gallery(label="Answers", columns=2, format="png", object_fit="contain", height=600)
+            gallery = gr.Gallery(
+                label="Answers", columns=2, format="png", object_fit="contain", height=600, buttons=BUTTONS
+            )
 
     def edit(
         edited: dict[str, Any] | None, what: str, strength: float, left: float, right: float, top: float,
         bottom: float, seed: float, count: float, *values: Any,
     ) -> Iterator[list[Image.Image]]:  # fmt: skip
-        settings = chosen_settings(list(controls), values)
-        call = _job(pipeline, edited, what, strength, [int(side) for side in (left, right, top, bottom)])
-        call = partial(
-            call,
-            seed=checked_seed(seed),
-            num_images=int(min(max(1, count), MOST_ANSWERS)),
-            output_type="pt",
-            **settings,
-        )
+        borders = dict(zip(SIDES, map(int, (left, right, top, bottom)), strict=True))
+        call, about = _job(pipeline, edited, what, strength, borders)
+        first, count = checked_seed(seed), int(min(max(1, count), most))
         with mistakes_shown():
+            settings = chosen_settings(pipeline, list(controls), values)
+            call = partial(call, seed=first, num_images=count, output_type="pt", **settings)
             for event in step_by_step(lambda look: call(callback_on_step_end=look)):
                 if isinstance(event, ImageOutput):
-                    yield labelled(shown(event.images), event.seeds, {"edit": what, **settings})
+                    yield labelled(shown(event.images), event.seeds, {"edit": what, **about, **settings}, model)
                 else:
                     yield shown(pipeline.preview(event))
 
@@ -80,29 +88,31 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State) -> None:
         api_name="edit", concurrency_id=MODEL_QUEUE, concurrency_limit=1,
     )  # fmt: skip
     cancel.click(None, cancels=[editing], queue=False, api_name="cancel_edit")
-    take.click(_taken, [drawn, number], editor, api_name=False)
+    take.click(_taken, [drawn, number], editor, api_name="take")
 
 
 def _job(
-    pipeline: SoftConvexPipeline, edited: dict[str, Any] | None, what: str, strength: float, borders: list[int]
-) -> Callable[..., ImageOutput]:
-    """The call of the pipeline that a choice on the page stands for."""
+    pipeline: SoftConvexPipeline, edited: dict[str, Any] | None, what: str, strength: float, borders: dict[str, int]
+) -> tuple[Callable[..., ImageOutput], dict[str, float]]:
+    """The call of the pipeline that a choice on the page stands for, and what it was told beside the picture."""
     image = None if edited is None else edited["background"]
     if image is None:
         raise gr.Error("Choose an image first.")
     if what == VARY:
-        return partial(pipeline, init_image=image, strength=strength)
+        return partial(pipeline, init_image=image, strength=strength), {"strength": strength}
     if what == OUTPAINT:
-        if not any(borders):
+        if not any(borders.values()):
             raise gr.Error("Move a slider: the image does not grow on any side.")
-        left, right, top, bottom = borders
-        return partial(pipeline.outpaint, image, left=left, right=right, top=top, bottom=bottom)
+        return partial(pipeline.outpaint, image, **borders), borders
     painted = np.zeros((image.height, image.width), bool)
     for layer in edited["layers"]:
-        painted |= np.asarray(layer.convert("RGBA").resize(image.size))[..., 3] > 0
+        painted |= resized_mask(np.asarray(layer)[..., 3] > 0, painted.shape)
     if not painted.any():
         raise gr.Error("Paint over the part that is to be drawn anew.")
-    return partial(pipeline.inpaint, image, Image.fromarray(painted))
+    mask = to_mask(Image.fromarray(painted), pipeline.image_size)
+    if not mask.any():
+        raise gr.Error("Paint within the middle square: the model sees no more of an image, and all paint is outside.")
+    return partial(pipeline.inpaint, image, mask), {}
 
 
 def _taken(drawn: list[Image.Image], number: float | None) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,6 +14,7 @@ from sampling.images import to_pictures
 from sampling.pipeline import ImageOutput, SoftConvexPipeline
 from sampling.studio.steps import (
     BATCH,
+    BUTTONS,
     MODEL_QUEUE,
     checked_seed,
     chosen_settings,
@@ -25,8 +27,12 @@ from sampling.studio.steps import (
 )
 
 
-def generate_tab(pipeline: SoftConvexPipeline, max_batch: int) -> gr.State:
-    """Build the tab; returns the state that holds the seed-labelled images drawn last, for the other tabs."""
+def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, str]) -> gr.State:
+    """Build the tab; returns the state that holds the labelled images drawn last, for the other tabs.
+
+    Args:
+        model: the pipeline's `fingerprints`.
+    """
     drawn = gr.State([])
     with gr.Row():
         with gr.Column(scale=1):
@@ -36,12 +42,15 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int) -> gr.State:
             generate = gr.Button("Generate", variant="primary")
             cancel = gr.Button("Cancel")
         with gr.Column(scale=3):
-            gallery = gr.Gallery(label="Images", columns=8, format="png", object_fit="contain", height=600)
+            gallery = gr.Gallery(
+                label="Images", columns=8, format="png", object_fit="contain", height=600, buttons=BUTTONS
+            )
             download = gr.File(label="PNG files and their settings", interactive=False)
 
     def draw(seed: float, count: float, *values: Any) -> Iterator[tuple[list[Image.Image], str | None, list]]:
         first, count = checked_seed(seed), int(min(max(1, count), max_batch))
-        settings = chosen_settings(list(controls), values)
+        with mistakes_shown():
+            settings = chosen_settings(pipeline, list(controls), values)
         finished: list[Image.Image] = []
         pictures: list[Image.Image] = []
         for start in range(0, count, BATCH):
@@ -51,12 +60,14 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int) -> gr.State:
             with mistakes_shown():
                 for event in step_by_step(lambda look, call=call: call(callback_on_step_end=look)):
                     if isinstance(event, ImageOutput):
-                        finished += labelled(to_pictures(event.images), event.seeds, settings)
-                        pictures += labelled(shown(event.images), event.seeds, settings)
+                        finished += labelled(to_pictures(event.images), event.seeds, settings, model)
+                        pictures += labelled(shown(event.images), event.seeds, settings, model)
                         yield pictures, None, finished
                     else:
                         yield pictures + shown(pipeline.preview(event)), None, finished
-        yield pictures, zipped(finished, {"seed": first, "num_images": count, **settings}), finished
+        about = {"seed": first, "num_images": count, **settings, "model": model}
+        # Among gradio's own files of this component, which are deleted when they are old.
+        yield pictures, zipped(finished, about, Path(download.GRADIO_CACHE)), finished
 
     drawing = generate.click(
         draw, [seed, count, *controls.values()], [gallery, download, drawn],

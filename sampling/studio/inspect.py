@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -12,7 +13,7 @@ from PIL import Image
 
 from sampling.images import enlarge, to_pictures, to_pixels
 from sampling.pipeline import SoftConvexPipeline
-from sampling.studio.steps import MODEL_QUEUE, SHOWN_SIDE, mistakes_shown
+from sampling.studio.steps import BUTTONS, MODEL_QUEUE, SHOWN_SIDE, mistakes_shown
 from sampling.studio.uploads import UploadedImage
 from stage1_tokenizer.quantizers import Mixture
 
@@ -36,23 +37,19 @@ def inspect_tab(pipeline: SoftConvexPipeline) -> None:
         + (", and from those as the **refiner** completes them." if pipeline.refiner is not None else ".")
     )
     found = gr.State()
+    picture = partial(gr.Image, None, format="png", interactive=False, buttons=BUTTONS)
     with gr.Row():
         with gr.Column(scale=1):
-            # RGBA: gradio's own conversion to RGB would show what lies behind transparent pixels.
-            upload = UploadedImage(
-                type="pil", image_mode="RGBA", label="Image", sources=["upload", "clipboard"], height=300
-            )
+            upload = UploadedImage(label="Image", sources=["upload", "clipboard"], height=300, buttons=BUTTONS)
             inspect = gr.Button("Reconstruct", variant="primary")
         with gr.Column(scale=3):
             titles = ["From z_q", "From dominant codes"] + (["Refined"] if pipeline.refiner is not None else [])
             with gr.Row():
-                seen = gr.Image(label="What the model sees: click a patch", format="png", interactive=False)
-                pictures = [gr.Image(label=title, format="png", interactive=False) for title in titles]
+                seen = picture(label="What the model sees: click a patch")
+                pictures = [picture(label=title) for title in titles]
             with gr.Row():
-                grid = gr.Image(label="Dominant codes: click a patch", format="png", interactive=False)
-                errors = [
-                    gr.Image(label=f"{title}: error x{ERROR_GAIN}", format="png", interactive=False) for title in titles
-                ]
+                grid = picture(label="Dominant codes: click a patch")
+                errors = [picture(label=f"{title}: error x{ERROR_GAIN}") for title in titles]
     with gr.Row():
         with gr.Column(scale=1):
             height, width = pipeline.prior.config.grid
@@ -69,8 +66,8 @@ def inspect_tab(pipeline: SoftConvexPipeline) -> None:
     shown.then(_mixed, [found, row, column], patch, api_name=False)
     for slider in (row, column):
         slider.change(_mixed, [found, row, column], patch, api_name="patch" if slider is row else False)
-    for picture in (seen, grid):
-        picture.select(_clicked, found, [row, column], api_name=False)
+    for clickable in (seen, grid):
+        clickable.select(_clicked, found, [row, column], api_name=False)
 
 
 @torch.no_grad()
@@ -102,7 +99,8 @@ def _coloured(pipeline: SoftConvexPipeline, encoding: Mixture) -> torch.Tensor:
     close together look alike."""
     tokenizer = pipeline.tokenizer
     codes = tokenizer.codes().cpu()  # (K, F)
-    components = torch.pca_lowrank(codes, q=min(3, codes.shape[1]), niter=4)[0]  # (K, 3), orthonormal
+    # Exact, not by random projections, so that a code keeps its colour from one image to the next.
+    components = torch.linalg.svd(codes - codes.mean(0), full_matrices=False).U[:, :3]  # (K, 3), orthonormal
     low, high = components.amin(0), components.amax(0)
     colours = (255 * (components - low) / (high - low).clamp_min(1e-12)).to(torch.uint8)
     colours = torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]))

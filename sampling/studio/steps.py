@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from engine.fingerprint import fingerprint
 from sampling.images import enlarge, to_pictures
 from sampling.pipeline import ImageOutput, SoftConvexPipeline
 from sampling.samplers import SAMPLERS
@@ -25,6 +27,7 @@ MODEL_QUEUE = "model"  # everything that runs the network waits in one line, fir
 BATCH = 16  # images drawn together; a cancelled drawing stops within a step of one batch
 SHOWN_SIDE = 128  # pixels; smaller images are enlarged to it
 LARGEST_SEED = 2**31
+BUTTONS = ["download", "fullscreen"]  # of pictures; gradio's own list also has one that uploads them to a public place
 
 
 class Cancelled(Exception):
@@ -52,14 +55,23 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
     return controls
 
 
-def chosen_settings(names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
-    """The controls' values as arguments of the pipeline."""
-    settings = dict(zip(names, values, strict=True))
-    settings["num_inference_steps"] = int(settings["num_inference_steps"])
-    if "class_labels" in settings:
-        label = int(settings.pop("class_labels"))
-        settings |= {"class_labels": label} if label >= 0 else {}
-    return settings
+def chosen_settings(pipeline: SoftConvexPipeline, names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
+    """All settings of a drawing as arguments of the pipeline: the controls' values, and the model's own for the rest.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    chosen = dict(zip(names, values, strict=True))
+    label = int(chosen.pop("class_labels", -1))
+    settings = asdict(pipeline.scheduler.changed(steps=int(chosen.pop("num_inference_steps")), **chosen))
+    settings["num_inference_steps"] = settings.pop("steps")
+    return settings if label < 0 else {"class_labels": label, **settings}
+
+
+def fingerprints(pipeline: SoftConvexPipeline) -> dict[str, str]:
+    """Which weights draw here, by the names of the pipeline's networks."""
+    networks = {"tokenizer": pipeline.tokenizer, "prior": pipeline.prior, "refiner": pipeline.refiner}
+    return {name: fingerprint(network) for name, network in networks.items() if network is not None}
 
 
 def checked_seed(seed: float | None) -> int:
@@ -81,16 +93,17 @@ def step_by_step(draw: Callable[[Callable[..., None]], ImageOutput]) -> Iterator
     """The grids (B, h, w) after every step of a drawing, then what it returned.
 
     Args:
-        draw: takes the pipeline's ``callback_on_step_end``; runs in a thread, which ends within one step when the
-            iterator is closed.
+        draw: takes the pipeline's ``callback_on_step_end``; runs in a thread, which waits after each step until the
+            next grid is asked for. So nothing is drawn ahead, and no step begins after the iterator is closed.
     """
-    events: SimpleQueue[torch.Tensor | ImageOutput | BaseException] = SimpleQueue()
-    cancelled = threading.Event()
+    events: SimpleQueue[torch.Tensor | ImageOutput | BaseException] = SimpleQueue()  # never holds more than one
+    cancelled, wanted = threading.Event(), threading.Semaphore(0)
 
     def look(pipeline: SoftConvexPipeline, step: int, left: int, found: dict[str, torch.Tensor]) -> None:
+        events.put(found["tokens"].clone())
+        wanted.acquire()
         if cancelled.is_set():
             raise Cancelled
-        events.put(found["tokens"].clone())
 
     def work() -> None:
         try:
@@ -108,8 +121,10 @@ def step_by_step(draw: Callable[[Callable[..., None]], ImageOutput]) -> Iterator
             yield event
             if isinstance(event, ImageOutput):
                 return
+            wanted.release()
     finally:
         cancelled.set()
+        wanted.release()
         thread.join()
 
 
@@ -118,21 +133,27 @@ def shown(pixels: torch.Tensor) -> list[Image.Image]:
     return [enlarge(picture, SHOWN_SIDE) for picture in to_pictures(pixels)]
 
 
-def labelled(pictures: list[Image.Image], seeds: torch.Tensor, settings: dict[str, Any]) -> list[Image.Image]:
-    """Pictures that carry what they were drawn with; it becomes PNG metadata, under the name ``scq``."""
+def labelled(
+    pictures: list[Image.Image], seeds: torch.Tensor, settings: dict[str, Any], model: dict[str, str]
+) -> list[Image.Image]:
+    """Pictures that carry what they were drawn with; it becomes PNG metadata: under ``scq`` the seed and the settings,
+    under ``scq_model`` the networks' fingerprints, both as JSON."""
     for picture, seed in zip(pictures, seeds.tolist(), strict=True):
         picture.info["scq"] = json.dumps({"seed": seed, **settings})
+        picture.info["scq_model"] = json.dumps(model)
     return pictures
 
 
-def zipped(pictures: list[Image.Image], settings: dict[str, Any]) -> str:
-    """A zip of labelled pictures as PNG files, and settings.json; the page's cache forgets it after an hour."""
-    path = Path(tempfile.mkdtemp(prefix="scq_")) / "samples.zip"
+def zipped(pictures: list[Image.Image], settings: dict[str, Any], folder: Path) -> str:
+    """A zip, somewhere in ``folder``, of labelled pictures as PNG files, and settings.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(dir=folder)) / "samples.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("settings.json", json.dumps(settings, indent=2) + "\n")
         for picture in pictures:
             about = PngInfo()
-            about.add_text("scq", picture.info["scq"])
+            for name in ("scq", "scq_model"):
+                about.add_text(name, picture.info[name])
             with archive.open(f"{json.loads(picture.info['scq'])['seed']:06d}.png", "w") as file:
                 picture.save(file, format="PNG", pnginfo=about)
     return str(path)
