@@ -1,6 +1,7 @@
 """Configs: inheritance, overrides, and mistakes that are named."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from engine.errors import UserError
 from evaluation.benchmark import BenchmarkConfig
 from evaluation.tokenizers import ComparisonConfig
 from sampling.scheduler import parse_settings
-from stage1_tokenizer.train import TokenizerExperiment
-from stage2_prior.train import PriorExperiment
-from stage2_prior.train_refiner import RefinerExperiment
+from stage1_tokenizer.autoencoder import ImageTokenizer
+from stage1_tokenizer.train import TokenizerExperiment, build_tokenizer
+from stage2_prior.train import PriorExperiment, build_prior
+from stage2_prior.train_refiner import RefinerExperiment, build_refiner
 from stage2_prior.transformer import MaskedTransformer
 
 ALL_CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))
@@ -44,18 +46,54 @@ def test_priors_have_the_size_that_their_configs_say(name: str, millions: int) -
     assert sum(p.numel() for p in prior.parameters()) == pytest.approx(1e6 * millions, rel=0.15)
 
 
-@pytest.mark.parametrize("path", sorted((CONFIG_ROOT / "benchmarks").glob("*_*.yaml")), ids=lambda p: p.stem)
-def test_the_files_that_a_benchmark_names_are_there_and_fit(path: Path) -> None:
-    if schema_of(path) is not BenchmarkConfig:
-        return
+BENCHMARKS = [
+    path for path in sorted((CONFIG_ROOT / "benchmarks").glob("*.yaml")) if schema_of(path) is BenchmarkConfig
+]
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
+def test_the_files_that_a_benchmark_names_are_there_and_build(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageTokenizer, "fingerprint", lambda self: "")  # of weights, of which meta tensors have none
     config = load_config(BenchmarkConfig, path)
     assert next(iter(config.arms)) == "scq", "the arm that is compared with the others"
-    load_config(PriorExperiment, path.parent / config.prior)
-    load_config(RefinerExperiment, path.parent / config.refiner)
-    for arm in config.arms.values():
-        load_config(TokenizerExperiment, path.parent / (arm.tokenizer or config.tokenizer), arm.overrides)
+    prior = load_config(PriorExperiment, path.parent / config.prior)
+    refiner = load_config(RefinerExperiment, path.parent / config.refiner)
+    for name, arm in config.arms.items():
+        experiment = load_config(TokenizerExperiment, path.parent / (arm.tokenizer or config.tokenizer), arm.overrides)
+        # Without memory where they are large; some libraries' quantizers compute something of their weights.
+        with torch.device("meta" if experiment.architecture.image_size > 64 else "cpu"):
+            tokenizer = build_tokenizer(experiment)
+            if not arm.prior:
+                continue
+            tokens = SimpleNamespace(
+                codebook_size=tokenizer.quantizer.codebook_size,
+                grid=tokenizer.grid,
+                num_classes=10 if path.stem.startswith("cifar10") else 0,
+                fingerprint=name,
+            )
+            build_prior(prior, tokens, torch.empty(tokens.codebook_size, tokenizer.config.latent_dim))
+            for kind in arm.refiners:
+                refiner.architecture.kind = kind
+                build_refiner(refiner, tokenizer)
     for settings in config.measure.sweep:
         config.sampling.changed(**parse_settings(settings.split()))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
+def test_refined_arms_stand_beside_a_decoder_with_the_refiners_shape(path: Path) -> None:
+    config = load_config(BenchmarkConfig, path)
+    assert config.arms["scq"].refiners
+    refiner = load_config(RefinerExperiment, path.parent / config.refiner).architecture
+    control = config.arms["vq_plus"]
+    neck = load_config(TokenizerExperiment, path.parent / config.tokenizer, control.overrides).architecture
+    assert (neck.neck_width, neck.neck_depth) == (refiner.width, refiner.depth)
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
+def test_a_sweep_has_its_own_baseline(path: Path) -> None:
+    config = load_config(BenchmarkConfig, path)
+    steps = {setting.split()[0] for setting in config.measure.sweep if len(setting.split()) > 1}
+    assert steps <= set(config.measure.sweep)
 
 
 @pytest.mark.parametrize("folder", ["quickstart", "cifar10", "lsun_church", "lsun_bedroom", "gtsrb"])

@@ -39,7 +39,7 @@ def test_the_commands_parse(document: str) -> None:
     text = (REPOSITORY / document).read_text()
     blocks = [body for language, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M) if not language]
     lines = "\n".join(blocks).replace("\\\n", " ")
-    commands = re.findall(r"^scq (.+?)(?:  +#.*)?$", lines, re.M)
+    commands = re.findall(r"^(?:scq|\$LAUNCH) (.+?)(?:  +#.*)?$", lines, re.M)
     assert commands
     for command in commands:
         if "|" not in command:
