@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from data.stream import Batch, ImageStream, iterate_once
-from engine.config import as_dict
+from engine.config import as_dict, write_atomically
 from engine.fingerprint import fingerprint
 from engine.loop import Trained
 from engine.progress import progress_bar
@@ -32,7 +32,6 @@ from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer
 from stage1_tokenizer.write_tokens import write_tokens
 from stage2_prior.likelihood import LikelihoodBound, likelihood_bound
-from stage2_prior.refiner import ConvexRefiner
 from stage2_prior.train import PriorExperiment, train_prior
 from stage2_prior.train_refiner import RefinerExperiment, train_refiner
 from stage2_prior.transformer import MaskedTransformer
@@ -186,9 +185,11 @@ class Arm:
         return _training(trained, self.refiners[kind])
 
     def _measure_refined(self, kind: str) -> dict[str, Any]:
-        refiner: ConvexRefiner = self._pipeline(kind).refiner
-        tokenizer = load_tokenizer(self.tokenizer.out).to(self.yardsticks.device)
-        return self.yardsticks.reconstructions(tokenizer, refiners={"refined": refiner}, only=("refined",))
+        pipeline = self._pipeline(kind)
+        steps = pipeline.scheduler.refiner_steps
+        return self.yardsticks.reconstructions(
+            pipeline.tokenizer, refiners={"refined": pipeline.refiner}, refiner_steps=steps, only=("refined",)
+        )
 
     def _measure_samples(self, way: str, network: InceptionFeatures, real: FeatureSet) -> dict[str, Any]:
         """The metrics of samples whose codes are drawn once and then decoded in each way; and where the time goes."""
@@ -217,7 +218,7 @@ class Arm:
                     parts.append(pipeline.draw_tokens(seeds, labels).cpu())
                 bar(first + len(seeds), budget.count)
         seconds = time.monotonic() - started
-        save_file({"tokens": torch.cat(parts), "seconds": torch.tensor(seconds)}, self.folder / DRAWN)
+        write_atomically(self.folder / DRAWN, save({"tokens": torch.cat(parts), "seconds": torch.tensor(seconds)}))
         return seconds
 
     def _drawn(self) -> dict[str, torch.Tensor]:

@@ -178,6 +178,19 @@ def _measured(results: dict[str, Any], run: dict[str, Any], way: str) -> dict[st
         "reconstruction": {name: run["tokenizer"][name] for name in ("z_q", "dominant")},
         "codebook": run["codebook"]["held_out"],
         "samples": run["samples"][way],
+        "training": {
+            "dataset": results["reference"]["dataset"],
+            "revision": results["revision"],
+            **{
+                stage: {"steps": found["steps"], "images_seen": found["images_seen"]}
+                for stage, found in (
+                    ("tokenizer", run["tokenizer"]),
+                    ("prior", run["prior"]),
+                    ("refiner", run["samples"][way].get("refiner")),
+                )
+                if found is not None
+            },
+        },
     }
 
 

@@ -32,9 +32,13 @@ def save_images(path: Path, images: torch.Tensor) -> None:
     """Keep uint8 images (N, 3, H, W) for the report, as one PNG of H x (N W) pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     strip = images.cpu().permute(2, 0, 3, 1).flatten(1, 2)  # (H, N W, 3)
-    temporary = path.with_name(f".{path.name}")
-    Image.fromarray(strip.numpy()).save(temporary, format="PNG", optimize=True)
-    temporary.rename(path)
+    save_picture(Image.fromarray(strip.numpy()), path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all."""
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG", optimize=True)
 
 
 def load_images(path: Path) -> torch.Tensor:

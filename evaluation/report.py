@@ -14,6 +14,7 @@ from evaluation.plots import (
     draw_reconstructions,
     draw_samples,
     draw_sweep,
+    save_picture,
 )
 from evaluation.reconstructions import rate, reconstruction_table, training_table, ways_of_decoding, with_seeds
 from evaluation.tables import comparison, look, markdown_table, spread
@@ -27,14 +28,17 @@ def write_report(results: dict[str, Any], out: Path) -> None:
         out: its folder; the arms' pictures are read from ``out/pictures``.
     """
     arms = _measured_arms(results)
-    draw_samples(out, arms).save(out / "samples.png")
-    draw_reconstructions(out, arms).save(out / "reconstructions.png")
+    pictures = {
+        "samples": draw_samples(out, arms),
+        "reconstructions": draw_reconstructions(out, arms),
+        "neighbours": draw_neighbours(out, arms),
+    }
+    for name, picture in pictures.items():
+        if picture is not None:
+            save_picture(picture, out / f"{name}.png")
     draw_curves(arms, out / "curves.png")
     draw_rates(arms, out / "rates.png")
     draw_sweep(arms, out / "sweep.png")
-    neighbours = draw_neighbours(out, arms)
-    if neighbours is not None:
-        neighbours.save(out / "neighbours.png")
     write_atomically(out / "report.md", render(results))
 
 

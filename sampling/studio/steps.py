@@ -38,7 +38,9 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
     """The settings of a drawing as controls, by the names that the pipeline has for them."""
     defaults, prior = pipeline.scheduler, pipeline.prior.config
     controls = {
-        "num_inference_steps": gr.Slider(1, pipeline.prior.length, defaults.steps, step=1, label="Steps"),
+        "num_inference_steps": gr.Slider(
+            1, pipeline.prior.length, min(defaults.steps, pipeline.prior.length), step=1, label="Steps"
+        ),
         "sampler": gr.Dropdown(list(SAMPLERS), value=defaults.sampler, label="Sampler"),
         "temperature": gr.Slider(0.1, 2.0, defaults.temperature, step=0.05, label="Temperature"),
         "choice_temperature": gr.Slider(
