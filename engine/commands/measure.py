@@ -18,7 +18,7 @@ def add_quickstart(commands: Any) -> None:
         "quickstart",
         _quickstart,
         "run the whole main job on emoji: shards, two tokenizers, two priors, samples, FID, report",
-        "A quarter of an hour on two CPU cores. Run again, it reuses what is finished and goes on with what is not.",
+        "Seven to fifteen minutes on two CPU cores. Run again, it reuses what is finished and goes on with what is not.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
 
