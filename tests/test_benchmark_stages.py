@@ -14,6 +14,7 @@ from evaluation.benchmark import run_benchmark
 from stage1_tokenizer.train import load_tokenizer
 
 
+@pytest.mark.slow
 def test_stages_that_two_processes_trained_are_reused(
     tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

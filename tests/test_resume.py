@@ -156,6 +156,7 @@ def test_two_processes_have_the_gradients_of_one(emoji: dict[str, Path], tmp_pat
         torch.testing.assert_close(two["buffers"][name], buffer, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_the_main_process_scores_alone_while_the_others_wait(emoji: dict[str, Path], tmp_path: Path) -> None:
     steps = ["training.steps=4", "training.checkpoint_every=2", "score.images=9"]
     for processes in (1, 2):

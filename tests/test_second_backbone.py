@@ -112,6 +112,7 @@ def test_a_real_set_of_another_network_is_refused(
         cached_features(cache, real_set, load_transformer(NAME, tmp_path / "changed.pth"), list)
 
 
+@pytest.mark.slow
 def test_evaluate_measures_with_both_networks_and_pictures_the_nearest(
     emoji: dict[str, Path], weights: Path, tmp_path: Path
 ) -> None:
