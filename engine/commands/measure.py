@@ -18,7 +18,7 @@ def add_quickstart(commands: Any) -> None:
         "quickstart",
         _quickstart,
         "run the whole main job on emoji: shards, two tokenizers, two priors, samples, FID, report",
-        "Seven to fifteen minutes on two CPU cores. Run again, it reuses what is finished and goes on with what is not.",
+        "Seven to fifteen minutes on two CPU cores. Run again, it reuses what is finished and goes on with the rest.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
 
