@@ -11,8 +11,8 @@ class LatentNetwork(nn.Module):
 
     Args:
         width: channels of the blocks.
-        depth: number of blocks, ConvNeXt's (Liu et al., arXiv 2201.03545): a depthwise 7x7 convolution and an MLP, the
-            branch scaled by learned numbers that start small.
+        depth: number of blocks, ConvNeXt's (Liu et al., arXiv 2201.03545) with a depthwise 3x3 convolution for its
+            7x7 and an MLP, the branch scaled by learned numbers that start small.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, depth: int):
