@@ -22,8 +22,8 @@ class Bar:
         self.title = title
         self.progress = progress
         self.task = progress.add_task(title, total=None, info="") if progress else None
-        self.started = self.last_line = time.monotonic()
-        self.first_done: int | None = None
+        self.last_line = time.monotonic()
+        self.first: tuple[float, int] | None = None  # when the first report came, and what was done by then
         self.info = ""
 
     def __call__(self, done: int, total: int, info: str = "") -> None:
@@ -32,14 +32,15 @@ class Bar:
             self.progress.update(self.task, completed=done, total=total, info=self.info)
             return
         now = time.monotonic()
-        if self.first_done is None:
-            self.first_done = done
+        if self.first is None:
+            self.first = now, done
         if now - self.last_line < SECONDS_BETWEEN_LINES and done < total:
             return
         self.last_line = now
-        fresh = max(1, done - self.first_done)
-        left = (now - self.started) / fresh * (total - done)
-        print(f"{self.title}: {done}/{total}, {left:.0f} s left {self.info}".rstrip(), file=sys.stderr, flush=True)
+        started, done_before = self.first
+        # A single report gives no pace: what came before it may be another run's, or the start of the networks.
+        left = f", {(now - started) / (done - done_before) * (total - done):.0f} s left" if done > done_before else ""
+        print(f"{self.title}: {done}/{total}{left} {self.info}".rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -25,6 +25,8 @@ import matplotlib.pyplot as plt
 TITLE_HEIGHT = 28
 SHEETS_IN_A_ROW = 3
 PICTURES = "pictures"  # folder of the arms' pictures, beside the report
+REFINER_MARKERS = {"regression": "s", "flow": "D"}  # around the dot of the codes that were refined
+_BESIDE = {"fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}  # a legend that hides nothing
 Runs = dict[str, list[dict[str, Any]]]  # arm -> what evaluation.arm found, one for each seed
 
 
@@ -104,35 +106,42 @@ def draw_curves(arms: Runs, path: Path) -> None:
     """Training curves of both stages, one line for each arm."""
     panels = [("tokenizer", "l2", "tokenizer: mean squared error"), ("tokenizer", "perplexity", "codebook perplexity")]
     panels += [("prior", "loss", "prior: masked cross-entropy")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6))
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.6))
+    colours, shown = _colours(arms), {}
     for axis, (stage, term, title) in zip(axes, panels, strict=True):
         for arm, runs in arms.items():
             columns = runs[0].get(stage, {}).get("curve", {})
             if term in columns:
-                axis.plot(columns["step"], columns[term], label=arm)
+                [shown[arm]] = axis.plot(columns["step"], columns[term], color=colours[arm])
         axis.set(title=title, xlabel="step")
-        axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
+    axes[-1].legend(shown.values(), shown.keys(), **_BESIDE)
     _save(figure, path)
 
 
 def draw_rates(arms: Runs, path: Path) -> None:
     """rFID over bits per image: hard codes at their fixed rate, soft latents at that of their rounded weights."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    figure, axis = plt.subplots(figsize=(8.5, 4.2))
+    colours = _colours(arms)
     for arm, runs in arms.items():
-        row = runs[0]["tokenizer"]
+        row, colour = runs[0]["tokenizer"], colours[arm]
         if row.get("codebook") and "rfid" in row.get("dominant", {}):
-            axis.plot(row["codebook"]["fixed_bits_per_image"], row["dominant"]["rfid"], "o", label=f"{arm}: codes")
+            bits = row["codebook"]["fixed_bits_per_image"]
+            axis.plot(bits, row["dominant"]["rfid"], "o", color=colour, label=f"{arm}: codes")
         soft = [(each["bits_per_image"], each["rfid"]) for each in row.values() if _is_rounded(each)]
         if soft:
-            axis.plot(*zip(*sorted(soft), strict=True), "^--", label=f"{arm}: z_q, rounded weights")
+            points = zip(*sorted(soft), strict=True)
+            axis.plot(*points, "^--", color=colour, label=f"{arm}: z_q, rounded weights")
         for way, found in runs[0].get("samples", {}).items():
             if "rfid" in found.get("reconstruction", {}):
-                bits = row["codebook"]["fixed_bits_per_image"]
-                axis.plot(bits, found["reconstruction"]["rfid"], "s", label=f"{arm}: codes, {way} refiner")
-    axis.set(xlabel="bits per image", ylabel="rFID", xscale="log")
-    axis.legend(fontsize=7)
+                rfid, marker = found["reconstruction"]["rfid"], REFINER_MARKERS[way]
+                axis.plot(
+                    row["codebook"]["fixed_bits_per_image"], rfid, marker, color=colour, markerfacecolor="none",
+                    markersize=10, label=f"{arm}: codes, {way} refiner",
+                )  # fmt: skip
+    axis.set(xlabel="bits per image", ylabel="rFID")
+    axis.legend(**_BESIDE)
     axis.grid(alpha=0.3)
     _save(figure, path)
 
@@ -155,6 +164,12 @@ def draw_sweep(arms: Runs, path: Path) -> None:
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     _save(figure, path)
+
+
+def _colours(arms: Runs) -> dict[str, Any]:
+    """A colour for each arm, the same in every plot."""
+    palette = [*plt.get_cmap("tab20").colors[::2], *plt.get_cmap("tab20").colors[1::2]]  # strong ones first
+    return {arm: palette[number % len(palette)] for number, arm in enumerate(arms)}
 
 
 def _is_rounded(found: Any) -> bool:
