@@ -24,29 +24,38 @@ def estimate(
     config: LoopConfig,
     accelerator: Accelerator,
     frozen: dict[str, nn.Module] | None = None,
+    heaviest: int | None = None,
 ) -> list[str]:
     """Lines for a person: parameters, memory, steps per epoch, time to the end.
 
     Args:
-        probe: a batch of ``probed`` images, on which three training steps are taken, with every loss switched on.
+        probe: a batch of ``probed`` images, at least 2, on which training steps are taken.
         images: in the training set; None where it is not at hand.
         frozen: networks by name that the task uses without training them.
+        heaviest: the step that needs the most memory, with every loss switched on; None for the last.
     """
     frozen = frozen or {}
     share = -(-config.batch_size // accelerator.num_processes)
     together = -(-share // max(1, config.accumulate))
     last = config.steps - 1
-    with _SavedForBackward(list(task.modules.values())) as saved:
-        task.training_step(probe, last)  # also the warm-up: compilation, first allocations
+    half = type(probe)(*(field[: probed // 2] for field in probe))
+    weights = [*task.modules.values(), *frozen.values()]
+    saved = []
+    for images_of_it in (half, probe):  # also the warm-up: compilation, first allocations
+        with _SavedForBackward(weights) as kept:
+            task.training_step(images_of_it, last if heaviest is None else heaviest)
+        saved.append(kept.bytes)
+    # What does not grow with the images, such as the weights' copies in bf16, is in both.
+    per_image = (saved[1] - saved[0]) / (probed - probed // 2)
+    activations = saved[1] + per_image * (together - probed)
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
         terms = task.training_step(probe, last)
         float(terms["loss"])  # waits for the device
         seconds.append(time.perf_counter() - started)
-    step = min(seconds) * share / probed
+    pace = min(seconds) * share / probed
     states = _state_bytes(task) + sum(_weight_bytes(module) for module in frozen.values())
-    activations = saved.bytes / probed * together
     sizes = ", ".join(f"{name} {_parameters(module) / 1e6:.1f}M" for name, module in task.modules.items())
     sizes += "".join(f", frozen {name} {_parameters(module) / 1e6:.1f}M" for name, module in frozen.items())
     epoch = "training set not at hand"
@@ -58,8 +67,8 @@ def estimate(
         f"memory of each process: about {(states + activations) / 1e9:.2f} GB ({states / 1e9:.2f} GB of weights, "
         f"averages, gradients and optimizer state, {activations / 1e9:.2f} GB of activations of {together} images)",
         f"data: {epoch}",
-        f"time on this machine: {step:.2f} s per step (measured on {probed} images, scaled to {share}), "
-        f"{_duration(step * config.steps)} for {config.steps:,} steps of {config.batch_size} images in "
+        f"time on this machine: {pace:.2f} s per step (measured on {probed} images, scaled to {share}), "
+        f"{_duration(pace * config.steps)} for {config.steps:,} steps of {config.batch_size} images in "
         f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}",
     ]
 

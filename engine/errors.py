@@ -1,4 +1,4 @@
-"""The one kind of error that is meant for the person at the keyboard."""
+"""The errors that the project tells apart: mistakes of the person at the keyboard, and numbers gone astray."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with code 2; everything else is a bug and keeps its traceback.
     """
+
+
+class NotFiniteError(ValueError):
+    """NaN or infinity where a number was needed; in training, the sign of a divergence."""

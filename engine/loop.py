@@ -24,7 +24,7 @@ from torch import nn
 
 from engine.checkpoint import Checkpoints
 from engine.config import LoopConfig, OptimizerConfig
-from engine.errors import UserError
+from engine.errors import NotFiniteError, UserError
 from engine.pictures import curves
 from engine.processes import join_processes, process_place, sum_across_processes
 from engine.progress import progress_bar, say
@@ -145,7 +145,11 @@ def train(
                 for group, rate in zip(each.param_groups, base_rates[name], strict=True):
                     group["lr"] = rate * share
             torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
-            meter.add(step, task.training_step(batch, step), waited)
+            try:
+                terms = task.training_step(batch, step)
+            except NotFiniteError as error:
+                raise meter.divergence(step, str(error)) from error
+            meter.add(step, terms, waited)
             average.update(Whole(model) if divided else model, step=step)
 
             done = step + 1
@@ -220,13 +224,8 @@ class _Meter:
         values = iter((sum_across_processes(values) / process_place()[1]).tolist())
         rows = [{name: next(values) for name in row} for row in self.rows]
         for step, row in zip(self.steps, rows, strict=True):
-            if not all(math.isfinite(value) for value in row.values()):
-                terms = ", ".join(f"{name}={value:.4g}" for name, value in row.items())
-                good = self.checkpoints.latest()
-                raise UserError(
-                    f"training diverged at step {step}: {terms}. Last good checkpoint: {good or 'none yet'}. "
-                    "Lower optimizer.learning_rate, or use training.precision=fp32"
-                )
+            if not _finite(row):
+                raise self._diverged(step, row)
         elapsed = max(1e-9, time.monotonic() - self.started)
         names = dict.fromkeys(name for row in rows for name in row)
         means = {name: statistics.fmean(row[name] for row in rows if name in row) for name in names}
@@ -234,3 +233,24 @@ class _Meter:
         means["data_wait_share"] = self.waited / elapsed
         self._reset()
         return means
+
+    def divergence(self, step: int, found: str) -> UserError:
+        """What to say of ``step``, whose forward pass met numbers that are not finite, ``found`` in words. The step
+        that went astray may be an earlier one, not yet flushed. Asks no other process: they may wait elsewhere."""
+        for number, row in zip(self.steps, self.rows, strict=True):
+            values = {name: float(value) for name, value in row.items()}
+            if not _finite(values):
+                return self._diverged(number, values)
+        return self._diverged(step, found)
+
+    def _diverged(self, step: int, found: dict[str, float] | str) -> UserError:
+        terms = found if isinstance(found, str) else ", ".join(f"{name}={value:.4g}" for name, value in found.items())
+        return UserError(
+            f"training diverged at step {step}: {terms}. Last good checkpoint: "
+            f"{self.checkpoints.latest() or 'none yet'}. "
+            "Lower optimizer.learning_rate, or use training.precision=fp32"
+        )
+
+
+def _finite(terms: dict[str, float]) -> bool:
+    return all(math.isfinite(value) for value in terms.values())

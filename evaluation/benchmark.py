@@ -59,6 +59,7 @@ class MeasureConfig:
     sweep_samples: int = 1000  # generated images for each of those
     weight_bits: list[int] = field(default_factory=list)  # soft latents with weights of so many bits, and their rate
     lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
+    inception_weights: str = ""  # file of FID Inception weights; empty: the first one found
     neighbours: int = 0  # training images among which samples' nearest neighbours are looked for; 0 for none
 
 
@@ -78,7 +79,7 @@ class ArmConfig:
 class BenchmarkConfig:
     """An experiment with several arms; config files are relative to this one.
 
-    The first arm is the one that is exported, with its last refiner.
+    The first arm is the one that is exported, with its first refiner.
     """
 
     title: str = ""
@@ -111,7 +112,7 @@ def run_benchmark(
         raise UserError(f"measure.sample_reference is {config.measure.sample_reference!r}; it must be test or train")
     out = Path(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_inception(None, device)
+    network = load_inception(config.measure.inception_weights or None, device)
     say(f"Inception: {network.description}")
     phases = Phases(out / "phases", total=0)
     shards = {"train": out / "shards" / "train", "test": out / "shards" / "test"}
@@ -143,7 +144,11 @@ def run_benchmark(
         "sample_reference": vars(drawn_against.description),
         "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
         "sampling": as_dict(config.sampling),
-        "measure": {**as_dict(measure), "lpips_weights": Path(measure.lpips_weights).name},
+        "measure": {
+            **as_dict(measure),  # names, no places of this disk
+            "lpips_weights": Path(measure.lpips_weights).name,
+            "inception_weights": Path(measure.inception_weights).name,
+        },
         "arms": {},
     }
     # One seed of every arm before the second of any: whoever stops early has a whole comparison.
@@ -160,10 +165,10 @@ def run_benchmark(
 def _write(results: dict[str, Any], config: BenchmarkConfig, out: Path, results_name: str) -> None:
     """What is known so far: the first arm's model, the numbers, and the report."""
     first, each = next(iter(config.arms.items()))
-    model = out / "arms" / first / (f"model_{each.refiners[-1]}" if each.refiners else "model")
+    model = out / "arms" / first / (f"model_{each.refiners[0]}" if each.refiners else "model")
     if model.is_dir():  # not where this job goes on with the phases of another machine
         pipeline = SoftConvexPipeline.from_pretrained(model)
-        way = each.refiners[-1] if each.refiners else CODES
+        way = each.refiners[0] if each.refiners else CODES
         pipeline.measured = _measured(results, results["arms"][first][0], way)
         pipeline.save_pretrained(out / "model")
     write_atomically(out / results_name, json.dumps(results, indent=2) + "\n")

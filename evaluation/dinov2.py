@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import UserError
-from evaluation.networks import check_images, read_weights, weights_fingerprint
+from engine.weights import read_weights
+from evaluation.networks import check_images, weights_fingerprint
 
 INPUT_SIZE = 224
 

@@ -29,7 +29,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from engine.errors import UserError
-from evaluation.networks import check_images, read_weights, weights_fingerprint
+from engine.weights import read_weights
+from evaluation.networks import check_images, weights_fingerprint
 
 WEIGHTS_VARIABLE = "SCQ_INCEPTION_WEIGHTS"
 NUM_FEATURES = 2048

@@ -1,14 +1,10 @@
-"""What every feature network is: uint8 images in, features out, its weights named; and how their file is read."""
+"""What every feature network is: uint8 images in, features out, its weights named."""
 
 import hashlib
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-
-from engine.errors import UserError
 
 
 class FeatureNetwork(Protocol):
@@ -38,27 +34,3 @@ def weights_fingerprint(weights: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(weights[name].numpy().tobytes())
     return digest.hexdigest()
-
-
-def read_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or .pth file, read without unpickling any code.
-
-    Args:
-        what: words for the errors ("the Inception weights").
-
-    Raises:
-        UserError: the file is missing, cannot be read, or holds something else.
-    """
-    if not path.is_file():
-        raise UserError(f"{what} {path} do not exist")
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file fails in as many ways as there are formats
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{what} {path} cannot be read as a state dict: {first_line}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{what} {path} are not a state dict (names to tensors)")
-    return weights

@@ -157,8 +157,7 @@ def _samples(arms: Runs) -> list[str]:
         "KID leads; " + (first["fid_note"] or f"FID at {first['count']} samples") + ".",
         "",
         *markdown_table(head, rows),
-        "",
-        *_beside_the_others(drawn, next(iter(arms))),
+        *(line for ours in _compared(arms) for line in ["", *_beside_the_others(drawn, ours)]),
     ]
 
 
@@ -178,6 +177,13 @@ def _decoder(way: str) -> str:
 
 def _of(arm: str, way: str) -> str:
     return arm if way == "codes" else f"{arm}, {_decoder(way)}"
+
+
+def _compared(arms: Runs) -> list[str]:
+    """The arms that stand beside all others: the first one, and each that is decoded in several ways."""
+    return [
+        arm for number, (arm, runs) in enumerate(arms.items()) if number == 0 or len(runs[0].get("samples", ())) > 1
+    ]
 
 
 def _beside_the_others(drawn: dict[tuple[str, str], list[dict[str, Any]]], ours: str) -> list[str]:

@@ -35,6 +35,7 @@ class ComparisonConfig:
     tokenizer: str = ""
     images: int = 2000  # held-out images to reconstruct
     rfid: bool = False  # FID of reconstructions; the network takes about 15 images a second on two cores
+    inception_weights: str = ""  # file of FID Inception weights; empty: the first one found
     lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
     seeds: dict[str, int] = field(default_factory=dict)  # how many seeds an arm is trained with, if not one
     arms: dict[str, list[str]] = field(default_factory=dict)
@@ -92,9 +93,9 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
     phases = Phases(out / "phases", total=len(runs))
     reference = Reference(held_out, config.images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = load_inception(None, device) if config.rfid else None
+    network = load_inception(config.inception_weights or None, device) if config.rfid else None
     with progress_bar("features of held-out images") as bar:
-        real = reference.features(network, out / "reference_features.npz", bar) if network else None
+        real = reference.features(network, out / "reference_features.safetensors", bar) if network else None
     yardsticks = Yardsticks(reference, network, real, config.lpips_weights, device=device)
     rows: dict[str, list[dict[str, Any]]] = {title: [] for title in config.arms}
     for title, seed in runs:

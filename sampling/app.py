@@ -16,8 +16,8 @@ from sampling.studio.generate import generate_tab
 from sampling.studio.inspect import inspect_tab
 from sampling.studio.results import results_tab
 from sampling.studio.steps import fingerprints
+from sampling.studio.uploads import LARGEST_BYTES
 
-LARGEST_UPLOAD = "20mb"
 KEPT_SECONDS = 3600  # how long a drawn picture stays on the server
 
 
@@ -59,7 +59,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True, auth
     try:
         _, address, _ = page.queue(max_size=256).launch(
             server_name=host, server_port=port, prevent_thread_lock=not block, quiet=not block, auth=auth,
-            max_file_size=LARGEST_UPLOAD,
+            max_file_size=LARGEST_BYTES,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"port {port} of {host} is not free; choose another with --port") from error

@@ -9,8 +9,11 @@ import torch.nn.functional as F
 
 from engine.randomness import image_uniform
 
-# Grids with masked places (B, h, w) and seeds (B,) -> filled grids.
-Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Place = tuple[slice, slice]  # of a canvas: rows, columns
+# (step, of so many steps, grids (B, h, w)), after each step
+Look = Callable[[int, int, torch.Tensor], None]
+# Grids with masked places (B, h, w), seeds (B,) and what looks on -> filled grids.
+Draw = Callable[[torch.Tensor, torch.Tensor, Look], torch.Tensor]
 
 
 def tokens_under(mask: torch.Tensor, factor: int) -> torch.Tensor:
@@ -56,7 +59,9 @@ def windows(canvas: tuple[int, int], grid: tuple[int, int], known: torch.Tensor)
     return sorted(((top, left) for top in tops for left in lefts), key=distance)
 
 
-def fill(draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int, seeds: torch.Tensor) -> torch.Tensor:
+def fill(
+    draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int, seeds: torch.Tensor, look: Look
+) -> torch.Tensor:
     """Draw the masked places of grids of any size with a prior for grids of one size, window after window.
 
     What one window has drawn is fixed for the next. A grid of the prior's own size is one window, drawn with the seeds
@@ -65,6 +70,7 @@ def fill(draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int
     Args:
         start: (B, H, W) int64, codes and the mask token; masked alike in all images, or of the prior's own size.
         seeds: (B,) int64.
+        look: sees the whole grids, and the steps of all windows counted together.
 
     Raises:
         ValueError: a grid smaller than the prior's.
@@ -73,11 +79,22 @@ def fill(draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int
     if canvas[0] < grid[0] or canvas[1] < grid[1]:
         raise ValueError(f"a grid of {canvas[0]}x{canvas[1]} tokens is smaller than the prior's {grid[0]}x{grid[1]}")
     if canvas == tuple(grid):
-        return draw(start, seeds)
-    tokens = start.clone()
-    for number, (top, left) in enumerate(windows(canvas, grid, (start[0] != mask_token).cpu())):
-        window = tokens[:, top : top + grid[0], left : left + grid[1]]
-        if (window == mask_token).any():
-            window_seeds = (image_uniform(seeds, purpose=f"window {number}").double() * 2**23).long() + (seeds << 23)
-            window.copy_(draw(window, window_seeds))
+        return draw(start, seeds, look)
+    tokens, masked = start.clone(), (start[0] == mask_token).cpu()
+    places = []  # of the windows in which something is left to draw when their turn comes
+    for number, (top, left) in enumerate(windows(canvas, grid, ~masked)):
+        here = slice(top, top + grid[0]), slice(left, left + grid[1])
+        if masked[here].any():
+            places.append((number, here))
+            masked[here] = False
+    for done, (number, here) in enumerate(places):
+        window = tokens[:, *here]
+
+        def look_at_all(step: int, steps: int, grids: torch.Tensor, done: int = done, here: Place = here) -> None:
+            whole = tokens.clone()
+            whole[:, *here] = grids
+            look(done * steps + step, len(places) * steps, whole)
+
+        window_seeds = (image_uniform(seeds, purpose=f"window {number}").double() * 2**23).long() + (seeds << 23)
+        window.copy_(draw(window, window_seeds, look_at_all))
     return tokens

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.processes import process_place
 from sampling.arguments import codes_to_start_from, image_labels, image_seeds
 from sampling.chunks import in_equal_chunks
-from sampling.editing import fill
+from sampling.editing import Look, fill
 from sampling.images import Output, Pictures, as_output, check_output_type, to_mask, to_pixels
 from sampling.samplers import SAMPLERS, Step, guided
 from sampling.scheduler import UnmaskingScheduler
@@ -121,8 +121,8 @@ class SoftConvexPipeline(SavedPipeline):
             strength: that share, in [0, 1].
             output_type: ``pil``, ``pt`` (uint8) or ``np`` (see `sampling.images.as_output`).
             callback_on_step_end: called as ``callback(pipeline, step, steps_left, {"tokens": (B, h, w)})`` after each
-                step of each batch; the tokens are the mask token where nothing is revealed. What it returns is ignored,
-                what it raises ends the drawing.
+                step of each batch, of all windows of a larger grid together; the tokens are the mask token where
+                nothing is revealed. What it returns is ignored, what it raises ends the drawing.
             seed: of the first image; image i has seed + i, so any of them can be drawn again alone. Instead of
                 ``generator``.
             start: (num_images, h, w) int64, codes to keep, and the prior's mask token where to draw; instead of
@@ -236,6 +236,9 @@ class SoftConvexPipeline(SavedPipeline):
     ) -> torch.Tensor:
         """Grids of codes (B, h, w) for these seeds (B,); labels (B,), start (B, h, w) and sampling as in a call."""
         prior, settings = self.prior, self.scheduler.for_length(self.prior.length, **sampling)
+        if settings.guidance_scale > 0 and not prior.config.num_classes:
+            scale = settings.guidance_scale
+            raise ValueError(f"guidance_scale={scale}: this prior knows no classes to be guided towards; leave it at 0")
         grid = tuple(prior.config.grid)
         if start is None:
             start = torch.full((len(seeds), *grid), prior.mask_token)
@@ -247,17 +250,19 @@ class SoftConvexPipeline(SavedPipeline):
             settings.guidance_schedule,
         )
 
-        def report(step: Step) -> None:
+        def report(step: int, steps: int, tokens: torch.Tensor) -> None:
             if callback_on_step_end is not None:
-                tokens = step.tokens.view(-1, *grid)
-                callback_on_step_end(self, step.step - 1, step.steps - step.step, {"tokens": tokens})
+                callback_on_step_end(self, step - 1, steps - step, {"tokens": tokens})
 
-        def draw(window: torch.Tensor, window_seeds: torch.Tensor) -> torch.Tensor:
+        def draw(window: torch.Tensor, window_seeds: torch.Tensor, look: Look) -> torch.Tensor:
+            def look_at(step: Step) -> None:
+                look(step.step, step.steps, step.tokens.view(-1, *grid))
+
             sampler = SAMPLERS[settings.sampler]
-            found = sampler(predict, window.flatten(1), window_seeds, prior.mask_token, grid, settings, report)
+            found = sampler(predict, window.flatten(1), window_seeds, prior.mask_token, grid, settings, look_at)
             return found.view(-1, *grid)
 
-        return fill(draw, start.to(self.device), grid, prior.mask_token, seeds.to(self.device))
+        return fill(draw, start.to(self.device), grid, prior.mask_token, seeds.to(self.device), report)
 
     @torch.no_grad()
     def decode_tokens(

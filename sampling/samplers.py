@@ -234,8 +234,10 @@ def _reveal(
         drawn, log_probability = _draw(predict, tokens, seeds, step, settings)
         masked = tokens == mask_token
         left = masked.sum(1)
-        # At least one token is revealed by every step while there are any, and all by the last.
-        remain = torch.minimum((_share(step + 1, settings) * drawable).floor().long(), (left - 1).clamp_min(0))
+        # At least one token is revealed by every step while there are any, and all by the last. Rounding must not take
+        # a whole number for the one below: as many steps as tokens reveal one each.
+        share = (_share(step + 1, settings) * drawable.double() + 1e-9).floor().long()
+        remain = torch.minimum(share, (left - 1).clamp_min(0))
         if step + 1 == settings.steps:
             remain = torch.zeros_like(remain)
         order = priority(step, log_probability).masked_fill(~masked, -math.inf).argsort(1, descending=True).argsort(1)

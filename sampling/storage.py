@@ -78,12 +78,16 @@ class SavedPipeline(DiffusionPipeline):
             kwargs: further ones are diffusers'.
 
         Raises:
-            UserError: the folder holds anything but a model, or the weights were rounded by ``to(dtype)``.
+            UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``, or they are
+                not to be written as safetensors.
         """
         folder = Path(save_directory).resolve()
+        if not kwargs.get("safe_serialization", True):
+            raise UserError("safe_serialization=False writes weights that run code when they are read; leave it out")
         if any(part.dtype != torch.float32 for part in self._networks()):
             raise UserError("these weights were rounded by a dtype; load them in float32, `scq export` writes halves")
         upload = {name: kwargs.pop(name) for name in ("repo_id", "private", "token") if name in kwargs}
+        self._forget_origin()
         with replaced_model(folder, self.replaceable) as fresh:
             super().save_pretrained(fresh, **kwargs)
             self.write_card(fresh)
@@ -119,25 +123,36 @@ class SavedPipeline(DiffusionPipeline):
         token: str | bool | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        use_safetensors: bool = True,
+        **parts: Any,
     ) -> Self:
         """The pipeline in ``folder``: one that ``save_pretrained`` wrote, a run folder of a prior, or a model of the
         Hugging Face hub, as "you/model".
 
         Args:
             dtype: to compute in, see `to`; ``torch_dtype`` is its older name in diffusers.
-            token, revision, cache_dir: of a model on the hub: who asks, which version, where copies are kept.
+            token, revision, cache_dir, local_files_only: of a model on the hub: who asks, which version, where copies
+                are kept, and whether only they are looked at.
+            use_safetensors: always; nothing else is read.
+            parts: components to take instead of the saved ones, as ``scheduler=UnmaskingScheduler(steps=8)``.
 
         Raises:
-            UserError: nothing there is a pipeline, or a part of it cannot be loaded.
+            UserError: nothing there is a pipeline, a part of it cannot be loaded, or is none of a pipeline's.
         """
-        root = model_root(local_folder(folder, token=token, revision=revision, cache_dir=cache_dir))
+        if not use_safetensors:
+            raise UserError("use_safetensors=False would run code in the files that are read; leave it out")
+        if unknown := parts.keys() - set(Parts._fields):
+            raise UserError(f"a pipeline has no {', '.join(sorted(unknown))}; its parts are {', '.join(Parts._fields)}")
+        access = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        root = model_root(local_folder(folder, **access))
         if root is None:
             raise UserError(
                 f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote "
                 "(with model_index.json)"
             )
-        parts, measured = load_parts(root)
-        pipeline = cls(*parts)
+        saved, measured = load_parts(root)
+        pipeline = cls(*saved._replace(**parts))
         pipeline.measured = measured
         return pipeline.to(device=device, dtype=dtype or torch_dtype)
 
@@ -154,6 +169,15 @@ class SavedPipeline(DiffusionPipeline):
             for network in (self.prior, *networks):
                 nn.Module.to(network, dtype)  # ModelMixin's own warns of what it keeps in float32: nothing here
         return self
+
+    def _forget_origin(self) -> None:
+        """diffusers' own loader leaves the path that it read in the configs, where a copy would carry it on, and does
+        not read what was measured: the card would lose its numbers, and the licence with them."""
+        origin = Path(self.config.get("_name_or_path") or "") / MEASURED
+        if not self.measured and origin.is_file():
+            self.measured = json.loads(origin.read_text())
+        for part in (self, *self._networks()):
+            part.register_to_config(_name_or_path="")
 
     @property
     def replaceable(self) -> set[str]:

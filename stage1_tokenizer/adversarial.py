@@ -36,7 +36,8 @@ def gradient_penalty(real_images: Tensor, real: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """LeCam regularization (Tseng et al., arXiv 2104.03310, eq. 7): verdicts stay near the other side's running mean.
+    """LeCam regularization (Tseng et al., arXiv 2104.03310): verdicts stay near the other side's running mean. The
+    paper's eq. 7 pulls from both sides; as in its authors' released code, only verdicts beyond that mean are pulled.
 
     Its running means are buffers, so that a checkpoint has them.
 

@@ -11,7 +11,9 @@ from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import VGG16_Weights, vgg16
 
 from engine.errors import UserError
+from engine.processes import process_place, sum_across_processes
 from engine.schedules import linear_ramp
+from engine.weights import read_weights
 from stage1_tokenizer.adversarial import (
     AUGMENTATIONS,
     GAMES,
@@ -178,17 +180,19 @@ class TokenizerLoss(nn.Module):
 def adaptive_weight(
     reconstruction_loss: torch.Tensor, adversarial_loss: torch.Tensor, last_layer: nn.Parameter, largest: float
 ) -> torch.Tensor:
-    """VQGAN's balance (eq. 7 of Esser et al.): the ratio of the two losses' gradients at the decoder's last layer."""
-    (wanted,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
-    (found,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
+    """VQGAN's balance (eq. 7 of Esser et al.): the ratio of the two losses' gradients at the decoder's last layer, of
+    the images of all processes together."""
+    processes = process_place()[1]
+    wanted, found = (
+        sum_across_processes(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) / processes
+        for loss in (reconstruction_loss, adversarial_loss)
+    )
     return (wanted.norm() / (found.norm() + 1e-6)).clamp(0.0, largest).detach()
 
 
 def _vgg16_features(weights: str) -> dict[str, torch.Tensor]:
     if weights:
-        if not Path(weights).is_file():
-            raise UserError(f"loss.perceptual_weights={weights} does not exist")
-        return torch.load(weights, map_location="cpu", weights_only=True)
+        return read_weights(Path(weights), "VGG16's weights")
     try:
         return vgg16(weights=VGG16_Weights.IMAGENET1K_V1, progress=False).state_dict()
     except OSError as error:

@@ -54,7 +54,7 @@ def swap_for_neighbours(quantized: Quantized, quantizer: Quantizer, swap: Neighb
     """
     who, whom = swap.noise.unbind(1)  # (B, h, w)
     chosen = who < swap.share
-    if quantizer.codebook_size < 2 or not bool(chosen.any()):
+    if not quantizer.has_codes or quantizer.codebook_size < 2 or not bool(chosen.any()):
         return quantized.z_q
     with torch.no_grad():
         near = nearest_codes(quantizer, quantized.indices[chosen], swap.neighbours)  # (n, neighbours)

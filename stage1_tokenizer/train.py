@@ -253,7 +253,11 @@ def estimate_tokenizer(config: TokenizerExperiment) -> list[str]:
     probe, images = probe_images(config.data, config.training, config.architecture.image_size, accelerator)
     single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
     task = TokenizerTask(single, accelerator, probe.images)
-    return estimate(task, probe, len(probe.images), images, config.training, accelerator)
+    perceptual = task.losses.perceptual
+    frozen = {} if perceptual is None else {"VGG16": perceptual}
+    last = config.training.steps - 1
+    heaviest = last - last % config.loss.r1_every if config.loss.r1 > 0 else last
+    return estimate(task, probe, len(probe.images), images, config.training, accelerator, frozen, heaviest)
 
 
 def probe_images(

@@ -56,10 +56,15 @@ def mask_tokens(
         at least one masked token for every image.
     """
     length = codes.shape[1]
-    count = (mask_share(progress, schedule) * length).ceil().clamp(1, length)  # (B,)
+    count = masked_count(progress, length, schedule)  # (B,)
     rank = order.argsort(1).argsort(1)  # (B, L), each token's place in the image's own random order
     mask = rank < count[:, None]
     return Masked(torch.where(mask, mask_token, codes), mask)
+
+
+def masked_count(progress: torch.Tensor, length: int, schedule: str = "cosine") -> torch.Tensor:
+    """How many of an image's ``length`` tokens are masked at ``progress`` (B,): whole numbers (B,), at least 1."""
+    return (mask_share(progress, schedule) * length).ceil().clamp(1, length)
 
 
 def loss_weight(hidden: torch.Tensor, length: int, weighting: str = "tokens") -> torch.Tensor:

@@ -20,12 +20,13 @@ from engine.dry_run import PROBED_IMAGES, estimate
 from engine.errors import UserError
 from engine.loop import Trained, make_accelerator, train
 from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
+from engine.processes import process_place, sum_across_processes
 from engine.progress import say
 from engine.randomness import image_uniform
 from engine.sharding import shard
 from engine.tracking import RunFolder
 from stage2_prior.likelihood import likelihood_bound
-from stage2_prior.masking import loss_weight, mask_share, mask_tokens
+from stage2_prior.masking import loss_weight, mask_share, mask_tokens, masked_count
 from stage2_prior.transformer import MaskedTransformer
 
 SCORED_IMAGES = 2000  # held-out images that validation takes
@@ -156,13 +157,23 @@ class PriorTask:
         whole = (batch.indices.to(device).flatten(1), batch.labels.to(device), batch.positions.to(device))
         parts = in_parts(whole, self.config.training)
         self.prior.train()
+        share = self._share_of_weight(whole[2], whole[0].shape[1]) / len(parts)
         for part in micro_batches(self.accelerator, self.prior, parts):
             with self.accelerator.autocast():
-                loss, accuracy = self.prior(*part)
+                loss, accuracy = self.prior(*part, share)
             self.accelerator.backward(loss / len(parts))
             terms.append({"loss": loss, "accuracy": accuracy})
         norm = optimizer_step(self.prior, self.optimizers["prior"], self.accelerator, self.config.optimizer.clip_norm)
         return {**mean_terms(terms), "gradient_norm": norm}
+
+    def _share_of_weight(self, positions: torch.Tensor, length: int) -> torch.Tensor:
+        """The weight of all masked tokens of this step, divided by the processes. Every part of the batch is divided by
+        its share of the whole's weight, not by its own: only so do the parts' gradients add up to the whole's."""
+        masking = self.config.masking
+        progress = _mask_progress(positions, self.config.training.seed)
+        hidden = masked_count(progress, length, masking.schedule)
+        weight = (hidden * loss_weight(hidden, length, masking.weighting)).sum()
+        return sum_across_processes(weight) / process_place()[1]
 
     def score(self, averaged: MaskedTransformer) -> float | None:
         """An upper bound on the bits that held-out tokens need, see `likelihood_bound`."""
@@ -193,9 +204,9 @@ class _LossOfPrior(nn.Module):
         self.run = torch.compile(prior) if compiled else prior
 
     def forward(
-        self, codes: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+        self, codes: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, share: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        progress = image_uniform(positions, seed=self.seed, purpose="mask progress")  # (B,)
+        progress = _mask_progress(positions, self.seed)  # (B,)
         order = image_uniform(positions, codes.shape[1], seed=self.seed, purpose="mask order")  # (B, L)
         masked = mask_tokens(codes, self.prior.mask_token, progress, order, self.masking.schedule)
         shown = self._corrupt(masked.tokens, masked.mask, positions)
@@ -204,7 +215,8 @@ class _LossOfPrior(nn.Module):
             dropped = image_uniform(positions, seed=self.seed, purpose="class dropout") < self.masking.class_dropout
             labels = torch.where(dropped, num_classes, labels)
         logits = self.run(shown, labels if num_classes else None)
-        return masked_cross_entropy(logits, masked.mask, codes, self.masking.label_smoothing, self.masking.weighting)
+        smoothing, weighting = self.masking.label_smoothing, self.masking.weighting
+        return masked_cross_entropy(logits, masked.mask, codes, smoothing, weighting, share)
 
     def _corrupt(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Replace a share of the shown tokens (B, L) by random codes."""
@@ -215,12 +227,18 @@ class _LossOfPrior(nn.Module):
         return torch.where(~mask & (who < self.masking.corrupted_share), codes, tokens)
 
 
+def _mask_progress(positions: torch.Tensor, seed: int) -> torch.Tensor:
+    """How far each image's imagined generation is, (B,) in [0, 1)."""
+    return image_uniform(positions, seed=seed, purpose="mask progress")
+
+
 def masked_cross_entropy(
     logits: torch.Tensor,
     mask: torch.Tensor,
     codes: torch.Tensor,
     label_smoothing: float = 0.0,
     weighting: str = "tokens",
+    total_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy over the masked places, and the share of them predicted rightly. Both 0-dim.
 
@@ -229,11 +247,13 @@ def masked_cross_entropy(
         mask: (B, L) bool, True where the code was hidden.
         codes: (B, L) int64, the truth.
         weighting: see stage2_prior.masking.loss_weight.
+        total_weight: what the sum of losses is divided by; None for the weight of the places that are masked here.
     """
     hidden, wanted = logits[mask].float(), codes[mask]  # (masked, K), (masked,)
     losses = nn.functional.cross_entropy(hidden, wanted, label_smoothing=label_smoothing, reduction="none")
     weights = loss_weight(mask.sum(1), mask.shape[1], weighting)[:, None].expand_as(mask)[mask]  # (masked,)
-    return (losses * weights).sum() / weights.sum(), (hidden.argmax(1) == wanted).float().mean().detach()
+    total = weights.sum() if total_weight is None else total_weight
+    return (losses * weights).sum() / total, (hidden.argmax(1) == wanted).float().mean().detach()
 
 
 def train_prior(

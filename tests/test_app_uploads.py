@@ -1,5 +1,6 @@
 """Pictures that users give to the page: of any kind, far too large, turned, painted thinly or in the wrong place."""
 
+import base64
 import struct
 import zlib
 from collections.abc import Iterator
@@ -86,6 +87,14 @@ def test_a_file_over_the_limit_is_refused(client: Client, tmp_path: Path) -> Non
         answer = httpx.post(f"{client.src}gradio_api/upload", files={"files": ("large.png", file)}, timeout=60)
     assert answer.status_code == 413
     assert "maximum allowed size" in answer.text
+
+
+def test_a_picture_within_a_request_has_the_same_limit(client: Client) -> None:
+    """As a data URL it is no upload, and gradio does not look how large it is."""
+    head = b"BM" + struct.pack("<IIIIiiHHIIiiII", 54 + 3 * 2600 * 2600, 0, 54, 40, 2600, 2600, 1, 24, 0, 0, 0, 0, 0, 0)
+    address = "data:image/bmp;base64," + base64.b64encode(head + bytes(3 * 2600 * 2600)).decode()
+    with pytest.raises(Exception, match="This file has 20 MB; at most 20 are taken"):
+        client.predict({"path": None, "url": address, "meta": {"_type": "gradio.FileData"}}, api_name="/reconstruct")
 
 
 def test_formats_that_start_programs_or_hide_other_files_are_refused(client: Client, tmp_path: Path) -> None:

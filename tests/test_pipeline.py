@@ -10,10 +10,10 @@ from PIL import Image
 
 from data.stream import iterate_once
 from engine.errors import UserError
-from sampling.editing import fill, tokens_under, variation_mask, windows
+from sampling.editing import Look, fill, tokens_under, variation_mask, windows
 from sampling.images import to_mask
 from sampling.model_card import model_card, with_numbers
-from sampling.pipeline import SoftConvexPipeline
+from sampling.pipeline import EMBEDDED, SoftConvexPipeline
 from sampling.scheduler import UnmaskingScheduler
 from stage1_tokenizer.autoencoder import ImageTokenizer
 from stage1_tokenizer.train import load_tokenizer
@@ -136,8 +136,20 @@ def test_outpainting_grows_beyond_the_training_grid(pipeline: SoftConvexPipeline
     assert torch.equal(drawn.tokens[0, :4, 1:5], codes)
     assert int(drawn.tokens.max()) < pipeline.prior.mask_token
     assert not torch.equal(drawn.tokens[0], drawn.tokens[1])
-    alone = pipeline.outpaint(emoji_images[:1], left=3, right=24, bottom=8, seed=1, output_type="pt")
+    seen = []
+
+    def look(_: SoftConvexPipeline, step: int, left: int, found: dict[str, torch.Tensor]) -> None:
+        seen.append((step, left, found["tokens"].clone()))
+
+    borders = {"left": 3, "right": 24, "bottom": 8}
+    alone = pipeline.outpaint(emoji_images[:1], **borders, seed=1, output_type="pt", callback_on_step_end=look)
     assert torch.equal(alone.tokens[0], drawn.tokens[1]), "image i has seed + i"
+    steps = len(seen)
+    assert [(step, left) for step, left, _ in seen] == [(step, steps - 1 - step) for step in range(steps)]
+    assert all(tokens.shape == (1, 5, 8) for *_, tokens in seen), "whole canvases, not windows"
+    hidden = [int((tokens == pipeline.prior.mask_token).sum()) for *_, tokens in seen]
+    assert hidden == sorted(hidden, reverse=True)
+    assert torch.equal(seen[-1][2].cpu(), alone.tokens)
 
 
 def test_windows_cover_the_canvas_and_begin_at_what_is_known() -> None:
@@ -150,19 +162,19 @@ def test_windows_cover_the_canvas_and_begin_at_what_is_known() -> None:
         covered[top : top + 4, left : left + 4] = True
     assert covered.all()
     with pytest.raises(ValueError, match="3x4 tokens is smaller"):
-        fill(lambda start, seeds: start, torch.zeros(1, 3, 4, dtype=torch.int64), (4, 4), 9, torch.zeros(1))
+        fill(lambda start, *_: start, torch.zeros(1, 3, 4, dtype=torch.int64), (4, 4), 9, torch.zeros(1), print)
 
 
 def test_every_window_sees_what_the_others_drew() -> None:
     """A prior that copies the code to the left: the whole canvas must become the one known code."""
 
-    def copy_left(start: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    def copy_left(start: torch.Tensor, seeds: torch.Tensor, look: Look) -> torch.Tensor:
         known = torch.where(start == 9, -1, start).amax((1, 2), keepdim=True)
         return torch.where(start == 9, known, start)
 
     start = torch.full((2, 6, 9), 9)
     start[:, 2, 2] = torch.tensor([3, 4])
-    filled = fill(copy_left, start, (4, 4), 9, torch.arange(2))
+    filled = fill(copy_left, start, (4, 4), 9, torch.arange(2), print)
     assert (filled[0] == 3).all()
     assert (filled[1] == 4).all()
 
@@ -193,6 +205,36 @@ def test_diffusers_loads_what_we_saved(pipeline: SoftConvexPipeline, tiny_run: P
     loaded = DiffusionPipeline.from_pretrained(str(tiny_run / "model"))
     assert isinstance(loaded, SoftConvexPipeline)
     assert torch.equal(loaded.to("cpu")(2, seed=0).tokens, pipeline(2, seed=0).tokens)
+
+
+def test_a_copy_made_with_diffusers_keeps_the_card_and_no_path_of_this_disk(tmp_path: Path) -> None:
+    DiffusionPipeline.from_pretrained(str(EMBEDDED)).save_pretrained(tmp_path / "copy")
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "Twemoji" in card
+    assert "license: cc-by-4.0" in card
+    assert "KID x 1000" in card
+    configs = [path.read_text() for path in (tmp_path / "copy").rglob("*.json")]
+    assert not any(str(EMBEDDED) in text for text in configs)
+
+
+def test_saving_and_loading_take_diffusers_words(pipeline: SoftConvexPipeline, tiny_run: Path, tmp_path: Path) -> None:
+    faster = UnmaskingScheduler(steps=2)
+    loaded = SoftConvexPipeline.from_pretrained(
+        tiny_run / "model", scheduler=faster, use_safetensors=True, local_files_only=True
+    )
+    assert loaded.scheduler.steps == 2
+    with pytest.raises(UserError, match="has no unet; its parts are tokenizer, prior"):
+        SoftConvexPipeline.from_pretrained(tiny_run / "model", unet=None)
+    with pytest.raises(UserError, match="use_safetensors=False"):
+        SoftConvexPipeline.from_pretrained(tiny_run / "model", use_safetensors=False)
+    with pytest.raises(UserError, match="safe_serialization=False"):
+        pipeline.save_pretrained(tmp_path / "model", safe_serialization=False)
+    assert not (tmp_path / "model").exists()
+
+
+def test_guidance_without_classes_is_refused(pipeline: SoftConvexPipeline) -> None:
+    with pytest.raises(ValueError, match="this prior knows no classes"):
+        pipeline(1, seed=0, guidance_scale=3.0)
 
 
 def test_a_dtype_is_for_the_networks_and_not_for_the_codes(

@@ -8,9 +8,18 @@ import torch
 from data.tokens import TokenDataset, TokenWriter
 from engine.config import load_config
 from engine.errors import UserError
+from engine.loop import make_accelerator
 from engine.tracking import read_metrics
 from stage2_prior.masking import SCHEDULES, mask_share, mask_tokens
-from stage2_prior.train import PriorExperiment, _LossOfPrior, build_prior, masked_cross_entropy, train_prior
+from stage2_prior.train import (
+    PriorExperiment,
+    PriorTask,
+    _LossOfPrior,
+    build_prior,
+    masked_cross_entropy,
+    open_stream,
+    train_prior,
+)
 from stage2_prior.transformer import MaskedTransformer
 
 
@@ -47,6 +56,30 @@ def test_the_loss_counts_masked_places_only() -> None:
     assert torch.isclose(loss, -(picked[0, codes[0, 1]] + picked[1, codes[1, 4]]) / 2)
     loss.backward()
     assert (logits.grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("weighting", ["tokens", "images"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, monkeypatch, weighting: str) -> None:
+    """Although each part masks another number of tokens."""
+    found = []
+
+    def record(module: torch.nn.Module, *_) -> torch.Tensor:
+        found.append({name: p.grad.clone() for name, p in module.named_parameters()})
+        return torch.zeros(())
+
+    monkeypatch.setattr("stage2_prior.train.optimizer_step", record)
+    tokens, losses = write_stripes(tmp_path / "tokens"), []
+    for parts in (1, 4):
+        config = stripes_config(tokens, tmp_path, f"training.accumulate={parts}", f"masking.weighting={weighting}")
+        accelerator = make_accelerator(config.training)
+        stream = open_stream(config, accelerator)
+        terms = PriorTask(config, accelerator, stream.dataset, None).training_step(next(iter(stream)), 0)
+        losses.append(float(terms["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    whole, accumulated = found
+    for name, gradient in whole.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(accumulated[name], gradient, rtol=0, atol=1e-5 * scale + 1e-9, msg=name)
 
 
 def test_every_image_alike_is_the_likelihood_bound() -> None:

@@ -14,9 +14,15 @@ from evaluation.tokenizers import render as render_tokenizers
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    """The kept quickstart's numbers, with refiners, rounded weights, an arm without quantizer, and two seeds of scq."""
+    """The kept quickstart's results with round numbers where a test looks, which a newer run does not move; and with
+    refiners, rounded weights, an arm without quantizer, and two seeds of scq."""
     results = json.loads((REPOSITORY / "docs" / "results" / "quickstart" / "metrics.json").read_text())
     (scq,), (vqgan,) = results["arms"]["scq"], results["arms"]["vqgan"]
+    for run, kid, fid, speed in ((scq, 0.145, 248.0, 300.0), (vqgan, 0.172, 260.0, 390.0)):
+        run["samples"]["codes"] |= {"kid": kid, "kid_error": 0.003, "fid": fid}
+        run["tokenizer"]["images_per_second"] = speed
+    scq["tokenizer"]["z_q"]["mse"], scq["tokenizer"]["dominant"]["mse"] = 0.016, 0.0175
+    vqgan["tokenizer"]["z_q"]["mse"] = vqgan["tokenizer"]["dominant"]["mse"] = 0.022
     for width, bits, mse in ((4, 600.0, 0.0161), (2, 400.0, 0.0169)):
         scq["tokenizer"][f"z_q_{width}_bits"] = scq["tokenizer"]["z_q"] | {"bits_per_image": bits, "mse": mse}
     for kind, kid, fid in (("regression", 0.160, 200.0), ("flow", 0.178, 300.0)):
@@ -72,7 +78,7 @@ def test_every_way_of_decoding_stands_beside_every_other_arm(results: dict[str, 
     kid = table(lines, "scq: KID")
     fid = table(lines, "scq: FID")
     assert [row["scq: KID beside that of"] for row in kid] == ["codes", "regression refiner", "flow refiner"]
-    # 145, 160 and 178 against 172.8, of two equal seeds against one with an error of 3.2
+    # 145, 160 and 178 against 172, of two equal seeds against one with an error of 3
     assert [row["vqgan"] for row in kid] == ["0.84 (better)", "0.93 (better)", "1.03 (tie)"]
     assert [row["vqgan"] for row in fid] == ["0.96 (tie)", "0.77 (better)", "1.15 (worse)"]
     results["arms"]["vq_plus"] = results["arms"]["vqgan"]
@@ -84,14 +90,14 @@ def test_every_way_of_decoding_stands_beside_every_other_arm(results: dict[str, 
 def test_soft_latents_have_rows_of_their_own_and_say_what_they_cost(results: dict[str, Any]) -> None:
     rows = table(render(results).splitlines(), "arm | decoded from")
     assert [(row["arm"], row["decoded from"], row["bits per image"], row["MSE"]) for row in rows] == [
-        ("scq, 2 seeds", "dominant codes", "144", "0.01737"),
+        ("scq, 2 seeds", "dominant codes", "144", "0.01750"),
         ("scq, 2 seeds", "codes, regression refiner", "144", "0.01660"),
         ("scq, 2 seeds", "codes, flow refiner", "144", "0.01660"),
         ("scq, 2 seeds", "z_q, weights of 2 bits", "400", "0.01690"),
         ("scq, 2 seeds", "z_q, weights of 4 bits", "600", "0.01610"),
-        ("scq, 2 seeds", "z_q", "continuous", "0.01585"),
-        ("vqgan", "codes", "144", "0.02190"),
-        ("none", "latents", "continuous", "0.02190"),
+        ("scq, 2 seeds", "z_q", "continuous", "0.01600"),
+        ("vqgan", "codes", "144", "0.02200"),
+        ("none", "latents", "continuous", "0.02200"),
     ]
     for row in rows:  # a codebook's usage is nothing that mixed or refined latents have
         assert (row["perplexity"] == "-") == (row["decoded from"] not in ("dominant codes", "codes")), row
@@ -102,12 +108,12 @@ def test_the_summary_names_the_rate_of_every_number(results: dict[str, Any]) -> 
     assert list(rows[0]) == ["arm", "decoded from", "bits per image", "MSE", "rFID", "KID x 1000", "FID"]
     drawn = {row["decoded from"]: row["FID"] for row in rows if row["arm"].startswith("scq")}
     assert drawn == {
-        "dominant codes": "248.7 (247.7 - 249.7)",
+        "dominant codes": "249.0 (248.0 - 250.0)",
         "codes, regression refiner": "200.0",
         "codes, flow refiner": "300.0",
         **dict.fromkeys(("z_q, weights of 2 bits", "z_q, weights of 4 bits", "z_q"), "-"),  # a prior draws codes
     }
-    assert next(row for row in rows if row["arm"] == "vqgan")["KID x 1000"] == "172.8 ± 3.2"
+    assert next(row for row in rows if row["arm"] == "vqgan")["KID x 1000"] == "172.0 ± 3.0"
 
 
 def test_a_comparison_of_tokenizers_has_the_same_rows(results: dict[str, Any]) -> None:
@@ -116,11 +122,11 @@ def test_a_comparison_of_tokenizers_has_the_same_rows(results: dict[str, Any]) -
     found = [row["decoded from"] for row in table(lines, "arm | decoded from")]
     assert found == ["dominant codes", "z_q, weights of 2 bits", "z_q, weights of 4 bits", "z_q", "codes", "latents"]
     training = {row["arm"]: row for row in table(lines, "arm | dominant is nearest")}
-    assert training["scq, 2 seeds"]["dominant weight"].startswith("0.81")
+    assert 0.5 < float(training["scq, 2 seeds"]["dominant weight"].split()[0]) < 1
     assert training["vqgan"] == {
         **dict.fromkeys(("dominant is nearest", "dominant weight", "soft / hard latent error"), "-"),
         "arm": "vqgan",
-        "images/s": "392",
+        "images/s": "390",
     }
 
 

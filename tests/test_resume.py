@@ -86,15 +86,20 @@ def test_a_killed_run_goes_on_bit_for_bit(processes: int, emoji: dict[str, Path]
 
 
 def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Path) -> None:
-    steps = ["training.steps=8", "training.checkpoint_every=8"]
+    steps = ["training.steps=8", "training.checkpoint_every=1", "training.keep_checkpoints=8"]
     finish(launch(1, command(emoji, tmp_path / "one", *steps)))
     finish(launch(2, command(emoji, tmp_path / "two", *steps)), 2)
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    begun = load_file(tmp_path / "one" / "checkpoints" / "step_00000001" / "model.safetensors")
+    apart = moved = 0.0
     for key in first:
         if key.endswith("counts"):  # a latent between two codes may go to either
             assert (first[key] - second[key]).abs().sum() <= 0.02 * first[key].sum(), key
-        else:
-            assert torch.allclose(first[key].float(), second[key].float(), atol=5e-3), key
+        elif first[key].is_floating_point():
+            apart += float((first[key] - second[key]).double().square().sum())
+            moved += float((first[key] - begun[key]).double().square().sum())
+    assert moved > 0
+    assert apart**0.5 < 0.02 * moved**0.5, "rounding, beside the way that the weights went"
     losses = [[row["l2"] for row in read_metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5), "the mean over processes is logged"
     assert losses[1] == pytest.approx(losses[0], rel=0.02), "rounding grows with the steps"
@@ -131,12 +136,11 @@ leave_processes()
 
 
 def test_two_processes_have_the_gradients_of_one(emoji: dict[str, Path], tmp_path: Path) -> None:
-    """Of autoencoder and discriminator, after k-means over all; with a constant adversarial weight, the adaptive one
-    being each process's own."""
+    """Of autoencoder and discriminator, after k-means over all, with the adaptive weight."""
     program = tmp_path / "program.py"
     program.write_text(GRADIENTS)
     settings = [*TINY, f"data.train={emoji['train']}", "loss.adversarial_start=0", "loss.discriminator_lead=0"]
-    settings += ["loss.adversarial_ramp=0", "loss.adaptive_max=0", "loss.lecam=0.1", "loss.augment=[colour,shift]"]
+    settings += ["loss.adversarial_ramp=0", "loss.lecam=0.1", "loss.augment=[colour,shift]"]
     found = []
     for processes in (1, 2):
         out = tmp_path / f"{processes}.pt"
@@ -199,6 +203,18 @@ def test_divergence_names_step_terms_and_the_last_good_checkpoint(emoji: dict[st
     assert good.name in result.stderr
     assert sorted((run / "checkpoints").glob("step_*"))[-1] == good
     weights_file.write_bytes(before)
+
+    # Between two lines of the log the weights turn NaN, and the quantizer is the first to see it.
+    far = [*command(emoji, run, "training.steps=40", "training.checkpoint_every=40"), "training.log_every=20"]
+    state = torch.load(good / "optimizers.pt", weights_only=True)
+    names = list(state)
+    moments = [each for each in state[names[0]]["state"].values() if "exp_avg" in each]
+    moments[0]["exp_avg"].fill_(float("inf"))
+    torch.save(state, good / "optimizers.pt")
+    result = run_scq(*far)
+    assert result.returncode == 2, result.stderr
+    assert "diverged at step 5: z has" in result.stderr
+    assert good.name in result.stderr
 
 
 def test_a_term_that_begins_within_a_logging_window_is_logged(emoji: dict[str, Path], tmp_path: Path) -> None:

@@ -58,6 +58,12 @@ def test_a_share_of_one_swaps_all_and_none_swaps_nothing() -> None:
     assert (swapped != quantized.z_q).any(1).all()
 
 
+def test_latents_without_codes_are_not_swapped() -> None:
+    quantizer, _, quantized = make("none")
+    swap = NeighbourSwap(1.0, 4, torch.rand(3, 2, 6, 6))
+    assert torch.equal(swap_for_neighbours(quantized, quantizer, swap), quantized.z_q)
+
+
 def test_the_share_anneals_in_a_straight_line() -> None:
     config = RobustnessConfig(swapped_share=0.4, final_share=0.0, steps=100)
     assert [swapped_share(step, config) for step in (0, 50, 100, 1000)] == pytest.approx([0.4, 0.2, 0.0, 0.0])

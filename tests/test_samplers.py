@@ -45,6 +45,14 @@ def test_revealed_tokens_stay_and_every_step_reveals(name: str, steps: int, sche
     assert ((tokens >= 0) & (tokens < MASK)).all()
 
 
+@pytest.mark.parametrize("side", [3, 5, 7, 9, 11])
+def test_as_many_steps_as_tokens_reveal_one_each(side: int) -> None:
+    """Whatever the rounding of step / steps * tokens: only then is it the ancestral distribution."""
+    seen: list[Step] = []
+    sample("ancestral", seeds=1, side=side, steps=side * side, schedule="uniform", callback=seen.append)
+    assert [int((step.tokens != MASK).sum()) for step in seen] == list(range(1, side * side + 1))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fixed_tokens_never_change_and_all_others_are_drawn(name: str) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -168,8 +168,11 @@ def test_perceptual_loss_is_a_distance_that_teaches_nothing_to_itself(vgg_weight
 
 
 def test_perceptual_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"VGG16's weights .* do not exist"):
         PerceptualLoss(str(tmp_path / "none.pth"))
+    (tmp_path / "torn.pth").write_bytes(b"no weights at all")
+    with pytest.raises(UserError, match=r"torn\.pth cannot be read"):
+        PerceptualLoss(str(tmp_path / "torn.pth"))
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="features"):
         PerceptualLoss(str(tmp_path / "other.pth"))

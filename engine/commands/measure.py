@@ -55,7 +55,7 @@ def add_evaluate(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--second-weights", metavar="FILE", help="its weights; without it timm's cache or download")
     parser.add_argument("--train", metavar="SHARDS", help="training images, to picture the nearest ones of samples")
-    parser.add_argument("--neighbours", type=int, default=5000, help="training images to look through; 0 for all")
+    parser.add_argument("--neighbours", type=natural, default=5000, help="training images to look through; 0 for all")
     parser.add_argument(
         "--weight-bits", type=positive, action="append", default=[], metavar="BITS",
         help="decode z_q with its weights rounded to so many bits, too, and say what that costs; repeat for several",

@@ -55,7 +55,13 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
             strength = gr.Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="Share of tokens that vary.")
             with gr.Row():
                 # At most the image's own size on each side: time and memory grow with the canvas.
-                borders = {name: gr.Slider(0, side, side // 2, step=1, label=name.title()) for name in SIDES}
+                borders = {
+                    name: gr.Slider(
+                        0, side, side // 2, step=pipeline.tokenizer.factor, label=name.title(),
+                        info=f"pixels, beside the image's {side}",
+                    )
+                    for name in SIDES
+                }  # fmt: skip
         with gr.Column(scale=2):
             seed = gr.Number(0, label="Seed", precision=0)
             count = gr.Slider(1, most, min(4, most), step=1, label="Answers")

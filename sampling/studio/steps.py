@@ -51,7 +51,14 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
     }  # fmt: skip
     if prior.num_classes:
         controls["class_labels"] = gr.Slider(-1, prior.num_classes - 1, -1, step=1, label="Class", info="-1: no class.")
-        controls["guidance_scale"] = gr.Slider(0.0, 10.0, defaults.guidance_scale, step=0.1, label="Guidance scale")
+        controls["guidance_scale"] = gr.Slider(
+            0.0,
+            10.0,
+            defaults.guidance_scale,
+            step=0.1,
+            label="Guidance scale",
+            info="Towards the class, if any.",
+        )
     if pipeline.refiner is not None:
         controls["refine"] = gr.Checkbox(defaults.refine, label="Refiner", info="Give the convex detail back.")
     return controls

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 from data.errors import BadImage
 from data.transforms import to_rgb
 
+LARGEST_BYTES = 20_000_000  # of one file, however it arrives: gradio itself bounds uploads, not pictures in a request
 LARGEST_PIXELS = 40_000_000  # of one picture; a few kilobytes of PNG can hold gigabytes of pixels
 # Formats whose header says how large the picture is, those that the data room reads. Containers of other files (ICO,
 # ICNS) need not tell the truth, and EPS would start another program.
@@ -27,9 +28,11 @@ def open_bounded(encoded: bytes) -> Image.Image:
     """An opened picture of which only the header was read.
 
     Raises:
-        BadImage: it has more than LARGEST_PIXELS.
+        BadImage: it has more than LARGEST_BYTES or LARGEST_PIXELS.
         UnidentifiedImageError and its kin: it is none.
     """
+    if len(encoded) > LARGEST_BYTES:
+        raise BadImage(f"This file has {len(encoded) / 1e6:.0f} MB; at most {LARGEST_BYTES // 10**6} are taken.")
     Image.init()
     picture = Image.open(BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
     if picture.width * picture.height > LARGEST_PIXELS:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.errors import NotFiniteError
 from stage1_tokenizer.quantizers import native
 from stage1_tokenizer.quantizers.active_set import solve_support
 from stage1_tokenizer.quantizers.local import solve_local
@@ -198,13 +199,14 @@ def _check(z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: 
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError naming the first entry of ``value`` that is NaN or infinite; one reduction where all is well."""
+    """Raise NotFiniteError, a ValueError, naming the first entry of ``value`` that is NaN or infinite; one reduction
+    where all is well."""
     if bool(torch.isfinite(value.detach().sum())):
         return
     bad = (~torch.isfinite(value.detach())).nonzero()
     if len(bad):  # a finite tensor's sum may still overflow
         where = tuple(bad[0].tolist())
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} has {len(bad)} entries that are not finite; the first is {name}{list(where)} = {value[where]}"
         )
 
