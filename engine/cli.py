@@ -17,7 +17,7 @@ scq: image generation with soft convex quantization.
   scq data pack PHOTOS shards --format folder --size 64
   scq train tokenizer --config configs/cifar10/tokenizer_scq.yaml
   scq tokenize --model runs/tokenizer --data shards --out tokens
-  scq train prior --config configs/cifar10/prior.yaml
+  scq train prior --config configs/cifar10/prior.yaml tokenizer=runs/tokenizer data.train=tokens data.validation=""
   scq sample --num 16 --out samples     with the small model that comes with the package; --model takes another
   scq evaluate --model runs/prior --data shards-test --out evaluation.json
   scq benchmark quality --config configs/benchmarks/cifar10_cpu.yaml --out runs/cifar10_cpu
