@@ -98,3 +98,6 @@ def test_sampling_needs_no_model(tmp_path: Path) -> None:
     result = run_scq("sample", "--num", 2, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.png", "000001.png"]
+    rounded = run_scq("sample", "--num", 1, "--out", tmp_path / "rounded", "--precision", "bf16")
+    assert rounded.returncode == 0, rounded.stderr
+    assert (tmp_path / "rounded" / "000000.png").read_bytes() != (tmp_path / "000000.png").read_bytes()

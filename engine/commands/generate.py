@@ -28,11 +28,17 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, help="of the codes' distribution; by default the model's own")
     parser.add_argument("--guidance-scale", type=float, help="towards the class; by default the model's own")
     parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks; codes and refiner stay in fp32"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the prior with torch.compile first")
+    parser.add_argument(
         "settings", nargs="*", metavar="key=value", help="other sampling settings, as sampler=halton or top_p=0.9"
     )
 
 
 def _sample(options: argparse.Namespace) -> None:
+    import torch
+
     from data.files import atomic_write
     from engine.progress import progress_bar
     from sampling.arguments import LARGEST_SEED
@@ -45,7 +51,10 @@ def _sample(options: argparse.Namespace) -> None:
             settings[name] = value
     if options.seed > LARGEST_SEED - options.num:
         raise UserError(f"--seed {options.seed} leaves no room for {options.num} seeds below {LARGEST_SEED + 1}")
-    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
+    dtype = torch.bfloat16 if options.precision == "bf16" else None
+    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device(), dtype=dtype)
+    if options.compile:
+        pipeline.prior.compile()
     make_folder(options.out)
     with progress_bar("sample") as bar:
         for start in range(0, options.num, options.batch_size):
