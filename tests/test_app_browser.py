@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
+from data.stream import iterate_once
 from engine.config import CONFIG_ROOT
 from sampling import EMBEDDED, SoftConvexPipeline
 from sampling.app import build_page, serve
+from sampling.images import enlarge, to_pictures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Without these Chromium looks for its maker's hosts at every start.
@@ -166,10 +168,14 @@ def test_a_generated_image_can_be_painted_and_redrawn(page: Page, tmp_path: Path
     keep(page, tmp_path, "edit")
 
 
-def test_inspect_shows_what_a_patch_mixes(page: Page, tmp_path: Path) -> None:
-    Image.radial_gradient("L").resize((200, 160)).convert("RGB").save(tmp_path / "photo.jpg")
+def test_inspect_shows_what_a_patch_mixes(
+    page: Page, pipeline: SoftConvexPipeline, emoji: dict[str, Path], tmp_path: Path
+) -> None:
+    images = next(iterate_once(emoji["test"], batch_size=64)).images
+    varied = max(images, key=lambda image: len(pipeline.encode(image[None]).indices.unique()))
+    enlarge(to_pictures(varied[None])[0], 256).save(tmp_path / "emoji.png")
     panel = tab(page, "Inspect")
-    panel.locator("input[type=file]").first.set_input_files(tmp_path / "photo.jpg")
+    panel.locator("input[type=file]").first.set_input_files(tmp_path / "emoji.png")
     panel.locator("img").first.wait_for()
     panel.get_by_role("button", name="Reconstruct").click()
     panel.get_by_role("gridcell").first.wait_for()
