@@ -157,7 +157,7 @@ def _samples(arms: Runs) -> list[str]:
         "KID leads; " + (first["fid_note"] or f"FID at {first['count']} samples") + ".",
         "",
         *markdown_table(head, rows),
-        *(line for ours in _compared(arms) for line in ["", *_beside_the_others(drawn, ours)]),
+        *_comparisons(arms, drawn),
     ]
 
 
@@ -179,30 +179,34 @@ def _of(arm: str, way: str) -> str:
     return arm if way == "codes" else f"{arm}, {_decoder(way)}"
 
 
-def _compared(arms: Runs) -> list[str]:
-    """The arms that stand beside all others: the first one, and each that is decoded in several ways."""
+def _comparisons(arms: Runs, drawn: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """The first arm, and every other with a soft quantizer, beside all others."""
+    first, *others = arms
+    soft = [
+        arm for arm in others if (arm, "codes") in drawn and "dominant_weight" in arms[arm][0]["tokenizer"]["latents"]
+    ]
+    if len({arm for arm, _ in drawn}) < 2:
+        return []
+    names = " and ".join(f"**{arm}**" for arm in (first, *soft))
     return [
-        arm for number, (arm, runs) in enumerate(arms.items()) if number == 0 or len(runs[0].get("samples", ())) > 1
+        "",
+        f"Each way of decoding {names} as a share of the other arms; below 1 it is ahead. A difference under 5%, or "
+        "within the range of the seeds, is a tie; a single seed's range is its KID's error to both sides.",
+        *(line for arm in (first, *soft) for line in _beside_the_others(drawn, arm)),
     ]
 
 
 def _beside_the_others(drawn: dict[tuple[str, str], list[dict[str, Any]]], ours: str) -> list[str]:
-    """Every way of decoding of the arm ``ours`` beside every other arm: none is picked after the fact."""
+    """Every way of decoding the arm ``ours`` beside every other arm: none is picked after the fact."""
     ways = {way: found for (arm, way), found in drawn.items() if arm == ours}
     others = {_of(arm, way): found for (arm, way), found in drawn.items() if arm != ours}
-    if not others:
-        return []
-    lines = [
-        f"Each way of decoding **{ours}** as a share of the other arms; below 1 it is ahead. A difference under 5%, or "
-        "within the range of the seeds, is a tie; a single seed's range is its KID's error to both sides.",
-        "",
-    ]
+    lines = []
     for key in ("kid", "fid"):
         rows = [
             [_decoder(way), *(_compare(mine, found, key) for found in others.values())] for way, mine in ways.items()
         ]
-        lines += [*markdown_table([f"{ours}: {key.upper()} beside that of", *others], rows), ""]
-    return lines[:-1]
+        lines += ["", *markdown_table([f"{ours}: {key.upper()} beside that of", *others], rows)]
+    return lines
 
 
 def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> str:
