@@ -39,7 +39,7 @@ class Task(Protocol):
 
     modules: dict[str, nn.Module]  # saved and restored by name
     optimizers: dict[str, torch.optim.Optimizer]
-    score_name: str  # what `score` returns
+    score_name: str  # which of the numbers that `score` returns decides
     average: ModelEmaV3  # of modules["model"]; copied before accelerate wraps that model's forward in autocast
 
     def training_step(self, batch: Any, step: int) -> dict[str, torch.Tensor]:
@@ -48,8 +48,9 @@ class Task(Protocol):
     def picture(self, averaged: nn.Module) -> Image.Image | None:
         """Something to look at, drawn with the averaged weights."""
 
-    def score(self, averaged: nn.Module) -> float | None:
-        """How good the averaged weights are on held-out data, lower is better; None where nobody asked.
+    def score(self, averaged: nn.Module) -> dict[str, float] | None:
+        """How good the averaged weights are on held-out data, to log; of ``score_name``, lower is better. None where
+        nobody asked.
 
         Called in the main process alone: it must not wait for the others.
         """
@@ -162,12 +163,14 @@ def train(
                 progress(done, config.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
                 values["learning_rate"] = optimizer.learning_rate * share
                 with meter.paused():
-                    score = task.score(average.module.eval()) if saves and run.is_main else None
+                    found = (task.score(average.module.eval()) if saves and run.is_main else None) or {}
                     # Logged before it is saved: a kill in between leaves a line that the resumed run drops.
-                    run.log(done, values if score is None else {**values, task.score_name: score})
+                    run.log(done, {**values, **found})
                     if saves:
                         state = {"seconds": spent + time.monotonic() - started, "stream": stream.state_dict()}
-                        checkpoints.save(done, write=run.is_main, score=score, frozen=frozen, **state)
+                        checkpoints.save(
+                            done, write=run.is_main, score=found.get(task.score_name), frozen=frozen, **state
+                        )
             if config.images_every and (done % config.images_every == 0 or last) and run.is_main:
                 with meter.paused():
                     run.picture("curves", curves(read_metrics(run.path)))

@@ -1,7 +1,9 @@
 """A model whose weights, gradients and optimizer state are divided among the processes (torch's FSDP2), and the whole
 of it where a checkpoint or an average needs that.
 
-For a model that is not divided, every function here does the ordinary thing.
+For a model that is not divided, every function here does the ordinary thing. accelerate's FSDP plugin divides with the
+same function, but takes its settings from the launcher's environment instead of the run's config, and its checkpoints
+are of another kind than those of a model that is not divided.
 """
 
 from __future__ import annotations

@@ -199,8 +199,8 @@ class TokenizerTask:
             rows.append(to_uint8(averaged.decode_indices(encoding.indices)))
         return picture_grid(torch.cat(rows).cpu(), columns=len(images))
 
-    def score(self, averaged: ImageTokenizer) -> float | None:
-        return None if self.measure is None else self.measure(averaged)
+    def score(self, averaged: ImageTokenizer) -> dict[str, float] | None:
+        return None if self.measure is None else {self.score_name: self.measure(averaged)}
 
 
 def _compiled(tokenizer: ImageTokenizer) -> nn.Module:

@@ -175,21 +175,20 @@ class PriorTask:
         weight = (hidden * loss_weight(hidden, length, masking.weighting)).sum()
         return sum_across_processes(weight) / process_place()[1]
 
-    def score(self, averaged: MaskedTransformer) -> float | None:
-        """An upper bound on the bits that held-out tokens need, see `likelihood_bound`."""
+    def score(self, averaged: MaskedTransformer) -> dict[str, float] | None:
+        """An upper bound on the bits that held-out tokens need, and its error, see `likelihood_bound`."""
         if self.held_out is None:
             return None
         count = min(len(self.held_out), SCORED_IMAGES)
         images = np.arange(count)
-        codes = self.held_out.read(images, np.zeros(count, np.int64))
-        labels = torch.from_numpy(self.held_out.labels[images])
-        return likelihood_bound(
-            averaged,
-            codes.flatten(1),
-            averaged.mask_token,
-            labels if averaged.config.num_classes else None,
-            device=self.accelerator.device,
-        ).bits_per_token
+        codes = self.held_out.read(images, np.zeros(count, np.int64)).flatten(1)  # (N, L)
+        labels = torch.from_numpy(self.held_out.labels[images]) if averaged.config.num_classes else None
+        bound = likelihood_bound(averaged, codes, averaged.mask_token, labels, device=self.accelerator.device)
+        return {
+            self.score_name: bound.bits_per_token,
+            "bits_per_token_error": bound.error / codes.shape[1],
+            "bits_per_image": bound.bits_per_image,
+        }
 
     def picture(self, averaged: MaskedTransformer) -> Image.Image | None:
         return self.draw(averaged) if self.draw is not None else None

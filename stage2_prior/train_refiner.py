@@ -111,7 +111,7 @@ class RefinerTask:
         return {**mean_terms(terms), "gradient_norm": norm}
 
     @torch.no_grad()
-    def score(self, averaged: ConvexRefiner) -> float:
+    def score(self, averaged: ConvexRefiner) -> dict[str, float]:
         """Squared error of refined latents of held-out images, as a share of that of their codes; their real codes."""
         error = of_codes = 0.0
         for number, images in enumerate(self.held_out.split(64)):
@@ -120,7 +120,7 @@ class RefinerTask:
             refined = averaged.refine(found.indices, seeds.to(found.indices.device))
             error += float((refined - found.z_q).square().sum())
             of_codes += float((self.tokenizer.quantizer.lookup(found.indices) - found.z_q).square().sum())
-        return error / max(of_codes, 1e-12)
+        return {self.score_name: error / max(of_codes, 1e-12)}
 
     @torch.no_grad()
     def picture(self, averaged: ConvexRefiner) -> Image.Image:

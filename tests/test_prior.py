@@ -238,7 +238,10 @@ def test_validation_is_a_bound_in_bits_and_keeps_the_best(tmp_path: Path) -> Non
     tokens = write_stripes(tmp_path / "tokens")
     settings = ["training.steps=300", "training.checkpoint_every=100", f"data.validation={tokens}"]
     trained = train_prior(stripes_config(tokens, tmp_path / "run", *settings), "stripes")
-    found = {row["step"]: row["bits_per_token"] for row in read_metrics(tmp_path / "run") if "bits_per_token" in row}
+    scored = [row for row in read_metrics(tmp_path / "run") if "bits_per_token" in row]
+    assert all(row["bits_per_image"] == pytest.approx(16 * row["bits_per_token"]) for row in scored)
+    assert all(0 < row["bits_per_token_error"] < row["bits_per_token"] for row in scored)
+    found = {row["step"]: row["bits_per_token"] for row in scored}
     assert list(found) == [100, 200, 300]
     assert 1.0 < found[300] < found[100] < 4.2, "four rows of four bits are one bit a token, knowing nothing is four"
     assert trained.best.name == "step_00000300"
