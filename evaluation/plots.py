@@ -161,6 +161,9 @@ def draw_sweep(arms: Runs, path: Path) -> None:
     for label, points in lines.items():
         axis.plot(*zip(*sorted(points), strict=True), "o-", label=label)
     axis.set(xlabel="sampling steps", ylabel="FID of samples", xscale="log")
+    measured = sorted({steps for points in lines.values() for steps, _ in points})
+    axis.set_xticks(measured, [str(steps) for steps in measured])
+    axis.minorticks_off()
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     _save(figure, path)
