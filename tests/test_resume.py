@@ -95,7 +95,8 @@ def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Pa
     for key in first:
         if key.endswith("counts"):  # a latent between two codes may go to either
             assert (first[key] - second[key]).abs().sum() <= 0.02 * first[key].sum(), key
-        elif first[key].is_floating_point():
+        else:
+            assert torch.allclose(first[key].float(), second[key].float(), atol=5e-3), key
             apart += float((first[key] - second[key]).double().square().sum())
             moved += float((first[key] - begun[key]).double().square().sum())
     assert moved > 0

@@ -95,13 +95,12 @@ def _app(options: argparse.Namespace) -> None:
     from sampling.pipeline import EMBEDDED, SoftConvexPipeline
     from sampling.studio.results import find_reports
 
-    missing = [folder for folder in options.results if not folder.is_dir()]
-    if missing:
-        raise UserError(f"--results {missing[0]} is no folder")
-    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     for folder in options.results:
+        if not folder.is_dir():
+            raise UserError(f"--results {folder} is no folder")
         if not find_reports([folder]):
             raise UserError(f"--results {folder} holds no report.md, nor does a folder in it")
+    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     page = build_page(pipeline, options.max_batch, [*options.results, CONFIG_ROOT.parent / "docs" / "results"])
     serve(page, options.host, options.port, auth=options.auth)
 
