@@ -57,7 +57,8 @@ class MeasureConfig:
     seed: int = 0
     sweep: list[str] = field(default_factory=list)  # further settings of sampling, each as "steps=8 sampler=halton"
     sweep_samples: int = 1000  # generated images for each of those
-    weight_bits: list[int] = field(default_factory=list)  # soft latents with weights of so many bits, and their rate
+    # Soft latents of the first seed with weights of so many bits, and their rate.
+    weight_bits: list[int] = field(default_factory=list)
     lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
     inception_weights: str = ""  # file of FID Inception weights; empty: the first one found
     neighbours: int = 0  # training images among which samples' nearest neighbours are looked for; 0 for none
@@ -71,7 +72,8 @@ class ArmConfig:
     overrides: list[str] = field(default_factory=list)  # of the tokenizer's config
     seeds: int = 1
     prior: bool = True  # False: reconstructions only
-    refiners: list[str] = field(default_factory=list)  # kinds of refiners: regression, flow
+    # Kinds of refiners: regression, flow. The first is the arm's own, trained with every seed; others with one.
+    refiners: list[str] = field(default_factory=list)
     sweep: bool = False  # measure the benchmark's further settings of sampling, with the first seed
 
 
@@ -136,6 +138,7 @@ def run_benchmark(
         against = _features(phases, name, drawn_against, network, cache)
     measure = config.measure
     yardsticks = Yardsticks(reference, network, real, measure.lpips_weights, measure.weight_bits, device)
+    of_further_seeds = Yardsticks(reference, network, real, measure.lpips_weights, device=device)
     results = {
         "title": config.title,
         "revision": git_revision(),
@@ -155,7 +158,8 @@ def run_benchmark(
     for seed in range(max(each.seeds for each in config.arms.values())):
         for name, each in config.arms.items():
             if seed < each.seeds:
-                arm = _arm(config, config_path, out, name, each, seed, yardsticks, shards, training_set, drawn_against)
+                by = of_further_seeds if seed else yardsticks
+                arm = _arm(config, config_path, out, name, each, seed, by, shards, training_set, drawn_against)
                 results["arms"].setdefault(name, []).append(arm.run(phases, network, against))
                 results |= {"seconds": phases.seconds, "seconds_in_all": round(sum(phases.seconds.values()), 1)}
                 _write(results, config, out, results_name)
@@ -202,7 +206,12 @@ def _measured(results: dict[str, Any], run: dict[str, Any], way: str) -> dict[st
 def _count_phases(each: ArmConfig, config: BenchmarkConfig) -> int:
     if not each.prior:
         return each.seeds
-    return each.seeds * (4 + 3 * len(each.refiners)) + (len(config.measure.sweep) if each.sweep else 0)
+    refined = sum(len(_refiners(each, seed)) for seed in range(each.seeds))
+    return 4 * each.seeds + 3 * refined + (len(config.measure.sweep) if each.sweep else 0)
+
+
+def _refiners(each: ArmConfig, seed: int) -> list[str]:
+    return each.refiners[:1] if seed else each.refiners
 
 
 def _pack(dataset: DatasetConfig, folders: dict[str, Path]) -> dict[str, Any]:
@@ -248,7 +257,7 @@ def _arm(
     beside = config_path.parent
     tokenizer = load_config(TokenizerExperiment, beside / (each.tokenizer or config.tokenizer), each.overrides)
     prior = load_config(PriorExperiment, beside / config.prior) if each.prior else None
-    refiners = {kind: load_config(RefinerExperiment, beside / config.refiner) for kind in each.refiners}
+    refiners = {kind: load_config(RefinerExperiment, beside / config.refiner) for kind in _refiners(each, seed)}
     for experiment in (tokenizer, prior, *refiners.values()):
         if experiment is not None:
             experiment.training.seed += seed

@@ -6,6 +6,7 @@ Soft latents never stand in the row of hard ones: theirs says what they cost wit
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from evaluation.tables import look, markdown_table, spread
@@ -95,7 +96,7 @@ def reconstruction_table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
     return markdown_table(
         ["arm", "decoded from", "bits per image", *(head for head, *_ in columns)],
         [
-            [with_seeds(name, arms[name]), way, rate(decoded)]
+            [with_seeds(name, decoded), way, rate(decoded)]
             + [spread([look(getattr(each, part), key) for each in decoded], form) for _, part, key, form in columns]
             for name, found in ways.items()
             for way, decoded in found.items()
@@ -117,6 +118,6 @@ def training_table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
     )
 
 
-def with_seeds(name: str, runs: list[dict[str, Any]]) -> str:
+def with_seeds(name: str, measured: Sequence[Any]) -> str:
     """An arm's name, and of how many seeds its numbers are."""
-    return name if len(runs) == 1 else f"{name}, {len(runs)} seeds"
+    return name if len(measured) == 1 else f"{name}, {len(measured)} seeds"

@@ -119,7 +119,7 @@ def summary_table(results: dict[str, Any]) -> list[str]:
             single = f" ± {1e3 * samples[0]['kid_error']:.1f}" if len(samples) == 1 else ""
             rows.append(
                 [
-                    with_seeds(name, runs),
+                    with_seeds(name, decoded),
                     way,
                     rate(decoded),
                     spread([each.reconstruction["mse"] for each in decoded], ".4f"),

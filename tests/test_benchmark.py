@@ -194,12 +194,17 @@ def test_one_seed_of_every_arm_comes_before_the_second_of_any(tmp_path: Path, ti
     out = tmp_path / "run"
     shutil.copytree(tiny_run, out)
     config = write_tiny_benchmark(tmp_path)
-    config.write_text(config.read_text().replace("refiners: [regression]", "refiners: [regression], seeds: 2"))
+    config.write_text(config.read_text().replace("refiners: [regression]", "refiners: [regression, flow], seeds: 2"))
     results = run_benchmark(config, out)
     order = [name for name in results["seconds"] if name.endswith("tokenizer")]
     assert order == ["scq tokenizer", "vqgan tokenizer", "scq_seed1 tokenizer"]
     assert [len(runs) for runs in results["arms"].values()] == [2, 1]
     assert "2 seeds" in (out / "report.md").read_text()
+    first, second = results["arms"]["scq"]
+    assert list(first["samples"]) == ["codes", "regression", "flow"]
+    assert list(second["samples"]) == ["codes", "regression"], "what is beside the main comparison has one seed"
+    assert "z_q_2_bits" in first["tokenizer"]
+    assert "z_q_2_bits" not in second["tokenizer"]
 
 
 def test_a_benchmark_goes_on_where_only_its_phases_and_pictures_are(
