@@ -15,9 +15,11 @@ scq: image generation with soft convex quantization.
 
   scq quickstart                        the whole way on real images, in minutes, without a GPU
   scq data pack CIFAR shards/cifar10/train --format cifar10 --size 32
-  scq train tokenizer --config configs/cifar10/tokenizer_scq.yaml data.validation=""
+  scq data pack CIFAR shards/cifar10/test --format cifar10 --size 32 --split test
+  scq train tokenizer --config configs/cifar10/tokenizer_scq.yaml
   scq tokenize --model runs/cifar10/tokenizer_scq --data shards/cifar10/train --out tokens/cifar10
-  scq train prior --config configs/cifar10/prior.yaml data.validation=""
+  scq tokenize --model runs/cifar10/tokenizer_scq --data shards/cifar10/test --out tokens/cifar10_test
+  scq train prior --config configs/cifar10/prior.yaml
   scq sample --num 16 --out samples     with the small model that comes with the package; --model takes another
   scq evaluate --model runs/cifar10/prior --data shards/cifar10/test --out evaluation.json
   scq benchmark quality --config configs/benchmarks/cifar10_cpu.yaml --out runs/cifar10_cpu
