@@ -142,7 +142,6 @@ def run_benchmark(
     results = {
         "title": config.title,
         "revision": git_revision(),
-        "machine": _machine(),
         "reference": vars(reference.description),
         "sample_reference": vars(drawn_against.description),
         "network": {"weights": network.description, "fingerprint": network.fingerprint, "protocol": network.protocol},
@@ -162,6 +161,7 @@ def run_benchmark(
                 arm = _arm(config, config_path, out, name, each, seed, by, shards, training_set, drawn_against)
                 results["arms"].setdefault(name, []).append(arm.run(phases, network, against))
                 results |= {"seconds": phases.seconds, "seconds_in_all": round(sum(phases.seconds.values()), 1)}
+                results["machines"] = phases.machines
                 _write(results, config, out, results_name)
     return results
 
@@ -276,9 +276,3 @@ def _arm(
         title, out / "arms" / title, out / PICTURES / title, tokenizer, prior, refiners, yardsticks, samples, shards,
         training_set,
     )  # fmt: skip
-
-
-def _machine() -> dict[str, Any]:
-    """What the seconds were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"]
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}

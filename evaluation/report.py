@@ -44,7 +44,7 @@ def write_report(results: dict[str, Any], out: Path) -> None:
 
 def render(results: dict[str, Any]) -> str:
     """The text of report.md."""
-    arms, reference, machine = _measured_arms(results), results["reference"], results["machine"]
+    arms, reference, machines = _measured_arms(results), results["reference"], results["machines"]
     seeds = max(len(runs) for runs in arms.values())
     drawn_against = results.get("sample_reference", reference)
     lines = [
@@ -101,10 +101,12 @@ def render(results: dict[str, Any]) -> str:
         [
             *lines,
             "## Seconds",
-            *markdown_table(["phase", "seconds"], [[name, f"{s:.0f}"] for name, s in results["seconds"].items()]),
+            *markdown_table(
+                ["phase", "seconds", "on"],
+                [[name, f"{seconds:.0f}", machines[name]] for name, seconds in results["seconds"].items()],
+            ),
             "",
-            f"In all {results['seconds_in_all']:.0f} s on {machine['device']} with {machine['threads']} threads, "
-            f"torch {machine['torch']}, code at {results['revision']}.",
+            f"In all {results['seconds_in_all']:.0f} s, code at {results['revision']}.",
             "",
         ]
     )

@@ -163,6 +163,13 @@ def test_a_phase_runs_again_when_its_settings_change(tmp_path: Path) -> None:
 
     for settings, answer in (([1], 1), ([1], 1), ([2], 2)):
         assert Phases(tmp_path, 1).run("phase", settings, work) == {"answer": answer}
+    kept = tmp_path / "phase.json"
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "machine": "another"}))
+    later = Phases(tmp_path, 2)
+    later.run("phase", [2], work)
+    later.run("next", [2], work)
+    assert later.machines["phase"] == "another", "a job that goes on elsewhere does not claim what it found"
+    assert "torch" in later.machines["next"]
     with pytest.raises(RuntimeError):
         Phases(tmp_path, 1).run("other", [1], lambda: (_ for _ in ()).throw(RuntimeError))
     assert not (tmp_path / "other.json").exists()
