@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -114,30 +115,58 @@ def test_generate_draws_other_images_for_another_seed(page: Page, tmp_path: Path
     expect(images.first).not_to_have_attribute("src", first, timeout=PATIENCE)
 
 
-def test_cancel_stops_the_drawing(page: Page, pipeline: SoftConvexPipeline) -> None:
-    steps = []
+@contextmanager
+def watched(pipeline: SoftConvexPipeline, delay: float = 0.0) -> Iterator[list[int]]:
+    """The list has an entry for every step that the prior takes; each takes ``delay`` seconds longer."""
+    looks: list[int] = []
 
     def slow(*_: object) -> None:
-        steps.append(1)
-        time.sleep(0.2)
+        looks.append(1)
+        time.sleep(delay)
 
     hook = pipeline.prior.register_forward_pre_hook(slow)
     try:
-        panel = tab(page, "Generate")
-        panel.get_by_label("number input for Images").fill("64")
-        panel.get_by_role("button", name="Generate").click()
-        panel.locator(".thumbnail-item img").first.wait_for()
-        panel.get_by_role("button", name="Cancel").click()
-        until_drawn(page)
-        drawn = len(steps)
-        page.wait_for_timeout(1500)
-        assert len(steps) == drawn, "no further batch begins"
-        assert drawn < 2 * pipeline.scheduler.steps * 64 // 16, "two chunks in each step of four batches"
+        yield looks
     finally:
         hook.remove()
+
+
+def cancel(page: Page, panel: Locator, looks: list[int]) -> None:
+    """Click Cancel while images appear, and see that the drawing ends."""
+    panel.locator(".thumbnail-item img").first.wait_for()
+    panel.get_by_role("button", name="Cancel").click()
+    until_drawn(page)
+    drawn = len(looks)
+    page.wait_for_timeout(1500)
+    assert len(looks) == drawn, "no further step begins"
+
+
+def test_cancel_stops_the_drawing(page: Page, pipeline: SoftConvexPipeline) -> None:
+    panel = tab(page, "Generate")
+    panel.get_by_label("number input for Images").fill("64")
+    with watched(pipeline, delay=0.2) as looks:
+        panel.get_by_role("button", name="Generate").click()
+        cancel(page, panel, looks)
+    assert len(looks) < 2 * pipeline.scheduler.steps * 64 // 16, "two chunks in each step of four batches"
     expect(panel.get_by_test_id("download-link")).to_have_count(0)
     panel.get_by_label("number input for Images").fill("16")
     generate(page)  # the line is free again
+
+
+def test_cancel_stops_an_edit(page: Page, pipeline: SoftConvexPipeline) -> None:
+    generate(page)
+    panel = tab(page, "Edit")
+    panel.get_by_role("button", name="Take it from Generate").click()
+    panel.locator("canvas").first.wait_for()
+    panel.get_by_label("Continue beyond the borders").check()
+    with watched(pipeline, delay=0.2) as looks:
+        panel.get_by_role("button", name="Redraw").click()
+        cancel(page, panel, looks)
+        cancelled = len(looks)
+    with watched(pipeline) as looks:
+        panel.get_by_role("button", name="Redraw").click()
+        until(page, lambda: len(looks) > cancelled, "an edit that takes more steps than the one that was cancelled")
+        until_drawn(page)
 
 
 def test_a_generated_image_can_be_painted_and_redrawn(page: Page, tmp_path: Path) -> None:
