@@ -138,7 +138,6 @@ def run_benchmark(
         against = _features(phases, name, drawn_against, network, cache)
     measure = config.measure
     yardsticks = Yardsticks(reference, network, real, measure.lpips_weights, measure.weight_bits, device)
-    of_further_seeds = Yardsticks(reference, network, real, measure.lpips_weights, device=device)
     results = {
         "title": config.title,
         "revision": git_revision(),
@@ -157,7 +156,7 @@ def run_benchmark(
     for seed in range(max(each.seeds for each in config.arms.values())):
         for name, each in config.arms.items():
             if seed < each.seeds:
-                by = of_further_seeds if seed else yardsticks
+                by = yardsticks.without_rounded_weights() if seed else yardsticks
                 arm = _arm(config, config_path, out, name, each, seed, by, shards, training_set, drawn_against)
                 results["arms"].setdefault(name, []).append(arm.run(phases, network, against))
                 results |= {"seconds": phases.seconds, "seconds_in_all": round(sum(phases.seconds.values()), 1)}

@@ -61,5 +61,5 @@ def this_machine() -> str:
     threads = torch.get_num_threads()
     processor = f"{torch.cpu.get_capabilities()['cpu_name']}, {threads} thread{'s' if threads > 1 else ''}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
-    precision = {"no": "fp32"}.get(found := resolve_precision("auto"), found)
+    precision = resolve_precision("auto").replace("no", "fp32")  # accelerate's word for it
     return f"{device}, torch {torch.__version__}, precision auto is {precision}"

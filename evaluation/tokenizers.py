@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -63,8 +64,18 @@ class Yardsticks:
         self.reference, self.network, self.real, self.device = reference, network, real, device
         self.perceptual = PerceptualLoss(lpips_weights).to(device) if lpips_weights else None
         self.weight_bits = list(weight_bits)
-        weights = network.fingerprint if network else None
-        self.description = [vars(reference.description), weights, bool(lpips_weights), self.weight_bits]
+
+    @property
+    def description(self) -> list[Any]:
+        """What numbers depend on, beside the models that are measured."""
+        weights = self.network.fingerprint if self.network else None
+        return [vars(self.reference.description), weights, self.perceptual is not None, self.weight_bits]
+
+    def without_rounded_weights(self) -> Yardsticks:
+        """The same with no ``weight_bits``; networks and features are shared."""
+        others = copy(self)
+        others.weight_bits = []
+        return others
 
     def reconstructions(self, tokenizer: ImageTokenizer, **choices: Any) -> dict[str, Any]:
         """The ways of decoding that `measure` finds."""

@@ -117,7 +117,7 @@ def test_generate_draws_other_images_for_another_seed(page: Page, tmp_path: Path
 
 @contextmanager
 def watched(pipeline: SoftConvexPipeline, delay: float = 0.0) -> Iterator[list[int]]:
-    """The list has an entry for every step that the prior takes; each takes ``delay`` seconds longer."""
+    """The list gets an entry for every look of the prior, which takes ``delay`` seconds longer."""
     looks: list[int] = []
 
     def slow(*_: object) -> None:
