@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from engine.commands import benchmark, data, generate, measure, train
 from engine.commands.common import Parser
 from engine.errors import UserError
+from engine.memory import keep_freed_memory
 
 DESCRIPTION = """\
 scq: image generation with soft convex quantization.
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from data.errors import DataError
 
+    keep_freed_memory()
     try:
         options.run(options)
     except (UserError, DataError, OSError) as error:
