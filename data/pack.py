@@ -136,7 +136,7 @@ def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
         try:
             # A POSIX record lock: unlike flock's it does not live on in the workers of a killed process.
             fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise DataError(
                 f"another process is packing into '{directory}': wait for it, or choose another folder"
             ) from error

@@ -160,10 +160,16 @@ class ShardSet:
         )
 
     def key(self, image: int) -> str:
-        """The key of an image, read from the tar header that stands before its bytes."""
-        offset, _, number, _ = self.rows[image].item()
-        shard = self._shard_name(number)
-        header = self.storage.read_range(shard, offset - 512, 512)
+        """The key of an image."""
+        return self.keys(np.array([image]))[0]
+
+    def keys(self, images: np.ndarray) -> list[str]:
+        """The keys of the images with these numbers (n,), read from the tar headers that stand before their bytes."""
+        places = [(self._shard_name(shard), offset) for offset, _, shard, _ in self.rows[images].tolist()]
+        headers = self.storage.read_ranges([(shard, offset - 512, 512) for shard, offset in places])
+        return [self._key(header, *place) for header, place in zip(headers, places, strict=True)]
+
+    def _key(self, header: bytes, shard: str, offset: int) -> str:
         name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
         if len(name) == 100:  # the header has no room for more: the whole name may stand in the pax record before it
             before = self.storage.read_range(shard, max(0, offset - LONGEST_NAME), min(offset, LONGEST_NAME))

@@ -89,10 +89,19 @@ class _Batches(Dataset):
     ):
         self.reader, self.order, self.batch_size, self.part, self.flip = reader, order, batch_size, part, flip
 
-    def __getitem__(self, first_image: int) -> Batch:
+    def __getitem__(self, first_image: int) -> Batch | DataError:
         positions = np.arange(*self.part, dtype=np.int64) + first_image  # (b,)
         mirrored = flips(self.order.seed, positions) if self.flip else None
-        return self.reader.batch(self.order.images(positions), positions, mirrored)
+        try:
+            return self.reader.batch(self.order.images(positions), positions, mirrored)
+        except DataError as error:
+            return error  # raised in a worker, torch would put that worker's traceback in front of what is wrong
+
+
+def _or_raise(batch: Batch | DataError) -> Batch:
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 class ImageStream(Place):
@@ -148,13 +157,13 @@ class ImageStream(Place):
         """Endless batches of this rank from a place in the global sequence; independent of images_seen."""
         starts = itertools.count(start_image, self.batch_size)
         if self.workers == 0:
-            return map(self._batches.__getitem__, starts)
+            return map(_or_raise, map(self._batches.__getitem__, starts))
         # Without a generator of its own the loader would draw a seed from torch's global one, and reading data would
         # change what a training run draws next.
         loader = DataLoader(
             self._batches, batch_size=None, sampler=starts, num_workers=self.workers, generator=torch.Generator()
         )
-        return iter(loader)
+        return map(_or_raise, loader)
 
     def __iter__(self) -> Iterator[Batch]:
         """Endless batches from images_seen on, counting them."""

@@ -6,6 +6,7 @@ keys as lines of text. The manifest carries the fingerprint of the tokenizer; a 
 
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from data.order import Place, create_order, random_bits, rank_slice
 
 MANIFEST, FORMAT = "manifest.json", "scq-tokens-1"
 IMAGES_PER_SHARD = 10_000
+OPEN_SHARDS = 512  # half of the files that a process may usually have open
 
 
 class TokenBatch(NamedTuple):
@@ -206,16 +208,28 @@ class TokenDataset:
         self.codebook_size, self.views = self.manifest["codebook_size"], self.manifest["views"]
         self.grid: tuple[int, int] = tuple(self.manifest["grid"])
         self.num_classes, self.num_images = self.manifest["num_classes"], self.manifest["num_images"]
-        self._indices = [self._map(record, ".npy") for record in self.manifest["shards"]]  # each (n, views, h, w)
-        labels = [self._map(record, ".labels.npy") for record in self.manifest["shards"]]
+        records = self.manifest["shards"]
+        self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()  # least recently used first
+        for number in range(len(records)):
+            self._indices(number)  # damage shows now, not after hours
+        labels = [self._load(record, ".labels.npy") for record in records]
         self.labels = np.concatenate([np.empty(0, "<i4"), *labels]).astype(np.int64)  # (N,)
-        self._ends = np.cumsum([len(shard) for shard in self._indices])
+        self._ends = np.cumsum([record["images"] for record in records])
 
-    def _map(self, record: dict[str, Any], suffix: str) -> np.ndarray:
+    def _indices(self, shard: int) -> np.ndarray:
+        """The codes (n, views, h, w) of a shard, memory-mapped; each mapping is an open file."""
+        if shard not in self._mapped:
+            self._mapped[shard] = self._load(self.manifest["shards"][shard], ".npy", mmap_mode="r")
+            if len(self._mapped) > OPEN_SHARDS:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(shard)
+        return self._mapped[shard]
+
+    def _load(self, record: dict[str, Any], suffix: str, mmap_mode: str | None = None) -> np.ndarray:
         require_plain_name(record["name"], f"'{self.directory / MANIFEST}'")
         path = self.directory / f"{record['name']}{suffix}"
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DataError(f"token shard '{path}' cannot be read: {error}") from error
         if len(array) != record["images"]:
@@ -231,8 +245,9 @@ class TokenDataset:
         tokens = np.empty((len(images), *self.grid), np.int64)
         for shard in np.unique(shards):
             here = shards == shard
-            within = images[here] - (self._ends[shard] - len(self._indices[shard]))
-            tokens[here] = self._indices[shard][within, views[here]]
+            codes = self._indices(int(shard))
+            within = images[here] - (self._ends[shard] - len(codes))
+            tokens[here] = codes[within, views[here]]
         return torch.from_numpy(tokens)
 
     def keys(self) -> Iterator[str]:

@@ -63,6 +63,9 @@ class DataConfig:
     flip: bool = True  # horizontal flips with probability 1/2
     workers: int = 0  # decoding processes per training process
     cache: str = ""  # folder that keeps shards of a URL; empty: every image is a range request
+    # full | blocks: every epoch's order over all images, or over shards and then among neighbouring ones, which spares
+    # a cache that fills meanwhile from fetching a shard for every image of a batch
+    shuffle: str = "full"
 
 
 def load_config(schema: type[Schema], path: Path | str | None = None, overrides: list[str] | None = None) -> Schema:
@@ -89,7 +92,18 @@ def load_config(schema: type[Schema], path: Path | str | None = None, overrides:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {_first_line(error)}") from error
     check_ranges(found)
-    return found
+    return _at_home(found)
+
+
+def _at_home(config: Schema) -> Schema:
+    """Paths that begin with ~ lead to the user's home, as in a shell."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            _at_home(value)
+        elif isinstance(value, str) and value.startswith("~"):
+            setattr(config, each.name, str(Path(value).expanduser()))
+    return config
 
 
 def check_ranges(config: object, prefix: str = "") -> None:
@@ -124,7 +138,12 @@ def _ranges(config: object) -> list[tuple[str, bool, str]]:
             ("betas", betas, "two numbers in [0, 1)"),
             ("final_share", 0 <= config.final_share <= 1, "in [0, 1]"),
         ]
-    return [("workers", config.workers >= 0, "at least 0")] if isinstance(config, DataConfig) else []
+    if isinstance(config, DataConfig):
+        return [
+            ("workers", config.workers >= 0, "at least 0"),
+            ("shuffle", config.shuffle in ("full", "blocks"), "full or blocks"),
+        ]
+    return []
 
 
 def save_config(config: object, path: Path) -> None:
@@ -156,8 +175,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write to a temporary name beside ``path``, then rename: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _chain(path: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from data.shards import ShardSet
 from data.stream import iterate_once
 from data.tokens import TokenDataset, TokenWriter
 from data.views import augmented_view
+from engine.errors import UserError
 from engine.processes import join_processes
 from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 
@@ -23,6 +24,7 @@ def write_tokens(
     out: Path | str,
     batch_size: int = 64,
     views: int = 1,
+    cache: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenDataset:
     """Write the dominant codes of every image once, in the order of the shards.
@@ -31,13 +33,18 @@ def write_tokens(
 
     Args:
         views: augmented views of each image, see data.views; a prior sees one of them at a time.
+        cache: folder that keeps the shards of a URL, see data.shards.ShardSet.
 
     Raises:
+        UserError: the tokenizer has no codes.
         DataError: the shards are unfit, or ``out`` holds tokens of another tokenizer.
     """
+    if not tokenizer.quantizer.has_codes:
+        name = tokenizer.config.quantizer_name
+        raise UserError(f"the tokenizer's quantizer, {name!r}, has no codes: there are no tokens to write")
     join_processes()
     state = PartialState()
-    source = ShardSet(shards)
+    source = ShardSet(shards, cache)
     mine = len(source) * (state.process_index + 1) // state.num_processes
     mine -= len(source) * state.process_index // state.num_processes
     writer = TokenWriter(
@@ -45,7 +52,7 @@ def write_tokens(
         grid=tokenizer.grid,
         codebook_size=tokenizer.quantizer.codebook_size,
         fingerprint=tokenizer.fingerprint(),
-        source={"fingerprint": source.fingerprint, "split": source.manifest.get("split")},
+        source={"fingerprint": source.fingerprint},
         num_classes=len(source.manifest["class_names"]),
         views=views,
         rank=state.process_index,
@@ -54,9 +61,8 @@ def write_tokens(
     tokenizer = tokenizer.to(state.device).eval()
     done = writer.num_written
     if not writer.complete:
-        batches = iterate_once(
-            shards, batch_size, rank=state.process_index, world_size=state.num_processes, start=writer.num_written
-        )
+        place = {"rank": state.process_index, "world_size": state.num_processes, "start": writer.num_written}
+        batches = iterate_once(shards, batch_size, cache=cache, **place)
         for batch in batches:
             indices = torch.stack(
                 [
@@ -67,7 +73,7 @@ def write_tokens(
                 ],
                 dim=1,
             )  # (b, views, h, w)
-            writer.write(indices, batch.labels, [source.key(int(i)) for i in batch.positions])
+            writer.write(indices, batch.labels, source.keys(batch.positions.numpy()))
             done += len(indices)
             if progress is not None:
                 progress(done, mine)

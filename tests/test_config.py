@@ -115,6 +115,12 @@ def test_overrides_win_over_the_file_and_the_file_over_its_base(tmp_path: Path) 
     assert (config.training.steps, config.training.batch_size, config.training.seed) == (30, 16, 3)
 
 
+def test_a_tilde_is_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load_config(TokenizerExperiment, None, ["out=~/runs/one", "data.train=~/shards"])
+    assert (config.out, config.data.train) == ("/home/ada/runs/one", "/home/ada/shards")
+
+
 def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
     config = load_config(TokenizerExperiment, None, ["quantizer.options.rho=0.5", "architecture.channels=[8,16]"])
     save_config(config, tmp_path / "config.yaml")
@@ -139,6 +145,7 @@ def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
         ("optimizer.learning_rate=-1.0", "optimizer.learning_rate is -1.0"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan"),
         ("data.workers=-1", "data.workers is -1"),
+        ("data.shuffle=some", "data.shuffle is 'some'; it must be full or blocks"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, named: str) -> None:

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 from data_samples import write_folder
@@ -109,7 +110,8 @@ def test_http_reads_single_images_by_range_requests(server, shards):
     assert all(wanted is not None for _, wanted in asked(server))
     assert {name for name, _ in asked(server)} == {"shard-000001.tar", "shard-000002.tar"}
     assert same(read(server.url), read(shards))
-    assert ShardSet(server.url).key(0) == ShardSet(shards).key(0)
+    everything = np.arange(NUM_IMAGES)
+    assert ShardSet(server.url).keys(everything) == [ShardSet(shards).key(i) for i in range(NUM_IMAGES)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -238,6 +238,12 @@ def test_a_damaged_image_is_named(shards, tmp_path):
     shard.write_bytes(data)
     with pytest.raises(DataError, match=f"image '{key}' of .* cannot be decoded"):
         list(iterate_once(copy, 4))
+    said = {}
+    for workers in (0, 1):
+        with pytest.raises(DataError) as raised:
+            take(ImageStream(copy, batch_size=4, shuffle=False, workers=workers), 1)
+        said[workers] = str(raised.value)
+    assert said[0] == said[1], "no traceback of the worker in front of it"
 
 
 SIZES = [10, 7, 0, 12, 9, 30, 1, 1, 25] * 6

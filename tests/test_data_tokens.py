@@ -52,7 +52,20 @@ def test_written_tokens_are_read_back(tmp_path, codes, dtype):
     assert torch.equal(dataset.read(shuffled, shuffled * 0), indices[shuffled, 0])
     assert dataset.labels.tolist() == [n % 3 for n in range(COUNT)]
     assert list(dataset.keys()) == [f"key {n}" for n in range(COUNT)]
-    assert isinstance(dataset._indices[0], np.memmap)
+    assert isinstance(dataset._indices(0), np.memmap)
+
+
+def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokens.OPEN_SHARDS", 2)
+    indices = tokens()
+    target = writer(tmp_path)
+    write_all(target, indices[:, 0])
+    target.close()
+    dataset = TokenDataset(tmp_path)
+    shuffled = np.random.default_rng(0).permutation(COUNT)
+    for images in np.array_split(shuffled, 4):
+        assert torch.equal(dataset.read(images, images * 0), indices[images, 0])
+        assert len(dataset._mapped) == 2, "of five"
 
 
 def test_processes_write_parts_that_join_in_order(tmp_path):

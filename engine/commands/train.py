@@ -194,6 +194,7 @@ def add_tokenize(commands: Any) -> None:
     parser.add_argument(
         "--views", type=positive, default=1, help="augmented views of each image; 2 adds its mirror image"
     )
+    parser.add_argument("--cache", help="folder that keeps the shards of a URL; without it every image is a request")
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -205,6 +206,7 @@ def _tokenize(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.model)
     join_processes()
     with progress_bar("tokenize", quiet=process_place()[0] > 0) as bar:
-        tokens = write_tokens(tokenizer, options.data, options.out, options.batch_size, options.views, bar)
+        settings = (options.batch_size, options.views, options.cache)
+        tokens = write_tokens(tokenizer, options.data, options.out, *settings, progress=bar)
     h, w = tokens.grid
     say_once(f"{options.out}: {len(tokens)} grids of {h}x{w} codes out of {tokens.codebook_size}")
