@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -51,6 +52,9 @@ class Checkpoints:
         """Write the state after ``step`` steps; the folder appears under its final name when it is complete.
 
         Every process must call it, and the main one alone has ``write``: a model may be divided among them.
+
+        Raises:
+            UserError: the disk is full, or not writable.
         """
         final = self.folder / f"step_{step:08d}"
         divided = {name: whole_state(module) for name, module in self.modules.items() if is_sharded(module)}
@@ -60,14 +64,22 @@ class Checkpoints:
         temporary = self.folder / f".{final.name}.tmp"
         if temporary.exists():
             shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
-        for name, module in self.modules.items():
-            if name in divided:
-                save_file({key: t.contiguous() for key, t in divided[name].items()}, temporary / f"{name}.safetensors")
-            else:
-                save_model(module, str(temporary / f"{name}.safetensors"))
-        torch.save(optimizers, temporary / "optimizers.pt")
-        (temporary / "state.json").write_text(json.dumps({"step": step, "score": score, **state}))
+        try:
+            temporary.mkdir(parents=True)
+            for name, module in self.modules.items():
+                path = temporary / f"{name}.safetensors"
+                if name in divided:
+                    save_file({key: t.contiguous() for key, t in divided[name].items()}, path)
+                else:
+                    save_model(module, str(path))
+            torch.save(optimizers, temporary / "optimizers.pt")
+            (temporary / "state.json").write_text(json.dumps({"step": step, "score": score, **state}))
+        except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, and safetensors'
+            shutil.rmtree(temporary, ignore_errors=True)  # what a full disk needs least
+            raise UserError(
+                f"checkpoint {final} cannot be written ({_reason(error)}); when there is room, run again: training "
+                f"goes on from {self.latest() or 'its start'}"
+            ) from error
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -101,8 +113,12 @@ class Checkpoints:
             for name, optimizer in self.optimizers.items():
                 load_optimizer_state(self._owner(name), optimizer, saved[name])
             return json.loads((path / "state.json").read_text())
-        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, UnpicklingError, SafetensorError) as error:
             raise UserError(
-                f"checkpoint {path} cannot be restored ({reason}); delete that folder to go on from the one before it"
+                f"checkpoint {path} cannot be restored ({_reason(error)}); delete that folder to go on from the one "
+                "before it"
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

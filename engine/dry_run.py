@@ -36,7 +36,7 @@ def estimate(
     """
     frozen = frozen or {}
     share = -(-config.batch_size // accelerator.num_processes)
-    together = -(-share // max(1, config.accumulate))
+    together = -(-share // config.accumulate)
     last = config.steps - 1
     half = type(probe)(*(field[: probed // 2] for field in probe))
     weights = [*task.modules.values(), *frozen.values()]

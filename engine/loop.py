@@ -67,12 +67,23 @@ class Trained:
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
-    """Devices, processes and mixed precision, as ``accelerate launch`` or the machine decides."""
+    """Devices, processes and mixed precision, as ``accelerate launch`` or the machine decides.
+
+    Raises:
+        UserError: the tracker or the precision is unknown, or ``accumulate`` does not divide a process's images.
+    """
     # accelerate keeps the first precision of a process for good; a process may train several models.
     AcceleratorState._reset_state()
     join_processes()
     tracker = checked_tracker(config.tracker)
-    return Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
+    accelerator = Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
+    share = config.batch_size // accelerator.num_processes
+    if share % config.accumulate:
+        raise UserError(
+            f"training.accumulate={config.accumulate} does not divide the {share} images of each process's share of "
+            f"training.batch_size={config.batch_size}"
+        )
+    return accelerator
 
 
 def resolve_precision(precision: str) -> str:
@@ -251,7 +262,7 @@ class _Meter:
         return UserError(
             f"training diverged at step {step}: {terms}. Last good checkpoint: "
             f"{self.checkpoints.latest() or 'none yet'}. "
-            "Lower optimizer.learning_rate, or use training.precision=fp32"
+            "Begin again in another out=... with a lower optimizer.learning_rate, or with training.precision=fp32"
         )
 
 

@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from engine.config import LoopConfig, OptimizerConfig
-from engine.errors import UserError
 
 Part = TypeVar("Part")
 
@@ -20,11 +19,11 @@ Part = TypeVar("Part")
 def create_optimizer(
     module: nn.Module, config: OptimizerConfig, exclude: tuple[str, ...] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW over ``module``; no weight decay on one-dimensional parameters nor on names containing ``exclude``.
+    """AdamW over ``module``; no weight decay on one-dimensional parameters nor in submodules called ``exclude``.
 
     Every group carries its base rate as ``initial_lr``, from which the loop computes the rate of each step.
     """
-    skipped = [name for name, _ in module.named_parameters() if any(part in name for part in exclude)]
+    skipped = [name for name, _ in module.named_parameters() if not set(exclude).isdisjoint(name.split("."))]
     module.no_weight_decay = lambda: set(skipped)
     optimizer = create_optimizer_v2(
         module, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=tuple(config.betas)
@@ -35,18 +34,8 @@ def create_optimizer(
 
 
 def in_parts(batch: Sequence[torch.Tensor], config: LoopConfig) -> list[tuple[torch.Tensor, ...]]:
-    """A process's share of a batch, as tensors (b, ...), divided into ``training.accumulate`` micro-batches.
-
-    Raises:
-        UserError: they do not divide evenly.
-    """
-    size, count = len(batch[0]), config.accumulate
-    if count < 1 or size % count:
-        raise UserError(
-            f"training.accumulate={count} does not divide the {size} images of each process's share of "
-            f"training.batch_size={config.batch_size}"
-        )
-    return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
+    """A process's share of a batch, as tensors (b, ...), divided into ``training.accumulate`` micro-batches."""
+    return list(zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True))
 
 
 def micro_batches(accelerator: Accelerator, module: nn.Module, parts: Sequence[Part]) -> Iterator[Part]:

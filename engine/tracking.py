@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import uuid
 from pathlib import Path
@@ -34,22 +35,21 @@ _FREE_KEYS = frozenset(
 
 
 class RunFolder:
-    """One training run on disk. Only the main process writes.
+    """One training run on disk. Only the main process writes, and nothing but a lock before `begin`.
 
     Raises:
-        UserError: the folder holds a run with other settings.
+        UserError: the folder holds checkpoints of a run with other settings, or another process is training in it.
     """
 
     def __init__(self, path: Path | str, config: object, accelerator: Accelerator):
         self.path = Path(path)
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process
-        self._refuse_other_settings(config)
-        accelerator.wait_for_everyone()
-        if self.is_main:
-            (self.path / "images").mkdir(parents=True, exist_ok=True)
-            save_config(config, self.path / "config.yaml")
         self._config = config
+        self._refuse_other_settings()
+        if self.is_main:
+            self._lock()
+        accelerator.wait_for_everyone()
 
     @property
     def model(self) -> Path:
@@ -63,10 +63,13 @@ class RunFolder:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def begin(self, step: int) -> None:
-        """Open the logs for what comes after ``step``.
+        """Save the config, and open the logs for what comes after ``step``.
 
         What a killed run logged after the checkpoint that is resumed is dropped, so that no step stands twice.
         """
+        if self.is_main:
+            (self.path / "images").mkdir(parents=True, exist_ok=True)
+            save_config(self._config, self.path / "config.yaml")
         if self.is_main and (self.path / "metrics.jsonl").is_file():
             kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
             write_atomically(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
@@ -97,12 +100,25 @@ class RunFolder:
             "resume": "allow",
         }
 
-    def _refuse_other_settings(self, config: object) -> None:
+    def _lock(self) -> None:
+        """Keep other processes from training in this folder, until this one ends or trains no more."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._locked = (self.path / ".lock").open("ab")
+        try:
+            # A POSIX record lock: unlike flock's it does not live on in the data workers of a killed process.
+            fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another process is training in {self.path}: wait for it, or choose another out=..."
+            ) from error
+
+    def _refuse_other_settings(self) -> None:
         saved_path = self.path / "config.yaml"
-        if not saved_path.is_file():
+        # Where nothing was trained yet, there is nothing that other settings would contradict.
+        if not saved_path.is_file() or not any((self.path / "checkpoints").glob("step_*/state.json")):
             return
-        saved = _flatten(as_dict(load_config(type(config), saved_path)))
-        asked = _flatten(as_dict(config))
+        saved = _flatten(as_dict(load_config(type(self._config), saved_path)))
+        asked = _flatten(as_dict(self._config))
         for key in sorted(saved.keys() | asked.keys()):
             if key not in _FREE_KEYS and saved.get(key) != asked.get(key):
                 raise UserError(

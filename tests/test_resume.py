@@ -178,13 +178,41 @@ def test_a_run_folder_refuses_other_settings(emoji: dict[str, Path], tmp_path: P
     other = run_scq(*command(emoji, tmp_path / "run", *steps, "optimizer.learning_rate=0.5"))
     assert other.returncode == 2
     assert "optimizer.learning_rate" in other.stderr
+    before = [(tmp_path / "run" / name).read_text() for name in ("config.yaml", "metrics.jsonl")]
     data = run_scq(*command(emoji, tmp_path / "run", "training.steps=4"), f"data.train={emoji['test']}")
     assert data.returncode == 2, "going on with other data would not be the same run"
+    assert [(tmp_path / "run" / name).read_text() for name in ("config.yaml", "metrics.jsonl")] == before
     more = run_scq(*command(emoji, tmp_path / "run", "training.steps=4", "training.checkpoint_every=2"))
     assert more.returncode == 0, more.stderr
     fewer = run_scq(*command(emoji, tmp_path / "run", "training.steps=3", "training.checkpoint_every=2"))
     assert fewer.returncode == 2, "a model of 4 steps is none of 3"
     assert "was trained for 4 steps already, training.steps=3" in fewer.stderr
+
+
+def test_settings_may_change_until_something_is_trained(emoji: dict[str, Path], tmp_path: Path) -> None:
+    steps, run = ["training.steps=2", "training.checkpoint_every=2"], tmp_path / "run"
+    uneven = command(emoji, run, *steps, "training.accumulate=3")
+    refused = run_scq(*uneven, "--dry-run")
+    assert refused.returncode == 2
+    assert "training.accumulate=3 does not divide the 8 images" in refused.stderr
+    run.mkdir()
+    (run / "config.yaml").write_text("optimizer: {learning_rate: 0.5}\n")  # as a run that was killed before it saved
+    assert run_scq(*command(emoji, run, *steps)).returncode == 0
+
+
+def test_two_processes_do_not_train_in_one_folder(emoji: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = launch(1, command(emoji, run, "training.steps=100000", "training.checkpoint_every=100000"))
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second = run_scq(*command(emoji, run, "training.steps=100000", "training.checkpoint_every=100000"))
+        assert second.returncode == 2
+        assert f"another process is training in {run}" in second.stderr
+    finally:
+        first.kill()
+        first.communicate()
 
 
 def test_divergence_names_step_terms_and_the_last_good_checkpoint(emoji: dict[str, Path], tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def test_training_lowers_the_error_and_tokens_fit_the_codebook(emoji: dict[str, 
 
 def test_views_of_an_image_are_tokenized_beside_each_other(emoji: dict[str, Path], tmp_path: Path) -> None:
     tokenizer = small().eval()
+    with pytest.raises(UserError, match="'none', has no codes: there are no tokens to write"):
+        write_tokens(ImageTokenizer(quantizer_name="none"), emoji["test"], tmp_path / "tokens")
     tokens = write_tokens(tokenizer, emoji["test"], tmp_path / "tokens", views=2)
     images = next(iterate_once(emoji["test"], 20)).images
     numbers = np.arange(20)
@@ -245,7 +247,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(emoji: dict[str, Pat
             assert scale > 0
             torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-4 * float(scale) + 1e-7)
     assert float(whole["loss"]) == pytest.approx(float(parts["loss"]), rel=1e-5)
-    with pytest.raises(UserError, match=r"training.accumulate=3 does not divide the 16 images"):
+    with pytest.raises(UserError, match=r"training.accumulate=3 does not divide the \d+ images"):
         one_step(emoji, loss, accumulate=3)
 
 

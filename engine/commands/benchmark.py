@@ -89,7 +89,7 @@ def add_benchmark(commands: Any) -> None:
     sampling.add_argument("--num", type=positive, default=64, help="images in a turn")
     sampling.add_argument("--batch-size", type=positive, default=64, help="images drawn together")
     sampling.add_argument("--repeats", type=positive, default=5, help="turns of each")
-    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network")
+    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="as 'scq sample' has it")
     sampling.add_argument("--compile", action="store_true", help="compile the prior with torch.compile first")
     sampling.add_argument("--out", type=Path, help="JSON file to write")
 
@@ -102,12 +102,15 @@ def _benchmark_quality(options: argparse.Namespace) -> None:
 
 
 def _benchmark_sampling(options: argparse.Namespace) -> None:
+    import torch
+
     from engine.config import write_atomically
     from engine.progress import progress_bar
     from evaluation.sampling_speed import benchmark_sampling, format_table
     from sampling.pipeline import SoftConvexPipeline
 
-    pipeline = SoftConvexPipeline.from_pretrained(options.model, device())
+    dtype = torch.bfloat16 if options.precision == "bf16" else None  # as `scq sample` has it
+    pipeline = SoftConvexPipeline.from_pretrained(options.model, device(), dtype=dtype)
     with progress_bar("benchmark sampling") as bar:
         rows = benchmark_sampling(
             pipeline,
@@ -115,7 +118,6 @@ def _benchmark_sampling(options: argparse.Namespace) -> None:
             num_images=options.num,
             batch_size=options.batch_size,
             repeats=options.repeats,
-            precision=options.precision,
             compiled=options.compile,
             progress=bar,
         )
