@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from engine.errors import UserError
 from engine.fingerprint import fingerprint
 from stage1_tokenizer.latent_network import LatentNetwork
 from stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
@@ -111,7 +112,13 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         return self.decode(self.quantizer.lookup(indices))
 
     def codes(self) -> torch.Tensor:
-        """The codebook (K, F), without gradients."""
+        """The codebook (K, F), without gradients.
+
+        Raises:
+            UserError: the quantizer has none.
+        """
+        if not self.quantizer.has_codes:
+            raise UserError(f"quantizer {self.config.quantizer_name!r} has no codes: nothing can be drawn or refined")
         with torch.no_grad():
             every = torch.arange(self.quantizer.codebook_size, device=self.device)
             return self.quantizer.lookup(every[None, None])[0, :, 0].t()
@@ -129,9 +136,15 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         Returns:
             the reconstruction (B, 3, H, W) and what the quantizer returned.
         """
-        quantized = self.quantizer(self.latents(images), image_noise)
-        z_q = quantized.z_q if swap is None else swap_for_neighbours(quantized, self.quantizer, swap)
+        quantized, z_q = self.quantize(self.latents(images), image_noise, swap)
         return self.decode(z_q), quantized
+
+    def quantize(
+        self, latents: torch.Tensor, image_noise: torch.Tensor | None, swap: NeighbourSwap | None
+    ) -> tuple[Quantized, torch.Tensor]:
+        """What the quantizer returned, and the z_q (B, F, h, w) that is decoded in training; see `forward`."""
+        quantized = self.quantizer(latents, image_noise)
+        return quantized, quantized.z_q if swap is None else swap_for_neighbours(quantized, self.quantizer, swap)
 
     def fingerprint(self) -> str:
         """Of all weights: tokens carry it, and a prior refuses tokens of another tokenizer."""

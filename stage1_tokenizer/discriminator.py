@@ -15,7 +15,7 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         channels: width of the first layer; doubles with each further one up to 8 times.
-        layers: number of layers with stride 2; the image side must be at least 2 ** layers * 4.
+        layers: number of layers with stride 2; the image side must be at least 3 * 2 ** layers.
         norm: ``group``, or ``spectral`` (Miyato et al., arXiv 1802.05957), which bounds every layer's gain by one.
 
     Raises:

@@ -89,13 +89,22 @@ class TokenizerLoss(nn.Module):
 
     Args:
         parts_per_step: calls of `discriminate` that make one optimizer step.
+        image_size: side of the images in pixels; 0 where it is not known yet.
 
     Raises:
-        UserError: an unknown game, norm or augmentation.
+        UserError: an unknown game, norm or augmentation, R1 every 0 steps, or a discriminator too deep for the images.
     """
 
-    def __init__(self, config: LossConfig, parts_per_step: int = 1):
+    def __init__(self, config: LossConfig, parts_per_step: int = 1, image_size: int = 0):
         super().__init__()
+        smallest = 3 * 2**config.discriminator_layers
+        if config.adversarial > 0 and 0 < image_size < smallest:
+            raise UserError(
+                f"loss.discriminator_layers={config.discriminator_layers} needs images of at least {smallest} pixels, "
+                f"these have {image_size}"
+            )
+        if config.r1 > 0 and config.r1_every < 1:
+            raise UserError(f"loss.r1_every is {config.r1_every}; it must be at least 1")
         if config.game not in GAMES:
             raise UserError(f"loss.game is {config.game!r}; it must be {' or '.join(GAMES)}")
         unknown = sorted(set(config.augment) - set(AUGMENTATIONS))

@@ -14,7 +14,11 @@ from stage1_tokenizer.quantizers import Quantized, Quantizer
 
 @dataclass
 class RobustnessConfig:
-    """Token perturbation as in RobustTok (Qiu et al., arXiv 2503.08354), annealed over training."""
+    """Token perturbation after RobustTok (Qiu et al., arXiv 2503.08354), annealed over training.
+
+    It differs from theirs: every image is perturbed, not a part of each batch; a swapped token never keeps its code,
+    whose neighbours are meant, not the latent's; and gradients go to z_q.
+    """
 
     swapped_share: float = 0.0  # of the tokens, decoded from a neighbour of their code; 0 switches it off
     neighbours: int = 8  # how many nearest codes a token may be swapped for

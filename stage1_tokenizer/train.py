@@ -121,8 +121,8 @@ class TokenizerTask:
         if config.training.gradient_checkpointing:
             tokenizer.enable_gradient_checkpointing()
         self.average = ModelEmaV3(tokenizer, decay=config.training.ema_decay, use_warmup=True)
-        parts = max(1, config.training.accumulate)  # less is refused by in_parts
-        self.losses = TokenizerLoss(config.loss, parts).to(accelerator.device)
+        parts = config.training.accumulate
+        self.losses = TokenizerLoss(config.loss, parts, config.architecture.image_size).to(accelerator.device)
         discriminator = self.losses.discriminator
         self.modules: dict[str, nn.Module] = {"model": tokenizer, **self.losses.stateful}
         tokenizer.quantizer.parts_per_step = parts
@@ -208,9 +208,9 @@ def _compiled(tokenizer: ImageTokenizer) -> nn.Module:
     # A compiled backward pass may overwrite what was saved for it, and refuses to be run twice; VQGAN's adaptive weight
     # runs the decoder's three times a step. The setting is read whenever something is compiled, hence global.
     torch._functorch.config.donated_buffer = False
-    # Quantizers choose shapes and branches by the data, which splits a graph into dozens that are compiled again and
-    # again; and SCQ's solver on a CPU is numba's, which torch's tracer trips over.
-    tokenizer.quantizer.forward = torch.compiler.disable(tokenizer.quantizer.forward)
+    # Quantizers and swaps choose shapes and branches by the data, which splits a graph into dozens that are compiled
+    # again and again; and SCQ's solver on a CPU is numba's, which torch's tracer trips over.
+    tokenizer.quantize = torch.compiler.disable(tokenizer.quantize)
     return torch.compile(tokenizer)
 
 
@@ -281,6 +281,7 @@ def open_stream(data: DataConfig, training: LoopConfig, image_size: int, acceler
         world_size=accelerator.num_processes,
         workers=data.workers,
         flip=data.flip,
+        shuffle="blocks" if data.shuffle == "blocks" else True,
         cache=data.cache or None,
     )
     if stream.image_size != image_size:

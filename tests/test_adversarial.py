@@ -117,3 +117,13 @@ def test_unknown_parts_of_the_game_are_named() -> None:
         TokenizerLoss(LossConfig(**settings, augment=["mirror"]))
     with pytest.raises(UserError, match="norm must be group or spectral"):
         TokenizerLoss(LossConfig(**settings, discriminator_norm="batch"))
+    with pytest.raises(UserError, match=r"loss.r1_every is 0"):
+        TokenizerLoss(LossConfig(**settings, r1=1.0, r1_every=0))
+
+
+def test_a_discriminator_too_deep_for_the_images_is_named() -> None:
+    deep = LossConfig(perceptual=0.0, adversarial=1.0, discriminator_layers=4, discriminator_channels=8)
+    with pytest.raises(UserError, match=r"discriminator_layers=4 needs images of at least 48 pixels, these have 32"):
+        TokenizerLoss(deep, image_size=32)
+    verdict = TokenizerLoss(deep, image_size=48).discriminator(torch.zeros(1, 3, 48, 48))
+    assert verdict.shape[-1] == 1, "the least there is"

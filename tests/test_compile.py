@@ -14,6 +14,7 @@ TINY = [
     "quantizer.codebook_size=16", "quantizer.options.dominant_dropout=0", "training.precision=fp32",
     "loss.adversarial=0.5", "loss.adversarial_start=1", "loss.adversarial_ramp=0", "loss.discriminator_lead=0",
     "loss.discriminator_channels=8", "loss.discriminator_layers=1", "optimizer.learning_rate=1e-4",
+    "robustness.swapped_share=0.5",
 ]  # fmt: skip
 
 

@@ -286,6 +286,17 @@ def test_relaxed_is_the_published_formula():
     v[torch.arange(20), nearest] += 1
     expected = (v - simplex_threshold(v)).clamp_min(0)
     torch.testing.assert_close(dense(solution, 40), expected, rtol=0, atol=1e-12)
+    multipliers = (z - solution.z_q) / 0.7 @ codes.T - expected
+    multipliers[torch.arange(20), nearest] += 1  # e + C y - p: equal over the codes in use at the optimum of (1)
+    violation = multipliers.amax(1) - multipliers.masked_fill(expected == 0, torch.inf).amin(1)
+    torch.testing.assert_close(solution.residual, violation, rtol=0, atol=1e-9)
+
+
+def test_where_relaxed_is_exact_it_says_so():
+    codes, z = torch.tensor([[-1.0], [1.0]], dtype=torch.float64), torch.tensor([[-0.2]], dtype=torch.float64)
+    solution, exact = soft_convex_solve(z, codes, 0.3, method="relaxed"), soft_convex_solve(z, codes, 0.3)
+    torch.testing.assert_close(dense(solution, 2), dense(exact, 2), rtol=0, atol=1e-12)
+    assert solution.residual.item() < 1e-12
 
 
 def test_limits_of_lambda():

@@ -108,10 +108,6 @@ class Codebook:
         """(n, width) block of c_k.y - tau at global dual variables (n, 1 + F), 0 for padding; e_k is not in it."""
         return dual @ self.price_matrix
 
-    def highest_price(self, dual: Tensor) -> Tensor:
-        """(n,) max_k c_k.y - tau, or 0 if that is negative and there is padding."""
-        return torch.cat([self.prices(dual[rows]).amax(1) for rows in self.blocks(len(dual))])
-
 
 def compact(index: Tensor, keep: Tensor, fill: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """Move the kept entries of each row to its front, in order, and cut the rows to the longest.

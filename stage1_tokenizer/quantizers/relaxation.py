@@ -43,7 +43,9 @@ def solve_relaxed(book: Codebook, codebook: Tensor, z: Tensor, reg: Tensor) -> t
         start = simplex_threshold(block.view(len(block), book.depth, book.lanes).amax(1))
         above = (block - simplex_threshold(block, start)).clamp_min_(0)
         support, weights = _entries(above, nearest)
-        residual = _violation(book, support, weights, target[rows], nearest, reg[rows])
+        differences = book.around(nearest, support)[:, :, 1:]  # (n, S, F)
+        left = target[rows] - (weights.unsqueeze(1) @ differences).squeeze(1)
+        residual = _violation(book, above, nearest, left / reg[rows])
         parts.append(WorkingSolution(support, weights, residual, 0))
     return stack(parts, nearests), nearests
 
@@ -87,21 +89,15 @@ def _entries(above: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
     return support, weights
 
 
-def _violation(
-    book: Codebook, support: Tensor, weights: Tensor, target: Tensor, nearest: Tensor, reg: Tensor
-) -> Tensor:
-    """(n,) by how much weights violate the optimality of (1).
+def _violation(book: Codebook, weights: Tensor, nearest: Tensor, y: Tensor) -> Tensor:
+    """(n,) by how much weights (n, width), those of all codes and of padding, violate the optimality of (1).
 
-    With y = (z - z_q) / reg, the multipliers e_k + c_k.y - p_k must be equal over the codes in use and no larger over
-    the others; the violation is the largest over all minus the smallest over the codes in use.
+    With y = (z - z_q) / reg (n, F), the multipliers e_k + c_k.y - p_k must be equal over the codes in use and no larger
+    over the others; the violation is the largest over all minus the smallest over the codes in use.
     """
-    codes = book.around(nearest, support)[:, :, 1:]
-    y = (target - (weights.unsqueeze(1) @ codes).squeeze(1)) / reg
-    multiplier = (codes @ y.unsqueeze(-1)).squeeze(-1) + (support == nearest.unsqueeze(1)).to(weights.dtype) - weights
-    least = multiplier.masked_fill(weights == 0, torch.inf).amin(1)
-    most = multiplier.masked_fill(weights == 0, -torch.inf).amax(1)
-    others = book.highest_price(_dual(book, nearest, y))
-    return torch.maximum(most, others) - least
+    multipliers = book.prices(_dual(book, nearest, y)) - weights  # relative to c_n, so that of n is now -p_n
+    multipliers[torch.arange(len(nearest), device=y.device), nearest] += 1  # e
+    return multipliers.amax(1) - multipliers.masked_fill(weights == 0, torch.inf).amin(1)
 
 
 def _dual(book: Codebook, nearest: Tensor, y: Tensor) -> Tensor:
