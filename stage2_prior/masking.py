@@ -75,7 +75,8 @@ def loss_weight(hidden: torch.Tensor, length: int, weighting: str = "tokens") ->
         hidden: (B,) masked tokens of each image, >= 1.
         length: L, tokens of an image.
         weighting: ``tokens``, every masked token alike (MaskGIT, eq. 1), or ``images``, every image alike: with the
-            uniform schedule, training then minimises the very bound of stage2_prior.likelihood.
+            uniform schedule, training then minimises the very bound of stage2_prior.likelihood, label smoothing and
+            corruption aside.
 
     Raises:
         ValueError: an unknown weighting.

@@ -112,8 +112,9 @@ def _check_masking(masking: MaskingConfig) -> None:
         loss_weight(torch.ones(1), 1, masking.weighting)
     except ValueError as error:
         raise UserError(f"masking: {error}") from error
-    if not 0 <= masking.corrupted_share < 1:
-        raise UserError(f"masking.corrupted_share is {masking.corrupted_share}; it must be in [0, 1)")
+    for name in ("corrupted_share", "label_smoothing", "class_dropout"):
+        if not 0 <= getattr(masking, name) < 1:
+            raise UserError(f"masking.{name} is {getattr(masking, name)}; it must be in [0, 1)")
 
 
 class PriorTask:
@@ -148,9 +149,8 @@ class PriorTask:
         self.modules: dict[str, nn.Module] = {"model": prior}
         loss = _LossOfPrior(prior, config, compiled=config.training.compile)
         self.prior = shard(loss, EvaBlock) if config.shard else accelerator.prepare(loss)
-        self.optimizers = {
-            "prior": accelerator.prepare(create_optimizer(prior, config.optimizer, exclude=("embedding",)))
-        }
+        tables = ("token_embedding", "code_embedding", "position_embedding", "class_embedding")
+        self.optimizers = {"prior": accelerator.prepare(create_optimizer(prior, config.optimizer, exclude=tables))}
 
     def training_step(self, batch: TokenBatch, step: int) -> dict[str, torch.Tensor]:
         device, terms = self.accelerator.device, []
@@ -282,6 +282,12 @@ def train_prior(
                 f"{path} was written by tokenizer {tokens.fingerprint}, but {config.tokenizer} is tokenizer "
                 f"{fingerprint}; run `scq tokenize` with it again"
             )
+    classes = (stream.num_classes, held_out.num_classes if held_out is not None else stream.num_classes)
+    if config.architecture.class_conditional and classes[0] != classes[1]:
+        raise UserError(
+            f"{config.data.train} holds {classes[0]} classes and {config.data.validation} {classes[1]}, so that labels "
+            "differ in meaning: pack both with the same class folders, or set architecture.class_conditional=false"
+        )
     task = PriorTask(config, accelerator, stream.dataset, codes, draw, held_out)
     run = RunFolder(config.out, config, accelerator)
     if run.is_main:

@@ -70,8 +70,6 @@ class RefinerTask:
         held_out: real images, for pictures and `score`.
     """
 
-    score_name = "unexplained_share"
-
     def __init__(
         self,
         config: RefinerExperiment,
@@ -82,6 +80,8 @@ class RefinerTask:
         held_out: Tensor,
     ):
         self.config, self.accelerator = config, accelerator
+        pixels = config.architecture.kind == "regression" and config.pixel_weight > 0
+        self.score_name = "held_out_mse" if pixels else "unexplained_share"  # as the loss has it
         self.tokenizer = tokenizer.to(accelerator.device).eval().requires_grad_(False)
         self.prior = None if prior is None else prior.to(accelerator.device).eval().requires_grad_(False)
         self.held_out = held_out
@@ -112,15 +112,21 @@ class RefinerTask:
 
     @torch.no_grad()
     def score(self, averaged: ConvexRefiner) -> dict[str, float]:
-        """Squared error of refined latents of held-out images, as a share of that of their codes; their real codes."""
-        error = of_codes = 0.0
+        """Of held-out images and their real codes: the squared error of refined latents, as a share of that of the
+        codes, and the mean squared error of the images decoded from them, in units of [0, 1]."""
+        error = of_codes = of_images = 0.0
         for number, images in enumerate(self.held_out.split(64)):
-            found = self.tokenizer.encode(to_float(images.to(self.accelerator.device)))
+            wanted = to_float(images.to(self.accelerator.device))
+            found = self.tokenizer.encode(wanted)
             seeds = torch.arange(len(images), device=images.device) + 64 * number
             refined = averaged.refine(found.indices, seeds.to(found.indices.device))
             error += float((refined - found.z_q).square().sum())
             of_codes += float((self.tokenizer.quantizer.lookup(found.indices) - found.z_q).square().sum())
-        return {self.score_name: error / max(of_codes, 1e-12)}
+            of_images += float((self.tokenizer.decode(refined) - wanted).square().sum()) / 4  # a range of 2 is one of 1
+        return {
+            "unexplained_share": error / max(of_codes, 1e-12),
+            "held_out_mse": of_images / self.held_out.numel(),
+        }
 
     @torch.no_grad()
     def picture(self, averaged: ConvexRefiner) -> Image.Image:
@@ -154,14 +160,14 @@ class RefinerTask:
     def _around_codes(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The tokenizer's codes (K, F), and the standard deviation (F,) of latents around them."""
         quantizer, device = self.tokenizer.quantizer, self.accelerator.device
-        differences = []
+        codes, differences = self.tokenizer.codes(), []
         for part in images.split(64):
             found = self.tokenizer.encode(to_float(part.to(device)))
             differences.append(found.z_q - quantizer.lookup(found.indices))
         spread = torch.cat(differences).square().mean((0, 2, 3)).sqrt()
         if not bool((spread > 0).all()):
             raise UserError(f"{self.config.tokenizer} decodes its codes alone: there is nothing to refine")
-        return self.tokenizer.codes(), spread
+        return codes, spread
 
 
 class _LossOfRefiner(nn.Module):

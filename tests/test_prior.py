@@ -165,6 +165,26 @@ def test_codes_that_lie_close_together_begin_alike() -> None:
     assert distance[4].argmin() == 1
 
 
+def test_weights_decay_and_tables_do_not(tmp_path: Path) -> None:
+    tokens = write_stripes(tmp_path / "tokens", classes=3)
+    settings = ["architecture.class_conditional=true", "architecture.code_features=true", "optimizer.weight_decay=0.05"]
+    config = stripes_config(tokens, tmp_path / "run", *settings)
+    task = PriorTask(config, make_accelerator(config.training), TokenDataset(tokens), torch.randn(16, 4))
+    decay = {id(p): group["weight_decay"] for group in task.optimizers["prior"].param_groups for p in group["params"]}
+    decayed = {name for name, p in task.modules["model"].named_parameters() if decay[id(p)] > 0}
+    assert "to_embedding.weight" in decayed, "it is no table, for all its name"
+    tables = {"token_embedding.weight", "code_embedding.weight", "class_embedding.weight", "position_embedding"}
+    assert not tables & decayed
+    assert not {name for name in decayed if name.endswith("bias")}
+
+
+@pytest.mark.parametrize("setting", ["label_smoothing=1.5", "class_dropout=-0.1", "corrupted_share=1.0"])
+def test_shares_beyond_their_range_are_named(tmp_path: Path, setting: str) -> None:
+    tokens = write_stripes(tmp_path / "tokens")
+    with pytest.raises(UserError, match=rf"masking.{setting.replace('=', ' is ')}; it must be in \[0, 1\)"):
+        train_prior(stripes_config(tokens, tmp_path / "run", f"masking.{setting}"), "stripes")
+
+
 def test_code_features_need_the_tokenizer(tmp_path: Path) -> None:
     tokens = write_stripes(tmp_path / "tokens")
     settings = ["architecture.code_features=true", "training.steps=2"]
@@ -232,6 +252,14 @@ def test_a_class_conditional_prior_needs_classes(tmp_path: Path) -> None:
     tokens = write_stripes(tmp_path / "tokens")
     with pytest.raises(UserError, match="no classes"):
         train_prior(stripes_config(tokens, tmp_path / "run", "architecture.class_conditional=true"), "stripes")
+
+
+def test_held_out_labels_must_mean_what_those_of_training_mean(tmp_path: Path) -> None:
+    settings = ["architecture.class_conditional=true", "training.steps=2"]
+    tokens, other = (write_stripes(tmp_path / str(count), classes=count) for count in (3, 2))
+    with pytest.raises(UserError, match=r"3 holds 3 classes and .*2 2"):
+        train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={other}"), "stripes")
+    train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={tokens}"), "stripes")
 
 
 def test_validation_is_a_bound_in_bits_and_keeps_the_best(tmp_path: Path) -> None:

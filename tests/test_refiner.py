@@ -128,6 +128,7 @@ def test_training_explains_more_and_the_pipeline_uses_it(kind: str, emoji: dict[
     trained = train_refiner(config(emoji, tmp_path / "run", f"architecture.kind={kind}"), model)
     scores = [row["unexplained_share"] for row in read_metrics(tmp_path / "run") if "unexplained_share" in row]
     assert scores[-1] < scores[0], "one in all is what the codes alone leave unexplained"
+    assert all(row["held_out_mse"] > 0 for row in read_metrics(tmp_path / "run") if "unexplained_share" in row)
     assert kind == "flow" or scores[-1] < 0.95
     assert (tmp_path / "run" / "images" / "step_00000040.png").is_file()
 
@@ -198,6 +199,8 @@ def test_a_class_conditional_prior_is_told_the_class(emoji: dict[str, Path], tmp
 def test_what_cannot_be_refined_is_named(emoji: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is nothing to refine"):
         train_refiner(config(emoji, tmp_path / "run"), tokenizer("vq"))
+    with pytest.raises(UserError, match="quantizer 'none' has no codes"):
+        train_refiner(config(emoji, tmp_path / "run"), tokenizer("none"))
     with pytest.raises(UserError, match="resampled_share needs a prior"):
         train_refiner(config(emoji, tmp_path / "run", "resampled_share=0.5"), tokenizer())
     with pytest.raises(UserError, match="kind must be regression or flow, not 'magic'"):
