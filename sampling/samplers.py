@@ -259,10 +259,10 @@ def _draw(
     progress = step / settings.steps
     final = settings.temperature if settings.final_temperature is None else settings.final_temperature
     temperature = (1 - progress) * settings.temperature + progress * final
-    logits = _likeliest(predict(tokens, progress).float() / temperature, settings)  # (B, L, K)
-    log_probabilities = logits.log_softmax(-1)
-    noise = image_gumbel(seeds, *logits.shape[1:], purpose=f"code {step}")
-    drawn = (log_probabilities + noise).argmax(-1)
+    log_probabilities = (predict(tokens, progress).float() / temperature).log_softmax(-1)  # (B, L, K)
+    noise = image_gumbel(seeds, *log_probabilities.shape[1:], purpose=f"code {step}")
+    drawn = (_likeliest(log_probabilities, settings) + noise).argmax(-1)
+    # Of the whole distribution: among few codes that are left, every choice would look sure.
     return drawn, log_probabilities.gather(-1, drawn[..., None]).squeeze(-1)
 
 

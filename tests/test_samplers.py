@@ -173,11 +173,13 @@ def test_without_noise_the_surest_places_come_first() -> None:
     logits = torch.zeros(1, 4, MASK)
     logits[0, :, 0] = torch.arange(4.0) * 3
     seen: list[Step] = []
-    sample(
-        "maskgit", lambda tokens, progress: logits, seeds=1, side=2, choice_temperature=0, schedule="uniform",
-        callback=seen.append,
-    )  # fmt: skip
-    assert (seen[0].tokens[0] != MASK).nonzero().flatten().tolist() == [3]
+    for filtered in ({}, {"top_k": 1}, {"top_p": 0.05}):  # one code is left, and is as sure as it was
+        sample(
+            "maskgit", lambda tokens, progress: logits, seeds=1, side=2, choice_temperature=0, schedule="uniform",
+            callback=seen.append, **filtered,
+        )  # fmt: skip
+        assert (seen[0].tokens[0] != MASK).nonzero().flatten().tolist() == [3]
+        seen.clear()
 
 
 @pytest.mark.parametrize(
