@@ -110,6 +110,8 @@ def run_benchmark(
     config = load_config(BenchmarkConfig, config_path, overrides)
     if not config.arms or not config.prior:
         raise UserError(f"{config_path} names no arms, or no prior")
+    if not next(iter(config.arms.values())).prior:
+        raise UserError(f"the first arm of {config_path} is exported, so it needs a prior: move it down")
     if config.measure.sample_reference not in ("test", "train"):
         raise UserError(f"measure.sample_reference is {config.measure.sample_reference!r}; it must be test or train")
     out = Path(out)
@@ -182,6 +184,7 @@ def _measured(results: dict[str, Any], run: dict[str, Any], way: str) -> dict[st
     """The exported model's numbers as `evaluation.evaluate.evaluate` returns them."""
     return {
         "reference": results["reference"],
+        "sample_reference": results["sample_reference"],
         "network": results["network"],
         "reconstruction": {name: run["tokenizer"][name] for name in ("z_q", "dominant")},
         "codebook": run["codebook"]["held_out"],

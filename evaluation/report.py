@@ -17,7 +17,7 @@ from evaluation.plots import (
     save_picture,
 )
 from evaluation.reconstructions import rate, reconstruction_table, training_table, ways_of_decoding, with_seeds
-from evaluation.tables import comparison, look, markdown_table, spread
+from evaluation.tables import Seeds, comparison, look, markdown_table, spread, widest_range
 
 
 def write_report(results: dict[str, Any], out: Path) -> None:
@@ -84,6 +84,7 @@ def render(results: dict[str, Any]) -> str:
         *_training(arms),
         "",
         *training_table(arms),
+        *_of_several_machines(machines),
         "",
     ]
     if any("sweep" in runs[0] for runs in arms.values()):
@@ -110,6 +111,12 @@ def render(results: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _of_several_machines(machines: dict[str, str]) -> list[str]:
+    on = {machine for phase, machine in machines.items() if phase.endswith(" tokenizer")}
+    several = f"Tokenizers were trained on {len(on)} machines (see Seconds): their speeds compare within one only."
+    return ["", several] if len(on) > 1 else []
 
 
 def summary_table(results: dict[str, Any]) -> list[str]:
@@ -148,13 +155,14 @@ def _samples(arms: Runs) -> list[str]:
     drawn = _drawn(arms)
     rows = [
         [_of(arm, way), *(spread([scale * each[key] for each in found], form) for key, scale, form in _OF_SAMPLES)]
-        + [spread([look(each, "fid_infinity", "value") for each in found], ".1f")]
+        + [_at_infinity(found)]
         + [spread([_refiner_share(run, way) for run in arms[arm]], ".1%"), found[0]["count"]]
         for (arm, way), found in drawn.items()
     ]
     first = next(iter(drawn.values()))[0]
     fid = "FID (biased)" if first["fid_biased"] else "FID"
-    head = ["", "KID x 1000", "±", fid, "precision", "recall", "FID at infinity", "refiner's share of time", "samples"]
+    head = ["", "KID x 1000", "±", fid, "precision", "recall"]
+    head += ["FID at infinity, 90%", "refiner's share of time", "samples"]
     return [
         "KID leads; " + (first["fid_note"] or f"FID at {first['count']} samples") + ".",
         "",
@@ -192,8 +200,10 @@ def _comparisons(arms: Runs, drawn: dict[tuple[str, str], list[dict[str, Any]]])
     names = " and ".join(f"**{arm}**" for arm in (first, *soft))
     return [
         "",
-        f"Each way of decoding {names} as a share of the other arms; below 1 it is ahead. A difference under 5%, or "
-        "within the range of the seeds, is a tie; a single seed's range is its KID's error to both sides.",
+        f"Each way of decoding {names} as a share of the other arms; below 1 it is ahead. A difference of the means "
+        "under 5%, or no larger than the wider range of both, is a tie. A range goes from the lowest to the highest "
+        "seed, with KID's error to both sides; an arm of one seed is given the widest that arms of several have, "
+        "relative to the mean.",
         *(line for arm in (first, *soft) for line in _beside_the_others(drawn, arm)),
     ]
 
@@ -204,16 +214,25 @@ def _beside_the_others(drawn: dict[tuple[str, str], list[dict[str, Any]]], ours:
     others = {_of(arm, way): found for (arm, way), found in drawn.items() if arm != ours}
     lines = []
     for key in ("kid", "fid"):
+        assumed = widest_range(_seeds(found, key) for found in drawn.values())
         rows = [
-            [_decoder(way), *(_compare(mine, found, key) for found in others.values())] for way, mine in ways.items()
+            [_decoder(way), *(comparison(_seeds(mine, key), _seeds(found, key), assumed) for found in others.values())]
+            for way, mine in ways.items()
         ]
         lines += ["", *markdown_table([f"{ours}: {key.upper()} beside that of", *others], rows)]
     return lines
 
 
-def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> str:
-    errors = [found[0].get(f"{key}_error", 0.0) for found in (ours, theirs)]
-    return comparison([each[key] for each in ours], [each[key] for each in theirs], *errors)
+def _seeds(found: list[dict[str, Any]], key: str) -> Seeds:
+    return Seeds([each[key] for each in found], max(each.get(f"{key}_error", 0.0) for each in found))
+
+
+def _at_infinity(found: list[dict[str, Any]]) -> str:
+    """The interval of the extrapolation, of several seeds around all of theirs."""
+    intervals = [each["fid_infinity"] for each in found if "fid_infinity" in each]
+    if not intervals:
+        return "-"
+    return f"{min(each['low'] for each in intervals):.1f} - {max(each['high'] for each in intervals):.1f}"
 
 
 _OF_SAMPLES = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 
 def markdown_table(head: list[str], rows: list[list[Any]]) -> list[str]:
@@ -29,29 +29,45 @@ def look(row: Any, *way: str) -> Any:
     return row
 
 
-def verdict(ours: Sequence[float], theirs: Sequence[float], our_error: float = 0.0, their_error: float = 0.0) -> str:
+class Seeds(NamedTuple):
+    """One number of an arm: what each seed gave, and how far it may be off in each direction."""
+
+    values: Sequence[float]
+    error: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    def range(self, assumed: float = 0.0) -> float:
+        """From the lowest to the highest seed, with the error to both sides; of one seed ``assumed`` times its mean."""
+        between = max(self.values) - min(self.values) if len(self.values) > 1 else assumed * abs(self.mean)
+        return between + 2 * self.error
+
+
+def widest_range(arms: Iterable[Seeds]) -> float:
+    """The widest range between seeds, as a share of the mean, of the arms that have several; 0 where none has."""
+    several = [each for each in arms if len(each.values) > 1]
+    return max(((max(each.values) - min(each.values)) / abs(each.mean) for each in several), default=0.0)
+
+
+def verdict(ours: Seeds, theirs: Seeds, assumed: float = 0.0) -> str:
     """better, worse or tie, lower numbers being better.
 
-    A tie is a difference of the means under 5%, or one within the range of either's seeds. Where there is one seed, the
-    error of its number stands for their range; so two single seeds tie within the sum of both errors.
+    A tie is a difference of the means under 5%, or no larger than the wider of both ranges.
 
     Args:
-        our_error, their_error: used where there is one seed.
+        assumed: what an arm of one seed is taken to range over, as a share of its mean: nobody knows how lucky its
+            seed was, so the `widest_range` of arms that have several stands in.
     """
-    mine, other = statistics.fmean(ours), statistics.fmean(theirs)
-    (low, high), (their_low, their_high) = _range(ours, our_error), _range(theirs, their_error)
-    overlap = low <= their_high and their_low <= high
-    if overlap or abs(mine - other) < 0.05 * max(abs(mine), abs(other)):
+    apart = abs(ours.mean - theirs.mean)
+    if apart < 0.05 * max(abs(ours.mean), abs(theirs.mean)) or apart <= max(ours.range(assumed), theirs.range(assumed)):
         return "tie"
-    return "better" if mine < other else "worse"
+    return "better" if ours.mean < theirs.mean else "worse"
 
 
-def _range(values: Sequence[float], error: float) -> tuple[float, float]:
-    return (values[0] - error, values[0] + error) if len(values) == 1 else (min(values), max(values))
-
-
-def comparison(ours: Sequence[float], theirs: Sequence[float], our_error: float = 0.0, their_error: float = 0.0) -> str:
+def comparison(ours: Seeds, theirs: Seeds, assumed: float = 0.0) -> str:
     """Our mean as a share of theirs, and the `verdict`: "0.82 (better)"."""
-    mine, other = statistics.fmean(ours), statistics.fmean(theirs)
-    share = f"{mine / other:.2f}" if other > 0 else "-"  # KID is unbiased, so that it may come out below zero
-    return f"{share} ({verdict(ours, theirs, our_error, their_error)})"
+    # KID is unbiased, so that it may come out below zero.
+    share = f"{ours.mean / theirs.mean:.2f}" if theirs.mean > 0 else "-"
+    return f"{share} ({verdict(ours, theirs, assumed)})"

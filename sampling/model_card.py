@@ -85,12 +85,13 @@ def _training(training: dict[str, Any]) -> list[str]:
 
 def _numbers(measured: dict[str, Any]) -> list[str]:
     """What `evaluation.evaluate.evaluate` returned, as far as it is there."""
-    reference, lines = measured["reference"], []
-    lines.append(
+    reference = measured["reference"]
+    unseen = "" if reference["split"] == "train" else ", which the model was not trained on"
+    lines = [
         f"Against {reference['count']} {reference['dataset']} images of the split '{reference['split']}' "
-        f"({reference['crop']} pixels), which the model was not trained on; {measured['network']['weights']}."
-    )
-    lines.append("")
+        f"({reference['crop']} pixels){unseen}; {measured['network']['weights']}.",
+        "",
+    ]
     for way, found in measured.get("reconstruction", {}).items():
         fid = f", rFID {found['rfid']:.1f}" if "rfid" in found else ""
         lines.append(f"- reconstructed from {way}: MSE {found['mse']:.5f}, PSNR {found['psnr']:.2f} dB{fid}")
@@ -99,8 +100,11 @@ def _numbers(measured: dict[str, Any]) -> list[str]:
         lines.append(f"- codes used: {usage['used_share']:.1%}, perplexity {usage['perplexity']:.0f}")
     if samples:
         biased = " (biased)" if samples["fid_biased"] else ""
+        drawn_against = measured.get("sample_reference", reference)
+        against = f", against {drawn_against['count']} images of the split '{drawn_against['split']}'"
         lines.append(
-            f"- {samples['count']} samples: KID x 1000 {1e3 * samples['kid']:.1f} ± {1e3 * samples['kid_error']:.1f}, "
+            f"- {samples['count']} samples{'' if drawn_against == reference else against}: "
+            f"KID x 1000 {1e3 * samples['kid']:.1f} ± {1e3 * samples['kid_error']:.1f}, "
             f"FID {samples['fid']:.1f}{biased}, precision {samples['precision']:.2f}, recall {samples['recall']:.2f}"
         )
     return lines

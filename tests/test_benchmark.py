@@ -214,6 +214,13 @@ def test_one_seed_of_every_arm_comes_before_the_second_of_any(tmp_path: Path, ti
     assert "z_q_2_bits" not in second["tokenizer"]
 
 
+def test_an_arm_that_cannot_be_exported_does_not_come_first(tmp_path: Path, tiny_run: Path) -> None:
+    config = write_tiny_benchmark(tmp_path)
+    config.write_text(config.read_text().replace("refiners: [regression]", "prior: false"))
+    with pytest.raises(UserError, match=r"the first arm of .* needs a prior"):
+        run_benchmark(config, tmp_path / "run")
+
+
 def test_a_benchmark_goes_on_where_only_its_phases_and_pictures_are(
     tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

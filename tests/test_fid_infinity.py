@@ -39,18 +39,24 @@ def test_points_are_the_plain_fid(real):
     assert result.low < result.high
 
 
-def test_bias_is_gone_and_the_interval_holds_the_truth(real):
+@pytest.mark.parametrize("images_per_feature", [5, 25])
+def test_bias_is_gone_and_the_interval_holds_the_truth(real, images_per_feature):
     plain, extrapolated, covered = [], [], 0
-    for seed in range(40):
-        fake = generated(600, seed)
-        result = fid_infinity(real, fake, resamples=20)
+    for seed in range(24):
+        fake = generated(images_per_feature * DIM, seed)
+        result = fid_infinity(real, fake, resamples=12)
         plain.append(result.fids[-1])
         extrapolated.append(result.value)
         covered += result.low <= TRUTH <= result.high
     bias_of_plain, bias = np.mean(plain) - TRUTH, np.mean(extrapolated) - TRUTH
     assert bias_of_plain > 0.3
     assert abs(bias) < bias_of_plain / 5
-    assert 30 <= covered <= 40, "a 90% interval"
+    assert covered >= 18, "a 90% interval"
+
+
+def test_a_small_real_set_will_do(real):
+    few = feature_set(real.features[:20], "few")
+    assert fid_infinity(few, generated(200, seed=1), resamples=2).low > 0
 
 
 def test_the_same_seed_gives_the_same_interval(real):
@@ -60,5 +66,5 @@ def test_the_same_seed_gives_the_same_interval(real):
 
 
 def test_too_few_images_are_refused(real):
-    with pytest.raises(UserError, match="'fake' has 49 images; this metric needs at least 50"):
+    with pytest.raises(UserError, match="needs at least 50 generated images, 'fake' has 49"):
         fid_infinity(real, generated(49, seed=0))

@@ -8,7 +8,7 @@ import pytest
 from helpers import REPOSITORY
 
 from evaluation.report import render, summary_table
-from evaluation.tables import comparison, verdict
+from evaluation.tables import Seeds, comparison, verdict, widest_range
 from evaluation.tokenizers import render as render_tokenizers
 
 
@@ -57,21 +57,43 @@ def table(lines: list[str], head: str) -> list[dict[str, str]]:
 
 
 def test_a_verdict_knows_seeds_and_errors() -> None:
-    assert verdict([10.0], [12.0]) == "better"
-    assert verdict([12.0], [10.0]) == "worse"
-    assert verdict([10.0], [10.4]) == "tie"  # under 5%
-    assert verdict([10.0, 13.0], [12.0]) == "tie"  # within the range of the seeds
-    assert verdict([10.0, 11.0], [12.0, 14.0]) == "better"
-    assert verdict([10.0], [12.0], 0.9, 0.9) == "better"
-    assert verdict([10.0], [12.0], 1.1, 1.1) == "tie"  # within the sum of both errors
-    assert verdict([9.0, 10.0], [12.0], 5.0, 1.0) == "better"  # seeds say more than one seed's error
-    assert verdict([9.0, 10.0], [12.0], 5.0, 2.0) == "tie"
+    assert verdict(Seeds([10.0]), Seeds([12.0])) == "better"
+    assert verdict(Seeds([12.0]), Seeds([10.0])) == "worse"
+    assert verdict(Seeds([10.0]), Seeds([10.4])) == "tie"  # under 5%
+    assert verdict(Seeds([10.0, 13.0]), Seeds([12.0])) == "tie"  # within the range of the seeds
+    assert verdict(Seeds([10.0, 11.0]), Seeds([12.0, 14.0])) == "better"
+    assert verdict(Seeds([10.0, 11.0]), Seeds([11.1, 14.0])) == "tie"  # apart, but by less than they range over
+    assert verdict(Seeds([10.0], 0.9), Seeds([12.0], 0.5)) == "better"
+    assert verdict(Seeds([10.0], 1.1), Seeds([12.0], 0.5)) == "tie"  # within an error to both sides
+    assert verdict(Seeds([9.0, 10.0], 0.3), Seeds([11.0, 12.0], 0.3)) == "better"
+    assert verdict(Seeds([9.0, 10.0], 0.6), Seeds([11.0, 12.0], 0.3)) == "tie"  # each seed has its error, too
+
+
+def test_one_seed_is_taken_to_be_as_lucky_as_those_of_other_arms() -> None:
+    several, single = Seeds([9.0, 11.0]), Seeds([20.0])
+    assert widest_range([several, single, Seeds([1.0, 1.1])]) == pytest.approx(0.2)
+    assert widest_range([single]) == 0
+    assert single.range(0.2) == 4
+    assert verdict(single, Seeds([23.0]), 0.0) == "better"
+    assert verdict(single, Seeds([23.0]), 0.2) == "tie"
 
 
 def test_a_comparison_is_a_share_and_a_verdict() -> None:
-    assert comparison([8.2], [10.0]) == "0.82 (better)"
-    assert comparison([10.2], [10.0]) == "1.02 (tie)"
-    assert comparison([1.0], [-0.1]) == "- (worse)"
+    assert comparison(Seeds([8.2]), Seeds([10.0])) == "0.82 (better)"
+    assert comparison(Seeds([10.2]), Seeds([10.0])) == "1.02 (tie)"
+    assert comparison(Seeds([1.0]), Seeds([-0.1])) == "- (worse)"
+
+
+def test_fid_at_infinity_is_an_interval_around_all_seeds(results: dict[str, Any]) -> None:
+    for run, (low, high) in zip(results["arms"]["scq"], [(190.0, 200.0), (195.0, 210.0)], strict=True):
+        run["samples"]["codes"]["fid_infinity"] = {"value": 0.0, "low": low, "high": high}
+    assert "| 190.0 - 210.0 |" in render(results)
+
+
+def test_speeds_of_several_machines_are_not_to_be_compared(results: dict[str, Any]) -> None:
+    assert "speeds compare within one only" not in render(results)
+    results["machines"]["vqgan tokenizer"] = "another machine"
+    assert "Tokenizers were trained on 2 machines" in render(results)
 
 
 def test_every_way_of_decoding_stands_beside_every_other_arm(results: dict[str, Any]) -> None:
@@ -79,7 +101,7 @@ def test_every_way_of_decoding_stands_beside_every_other_arm(results: dict[str, 
     kid = table(lines, "scq: KID")
     fid = table(lines, "scq: FID")
     assert [row["scq: KID beside that of"] for row in kid] == ["codes", "regression refiner", "flow refiner"]
-    # 145, 160 and 178 against 172, of two equal seeds against one with an error of 3
+    # 145, 160 and 178 against 172, each with an error of 3
     assert [row["vqgan"] for row in kid] == ["0.84 (better)", "0.93 (better)", "1.03 (tie)"]
     assert [row["vqgan"] for row in fid] == ["0.96 (tie)", "0.77 (better)", "1.15 (worse)"]
     results["arms"]["vq_plus"] = results["arms"]["vqgan"]

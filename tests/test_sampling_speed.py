@@ -15,6 +15,7 @@ def test_the_table_has_shares_that_add_up(tiny_run: Path, tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     few, many = json.loads((tmp_path / "speed.json").read_text())
     assert (few["steps"], many["steps"]) == (2, 8)
+    assert few["precision"] == "bfloat16"
     for row in (few, many):
         shares = row["share_of_prior"] + row["share_of_refiner"] + row["share_of_decoder"]
         assert shares == pytest.approx(1, abs=0.35)
