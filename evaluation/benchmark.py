@@ -72,8 +72,9 @@ class ArmConfig:
     overrides: list[str] = field(default_factory=list)  # of the tokenizer's config
     seeds: int = 1
     prior: bool = True  # False: reconstructions only
-    # Kinds of refiners: regression, flow. The first is the arm's own, trained with every seed; others with one.
+    # Kinds of refiners: regression, flow. The first is the arm's own, trained with the first seeds; others with one.
     refiners: list[str] = field(default_factory=list)
+    refiner_seeds: int = 0  # how many seeds that is; 0 for all
     sweep: bool = False  # measure the benchmark's further settings of sampling, with the first seed
 
 
@@ -213,7 +214,9 @@ def _count_phases(each: ArmConfig, config: BenchmarkConfig) -> int:
 
 
 def _refiners(each: ArmConfig, seed: int) -> list[str]:
-    return each.refiners[:1] if seed else each.refiners
+    if seed == 0:
+        return each.refiners
+    return each.refiners[:1] if seed < (each.refiner_seeds or each.seeds) else []
 
 
 def _pack(dataset: DatasetConfig, folders: dict[str, Path]) -> dict[str, Any]:

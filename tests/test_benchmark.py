@@ -15,7 +15,7 @@ from PIL import Image
 from data.stream import ImageStream
 from data.tokens import TokenDataset
 from engine.errors import UserError
-from evaluation.benchmark import run_benchmark
+from evaluation.benchmark import ArmConfig, _refiners, run_benchmark
 from evaluation.evaluate import Reference
 from evaluation.phases import Phases
 from sampling.pipeline import SoftConvexPipeline
@@ -212,6 +212,13 @@ def test_one_seed_of_every_arm_comes_before_the_second_of_any(tmp_path: Path, ti
     assert list(second["samples"]) == ["codes", "regression"], "what is beside the main comparison has one seed"
     assert "z_q_2_bits" in first["tokenizer"]
     assert "z_q_2_bits" not in second["tokenizer"]
+
+
+def test_refiners_may_be_trained_with_fewer_seeds() -> None:
+    kinds = ["regression", "flow"]
+    assert [_refiners(ArmConfig(refiners=kinds, seeds=3), seed) for seed in range(3)] == [kinds, kinds[:1], kinds[:1]]
+    fewer = ArmConfig(refiners=kinds, seeds=3, refiner_seeds=2)
+    assert [_refiners(fewer, seed) for seed in range(3)] == [kinds, kinds[:1], []]
 
 
 def test_an_arm_that_cannot_be_exported_does_not_come_first(tmp_path: Path, tiny_run: Path) -> None:
