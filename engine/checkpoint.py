@@ -21,6 +21,11 @@ from engine.errors import UserError
 from engine.sharding import is_sharded, load_optimizer_state, load_whole, optimizer_state, whole_state
 
 
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in ``folder``, newest last."""
+    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+
+
 class Checkpoints:
     """The checkpoints of one run, newest last.
 
@@ -37,7 +42,7 @@ class Checkpoints:
         self.folder, self.keep, self.modules, self.optimizers = folder, max(1, keep), modules, optimizers
 
     def all(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step_*") if (p / "state.json").is_file())
+        return whole_checkpoints(self.folder)
 
     def latest(self) -> Path | None:
         return self.all()[-1] if self.all() else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
+from engine.checkpoint import whole_checkpoints
 from engine.config import as_dict, load_config, save_config, write_atomically
 from engine.errors import UserError
 
@@ -115,7 +116,7 @@ class RunFolder:
     def _refuse_other_settings(self) -> None:
         saved_path = self.path / "config.yaml"
         # Where nothing was trained yet, there is nothing that other settings would contradict.
-        if not saved_path.is_file() or not any((self.path / "checkpoints").glob("step_*/state.json")):
+        if not saved_path.is_file() or not whole_checkpoints(self.path / "checkpoints"):
             return
         saved = _flatten(as_dict(load_config(type(self._config), saved_path)))
         asked = _flatten(as_dict(self._config))

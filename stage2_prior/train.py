@@ -282,11 +282,12 @@ def train_prior(
                 f"{path} was written by tokenizer {tokens.fingerprint}, but {config.tokenizer} is tokenizer "
                 f"{fingerprint}; run `scq tokenize` with it again"
             )
-    classes = (stream.num_classes, held_out.num_classes if held_out is not None else stream.num_classes)
-    if config.architecture.class_conditional and classes[0] != classes[1]:
+    labelled = config.architecture.class_conditional and held_out is not None
+    if labelled and held_out.num_classes != stream.num_classes:
         raise UserError(
-            f"{config.data.train} holds {classes[0]} classes and {config.data.validation} {classes[1]}, so that labels "
-            "differ in meaning: pack both with the same class folders, or set architecture.class_conditional=false"
+            f"{config.data.train} holds {stream.num_classes} classes and {config.data.validation} "
+            f"{held_out.num_classes}, so that labels differ in meaning: pack both with the same class folders, or set "
+            "architecture.class_conditional=false"
         )
     task = PriorTask(config, accelerator, stream.dataset, codes, draw, held_out)
     run = RunFolder(config.out, config, accelerator)
