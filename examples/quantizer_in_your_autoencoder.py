@@ -26,6 +26,7 @@ class Autoencoder(nn.Module):
 
 def main(path: str, steps: int = 300) -> None:
     images = torch.from_numpy(np.load(path)).float() / 127.5 - 1
+    torch.manual_seed(0)
     model = Autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(steps):

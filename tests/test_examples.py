@@ -41,7 +41,10 @@ def test_the_quantizer_in_another_autoencoder_learns(emoji: dict[str, Path], tmp
     said = run("quantizer_in_your_autoencoder.py", tmp_path / "images.npy", 150).splitlines()
     errors = [float(line.split("error ")[1].split(",")[0]) for line in said]
     assert len(errors) == 3
-    assert errors[-1] < 0.6 * errors[0]
+    scaled = images.float() / 127.5 - 1
+    about_mean = float((scaled - scaled.mean(0)).square().mean())  # the error of always showing the mean image
+    assert errors[-1] < errors[0]
+    assert errors[-1] < about_mean / 3  # of six seeds none was above 0.29 of it
 
 
 def test_photos_become_new_images(tmp_path: Path) -> None:
