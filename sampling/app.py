@@ -60,6 +60,7 @@ def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True, auth
         _, address, _ = page.queue(max_size=256).launch(
             server_name=host, server_port=port, prevent_thread_lock=not block, quiet=not block, auth=auth,
             max_file_size=LARGEST_BYTES,
+            _frontend=False,  # else gradio looks at the page first, and gives up after 3 seconds on a busy machine
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"port {port} of {host} is not free; choose another with --port") from error

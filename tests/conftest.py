@@ -10,7 +10,11 @@ from helpers import write_tiny_benchmark
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    threads = max(1, min(2, os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    if workers > 1:  # the commands that tests start share the cores, too
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 @pytest.fixture(scope="session")
