@@ -10,7 +10,7 @@ RUN := $(VENV)/bin
 quickstart: $(VENV)/.quickstart
 	$(RUN)/scq quickstart $(if $(OUT),--out $(OUT))
 
-# Two workers, each with half of the files: most of the time goes into commands that start up on one core.
+# Two workers, each beginning with half of the tests: most of the time goes into commands that start up on one core.
 PYTEST := $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test: $(VENV)/.test
