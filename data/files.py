@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data.errors import DataError
+from scq.data.errors import DataError
 
 
 @contextlib.contextmanager

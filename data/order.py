@@ -6,7 +6,7 @@ stands at a position. Nothing here remembers what was read.
 
 import numpy as np
 
-from data.errors import DataError
+from scq.data.errors import DataError
 
 FULL_SHUFFLE_LIMIT = 2**27  # images; two permutations of so many fill 1 GiB
 SHARDS_PER_BLOCK = 16

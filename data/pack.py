@@ -25,12 +25,12 @@ from typing import IO, Any
 import PIL
 from PIL import Image
 
-from data import shards
-from data.check import check, preview
-from data.errors import BadImage, DataError
-from data.files import atomic_write, parse_manifest, remove_leftovers, sha256_of, write_json
-from data.sources import Entry, Source, open_source
-from data.transforms import PROTOCOLS, decode, get_protocol
+from scq.data import shards
+from scq.data.check import check, preview
+from scq.data.errors import BadImage, DataError
+from scq.data.files import atomic_write, parse_manifest, remove_leftovers, sha256_of, write_json
+from scq.data.sources import Entry, Source, open_source
+from scq.data.transforms import PROTOCOLS, decode, get_protocol
 
 __all__ = ["check", "pack", "preview"]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from data.errors import DataError
+from scq.data.errors import DataError
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -283,8 +283,8 @@ def open_source(format: str, path: str | os.PathLike, split: str | None = None) 
 
     Raises DataError for an unknown format, a missing path, an unknown split, or a set without any image.
     """
-    from data.cifar10 import Cifar10Source
-    from data.lsun import LsunSource
+    from scq.data.cifar10 import Cifar10Source
+    from scq.data.lsun import LsunSource
 
     kinds = {kind.format: kind for kind in (FolderSource, LsunSource, Cifar10Source, GtsrbSource, EmojiSource)}
     if format not in kinds:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.errors import BadImage, DataError
-from data.order import BlockOrder, EpochOrder, Place, create_order, flips, rank_slice
-from data.shards import ShardSet
-from data.transforms import decode
+from scq.data.errors import BadImage, DataError
+from scq.data.order import BlockOrder, EpochOrder, Place, create_order, flips, rank_slice
+from scq.data.shards import ShardSet
+from scq.data.transforms import decode
 
 CACHE_BYTES = 512 * 2**20  # decoded sets smaller than this stay in memory
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data.errors import DataError
-from data.files import (
+from scq.data.errors import DataError
+from scq.data.files import (
     atomic_write,
     contents_fingerprint,
     parse_manifest,
@@ -24,7 +24,7 @@ from data.files import (
     sha256_of,
     write_json,
 )
-from data.order import Place, create_order, random_bits, rank_slice
+from scq.data.order import Place, create_order, random_bits, rank_slice
 
 MANIFEST, FORMAT = "manifest.json", "scq-tokens-1"
 IMAGES_PER_SHARD = 10_000

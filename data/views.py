@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from data.order import random_bits
+from scq.data.order import random_bits
 
 
 def augmented_view(images: torch.Tensor, numbers: torch.Tensor, view: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ from types import ModuleType
 MODULES = [
     "stage1_tokenizer.quantizers.interface",
     "stage1_tokenizer.quantizers.soft_convex",
-    "stage1_tokenizer.quantizers.convex_solver",
-    "stage1_tokenizer.quantizers.baselines",
+    "stage1_tokenizer.solver.solve",
+    "stage1_tokenizer.quantizers.vq",
     "stage1_tokenizer.quantizers.library",
     "stage1_tokenizer.autoencoder",
     "stage1_tokenizer.train",
@@ -34,13 +34,13 @@ MODULES = [
     "evaluation.evaluate",
     "evaluation.reference",
     "evaluation.neighbours",
-    "evaluation.metrics",
-    "evaluation.fid_infinity",
-    "evaluation.mixture_rate",
-    "evaluation.networks",
-    "evaluation.inception",
-    "evaluation.dinov2",
-    "evaluation.benchmark",
+    "evaluation.metrics.scores",
+    "evaluation.metrics.fid_infinity",
+    "evaluation.metrics.mixture_rate",
+    "evaluation.metrics.networks",
+    "evaluation.metrics.inception",
+    "evaluation.metrics.dinov2",
+    "evaluation.benchmark.run",
 ]
 TARGET = Path(__file__).with_name("api.md")
 

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evaluation.report import render, summary_table
+from scq.evaluation.benchmark.report import render, summary_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).with_name("results")

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from engine.errors import UserError
-from engine.sharding import is_sharded, load_optimizer_state, load_whole, optimizer_state, whole_state
+from scq.engine.errors import UserError
+from scq.engine.sharding import is_sharded, load_optimizer_state, load_whole, optimizer_state, whole_state
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

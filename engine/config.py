@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from engine.errors import UserError
+from scq.engine.errors import UserError
 
 Schema = TypeVar("Schema")
 CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"

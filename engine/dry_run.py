@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from engine.config import LoopConfig
-from engine.loop import Task
+from scq.engine.config import LoopConfig
+from scq.engine.loop import Task
 
 PROBED_IMAGES = 4  # small enough for any machine; memory and time are scaled from them
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import UserError
+from scq.engine.errors import UserError
 
 _INDEXES = ("model_index.json", "config.json")  # where diffusers writes the class of what a folder holds
 

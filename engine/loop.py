@@ -22,16 +22,16 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine.checkpoint import Checkpoints
-from engine.config import LoopConfig, OptimizerConfig
-from engine.errors import NotFiniteError, UserError
-from engine.pictures import curves
-from engine.processes import join_processes, process_place, sum_across_processes
-from engine.progress import progress_bar, say
-from engine.randomness import step_seed
-from engine.schedules import learning_rate_share
-from engine.sharding import Whole, is_sharded
-from engine.tracking import RunFolder, checked_tracker, read_metrics
+from scq.engine.checkpoint import Checkpoints
+from scq.engine.config import LoopConfig, OptimizerConfig
+from scq.engine.errors import NotFiniteError, UserError
+from scq.engine.pictures import curves
+from scq.engine.processes import join_processes, process_place, sum_across_processes
+from scq.engine.progress import progress_bar, say
+from scq.engine.randomness import step_seed
+from scq.engine.schedules import learning_rate_share
+from scq.engine.sharding import Whole, is_sharded
+from scq.engine.tracking import RunFolder, checked_tracker, read_metrics
 
 
 class Task(Protocol):

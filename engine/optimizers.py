@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from engine.config import LoopConfig, OptimizerConfig
+from scq.engine.config import LoopConfig, OptimizerConfig
 
 Part = TypeVar("Part")
 

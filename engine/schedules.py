@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from engine.errors import UserError
+from scq.engine.errors import UserError
 
 
 def learning_rate_share(step: int, total: int, warmup: int, schedule: str, final_share: float) -> float:

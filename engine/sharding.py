@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine.errors import UserError
-from engine.processes import across_processes
+from scq.engine.errors import UserError
+from scq.engine.processes import across_processes
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
-from engine.checkpoint import whole_checkpoints
-from engine.config import as_dict, load_config, save_config, write_atomically
-from engine.errors import UserError
+from scq.engine.checkpoint import whole_checkpoints
+from scq.engine.config import as_dict, load_config, save_config, write_atomically
+from scq.engine.errors import UserError
 
 # What may differ between the run that wrote a folder and the one that goes on in it. Where the data lies may change;
 # whether it is the same data, and whether a tokenizer or a prior at another place is the same network, is checked by

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.errors import UserError
+from scq.engine.errors import UserError
 
 
 def read_weights(path: Path, what: str) -> dict[str, Tensor]:

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.stream import Batch
-from engine.processes import process_place, sum_across_processes
-from evaluation.features import FeatureSet, extract_features, extract_with_each
-from evaluation.fid_infinity import fid_infinity
-from evaluation.metrics import (
+from scq.data.stream import Batch
+from scq.engine.processes import process_place, sum_across_processes
+from scq.evaluation.benchmark.plots import stacked_rows
+from scq.evaluation.metrics.features import FeatureSet, extract_features, extract_with_each
+from scq.evaluation.metrics.fid_infinity import fid_infinity
+from scq.evaluation.metrics.mixture_rate import round_mixture
+from scq.evaluation.metrics.networks import FeatureNetwork
+from scq.evaluation.metrics.scores import (
     CodebookUsage,
     CodeCounter,
     ReconstructionMetrics,
@@ -25,15 +28,12 @@ from evaluation.metrics import (
     measuring_device,
     precision_recall,
 )
-from evaluation.mixture_rate import round_mixture
-from evaluation.neighbours import FirstImages, nearest_images
-from evaluation.networks import FeatureNetwork
-from evaluation.plots import stacked_rows
-from evaluation.reference import Progress, Reference, image_counter
-from sampling.chunks import in_equal_chunks
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from stage1_tokenizer.quantizers import Mixture
-from stage2_prior.refiner import ConvexRefiner
+from scq.evaluation.neighbours import FirstImages, nearest_images
+from scq.evaluation.reference import Progress, Reference, image_counter
+from scq.sampling.chunks import in_equal_chunks
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from scq.stage1_tokenizer.quantizers import Mixture
+from scq.stage2_prior.refiner import ConvexRefiner
 
 
 class Reconstructions(NamedTuple):
@@ -140,7 +140,7 @@ def _latents(
 def sample_features(
     images: Iterable[Any], count: int, network: FeatureNetwork, progress: Progress | None = None
 ) -> FeatureSet:
-    """Features of generated images: batches as in evaluation.features, this process's share of ``count`` images."""
+    """Features of generated images: batches as in metrics.features, this process's share of ``count`` images."""
     return _sample_features(images, count, [network], progress)[0]
 
 
@@ -243,7 +243,7 @@ def evaluate(
     With several processes every one must call it, and every one gets the whole result.
 
     Args:
-        draw: ``draw(n)`` yields this process's share of n images (see evaluation.features); None where there is only a
+        draw: ``draw(n)`` yields this process's share of n images (see metrics.features); None where there is only a
             tokenizer.
         num_samples: how many to draw; 0 for as many as the reference holds.
         cache: file for the reference's features; those of a second network go to NAME_second beside it.

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.processes import gather_objects
-from evaluation.features import FeatureSet
-from evaluation.metrics import measuring_device, nearest_neighbors
-from evaluation.reference import Reference
+from scq.engine.processes import gather_objects
+from scq.evaluation.metrics.features import FeatureSet
+from scq.evaluation.metrics.scores import measuring_device, nearest_neighbors
+from scq.evaluation.reference import Reference
 
 PICTURED_NEIGHBOURS = 12
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from data.stream import Batch, ImageStream
-from engine.errors import UserError
-from engine.processes import process_place
-from evaluation.features import FeatureSet, RealSet, cached_features, extract_features
-from evaluation.networks import FeatureNetwork
+from scq.data.stream import Batch, ImageStream
+from scq.engine.errors import UserError
+from scq.engine.processes import process_place
+from scq.evaluation.metrics.features import FeatureSet, RealSet, cached_features, extract_features
+from scq.evaluation.metrics.networks import FeatureNetwork
 
 Progress = Callable[[int, int], None]  # images done, images in all
 _REFERENCE_SEED = 0  # of the shuffle that picks a reference when not the whole split is asked for

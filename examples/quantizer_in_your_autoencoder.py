@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stage1_tokenizer.quantizers import SoftConvexQuantizer
+from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer
 
 
 class Autoencoder(nn.Module):

@@ -11,5 +11,5 @@ if [ -n "${CPU:-}" ]; then # accelerate's launcher starts one process only where
 else
     start="accelerate launch --num_processes ${PROCESSES:-2} --module"
 fi
-exec $start engine.cli train tokenizer --config configs/quickstart/tokenizer_scq.yaml \
+exec $start scq train tokenizer --config configs/quickstart/tokenizer_scq.yaml \
     data.train="$shards" out="$run" "$@"

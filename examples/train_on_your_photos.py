@@ -6,12 +6,12 @@ python examples/train_on_your_photos.py PHOTOS RUN [STEPS]
 import sys
 from pathlib import Path
 
-from data.pack import pack
-from engine.config import CONFIG_ROOT, load_config
-from sampling import SoftConvexPipeline
-from stage1_tokenizer.train import TokenizerExperiment, load_tokenizer, train_tokenizer
-from stage1_tokenizer.write_tokens import write_tokens
-from stage2_prior.train import PriorExperiment, train_prior
+from scq.data.pack import pack
+from scq.engine.config import CONFIG_ROOT, load_config
+from scq.sampling import SoftConvexPipeline
+from scq.stage1_tokenizer.train import TokenizerExperiment, load_tokenizer, train_tokenizer
+from scq.stage1_tokenizer.write_tokens import write_tokens
+from scq.stage2_prior.train import PriorExperiment, train_prior
 
 
 def main(photos: str, run: str, steps: int = 1000) -> None:

@@ -1,5 +1,5 @@
 """Drawing images: samplers, the diffusers pipeline, the page."""
 
-from sampling.pipeline import EMBEDDED, SoftConvexPipeline
+from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
 
 __all__ = ["EMBEDDED", "SoftConvexPipeline"]

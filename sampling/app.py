@@ -9,14 +9,14 @@ from pathlib import Path
 
 import gradio as gr
 
-from engine.errors import UserError
-from sampling.pipeline import SoftConvexPipeline
-from sampling.studio.edit import edit_tab
-from sampling.studio.generate import generate_tab
-from sampling.studio.inspect import inspect_tab
-from sampling.studio.results import results_tab
-from sampling.studio.steps import fingerprints
-from sampling.studio.uploads import LARGEST_BYTES
+from scq.engine.errors import UserError
+from scq.sampling.pipeline import SoftConvexPipeline
+from scq.sampling.studio.edit import edit_tab
+from scq.sampling.studio.generate import generate_tab
+from scq.sampling.studio.inspect import inspect_tab
+from scq.sampling.studio.results import results_tab
+from scq.sampling.studio.steps import fingerprints
+from scq.sampling.studio.uploads import LARGEST_BYTES
 
 KEPT_SECONDS = 3600  # how long a drawn picture stays on the server
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sampling.editing import tokens_under, variation_mask
-from sampling.images import Pictures, to_mask
+from scq.sampling.editing import tokens_under, variation_mask
+from scq.sampling.images import Pictures, to_mask
 
 if TYPE_CHECKING:
-    from sampling.pipeline import SoftConvexPipeline
+    from scq.sampling.pipeline import SoftConvexPipeline
 
 LARGEST_SEED = 2**63 - 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from engine.randomness import image_uniform
+from scq.engine.randomness import image_uniform
 
 Place = tuple[slice, slice]  # of a canvas: rows, columns
 # (step, of so many steps, grids (B, h, w)), after each step

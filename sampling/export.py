@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.folders import refuse_to_replace, replaced_model
-from sampling.pipeline import SoftConvexPipeline
+from scq.engine.folders import refuse_to_replace, replaced_model
+from scq.sampling.pipeline import SoftConvexPipeline
 
 
 @torch.no_grad()

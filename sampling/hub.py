@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from engine.errors import UserError
+from scq.engine.errors import UserError
 
 # Folders that this project's commands and its users keep models and data in: nobody's name on the hub is meant.
 LOCAL_FOLDERS = frozenset(

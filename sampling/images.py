@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from data.transforms import centre_box, to_rgb
+from scq.data.transforms import centre_box, to_rgb
 
 Pictures = Image.Image | Sequence[Image.Image] | torch.Tensor
 Output = list[Image.Image] | torch.Tensor | np.ndarray

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sampling.pipeline import SoftConvexPipeline
+    from scq.sampling.pipeline import SoftConvexPipeline
 
 STAGES = ("tokenizer", "prior", "refiner")
 TWEMOJI = (

@@ -12,20 +12,20 @@ import diffusers
 import torch
 from diffusers.utils import BaseOutput
 
-from data.stream import Batch
-from engine.errors import UserError
-from engine.processes import process_place
-from sampling.arguments import codes_to_start_from, image_labels, image_seeds
-from sampling.chunks import in_equal_chunks
-from sampling.editing import Look, fill
-from sampling.images import Output, Pictures, as_output, check_output_type, to_mask, to_pixels
-from sampling.samplers import SAMPLERS, Step, guided
-from sampling.scheduler import UnmaskingScheduler
-from sampling.storage import SavedPipeline
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from stage1_tokenizer.quantizers import Mixture
-from stage2_prior.refiner import ConvexRefiner
-from stage2_prior.transformer import MaskedTransformer
+from scq.data.stream import Batch
+from scq.engine.errors import UserError
+from scq.engine.processes import process_place
+from scq.sampling.arguments import codes_to_start_from, image_labels, image_seeds
+from scq.sampling.chunks import in_equal_chunks
+from scq.sampling.editing import Look, fill
+from scq.sampling.images import Output, Pictures, as_output, check_output_type, to_mask, to_pixels
+from scq.sampling.samplers import SAMPLERS, Step, guided
+from scq.sampling.scheduler import UnmaskingScheduler
+from scq.sampling.storage import SavedPipeline
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from scq.stage1_tokenizer.quantizers import Mixture
+from scq.stage2_prior.refiner import ConvexRefiner
+from scq.stage2_prior.transformer import MaskedTransformer
 
 EMBEDDED = Path(__file__).parent / "pretrained"  # the model that comes with the package
 

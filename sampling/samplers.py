@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from engine.randomness import image_gumbel, image_uniform
-from stage2_prior.masking import mask_share
+from scq.engine.randomness import image_gumbel, image_uniform
+from scq.stage2_prior.masking import mask_share
 
 # Tokens (B, L) and how far the generation is, in [0, 1) -> logits (B, L, K).
 Predict = Callable[[torch.Tensor, float], torch.Tensor]

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin
 
-from engine.config import as_dict, load_config
-from sampling.samplers import MAY_TAKE_MORE_STEPS_THAN_TOKENS, SAMPLERS, SamplerSettings
+from scq.engine.config import as_dict, load_config
+from scq.sampling.samplers import MAY_TAKE_MORE_STEPS_THAN_TOKENS, SAMPLERS, SamplerSettings
 
 
 @dataclass

@@ -12,17 +12,17 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from engine.config import write_atomically
-from engine.errors import UserError
-from engine.folders import replaced_model
-from sampling.hub import first_line, local_folder
-from sampling.hub import upload as upload_folder
-from sampling.model_card import model_card
-from sampling.scheduler import UnmaskingScheduler
-from stage1_tokenizer.autoencoder import ImageTokenizer
-from stage1_tokenizer.train import load_tokenizer
-from stage2_prior.refiner import ConvexRefiner
-from stage2_prior.transformer import MaskedTransformer
+from scq.engine.config import write_atomically
+from scq.engine.errors import UserError
+from scq.engine.folders import replaced_model
+from scq.sampling.hub import first_line, local_folder
+from scq.sampling.hub import upload as upload_folder
+from scq.sampling.model_card import model_card
+from scq.sampling.scheduler import UnmaskingScheduler
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer
+from scq.stage1_tokenizer.train import load_tokenizer
+from scq.stage2_prior.refiner import ConvexRefiner
+from scq.stage2_prior.transformer import MaskedTransformer
 
 MEASURED = "measured.json"
 _LOCAL = {"local_files_only": True, "use_safetensors": True}  # nothing is looked for elsewhere, nothing is unpickled

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.processes import sum_across_processes
+from scq.engine.processes import sum_across_processes
 
 GAMES = ("hinge", "non-saturating")
 AUGMENTATIONS = ("colour", "shift", "cutout")

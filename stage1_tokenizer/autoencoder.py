@@ -11,11 +11,11 @@ from diffusers.models.autoencoders.vae import Decoder, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from engine.errors import UserError
-from engine.fingerprint import fingerprint
-from stage1_tokenizer.latent_network import LatentNetwork
-from stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
-from stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
+from scq.engine.errors import UserError
+from scq.engine.fingerprint import fingerprint
+from scq.stage1_tokenizer.latent_network import LatentNetwork
+from scq.stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
+from scq.stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
 
 
 class ImageTokenizer(ModelMixin, ConfigMixin):

@@ -10,11 +10,11 @@ from torch import nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import VGG16_Weights, vgg16
 
-from engine.errors import UserError
-from engine.processes import process_place, sum_across_processes
-from engine.schedules import linear_ramp
-from engine.weights import read_weights
-from stage1_tokenizer.adversarial import (
+from scq.engine.errors import UserError
+from scq.engine.processes import process_place, sum_across_processes
+from scq.engine.schedules import linear_ramp
+from scq.engine.weights import read_weights
+from scq.stage1_tokenizer.adversarial import (
     AUGMENTATIONS,
     GAMES,
     LeCam,
@@ -23,7 +23,7 @@ from stage1_tokenizer.adversarial import (
     generator_loss,
     gradient_penalty,
 )
-from stage1_tokenizer.discriminator import PatchDiscriminator
+from scq.stage1_tokenizer.discriminator import PatchDiscriminator
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.errors import UserError
-from stage1_tokenizer.quantizers import Quantized, Quantizer
+from scq.engine.errors import UserError
+from scq.stage1_tokenizer.quantizers import Quantized, Quantizer
 
 
 @dataclass

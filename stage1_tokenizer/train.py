@@ -17,21 +17,21 @@ from safetensors.torch import load_model
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from data.shards import MANIFEST
-from data.stream import Batch, ImageStream, iterate_once
-from engine.config import DataConfig, LoopConfig, OptimizerConfig
-from engine.dry_run import PROBED_IMAGES, estimate
-from engine.errors import UserError
-from engine.folders import replaced_model
-from engine.loop import Trained, make_accelerator, train
-from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
-from engine.pictures import picture_grid
-from engine.progress import say
-from engine.randomness import image_uniform
-from engine.tracking import RunFolder
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from stage1_tokenizer.losses import LossConfig, TokenizerLoss
-from stage1_tokenizer.robustness import NeighbourSwap, RobustnessConfig, swapped_share
+from scq.data.shards import MANIFEST
+from scq.data.stream import Batch, ImageStream, iterate_once
+from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig
+from scq.engine.dry_run import PROBED_IMAGES, estimate
+from scq.engine.errors import UserError
+from scq.engine.folders import replaced_model
+from scq.engine.loop import Trained, make_accelerator, train
+from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
+from scq.engine.pictures import picture_grid
+from scq.engine.progress import say
+from scq.engine.randomness import image_uniform
+from scq.engine.tracking import RunFolder
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from scq.stage1_tokenizer.losses import LossConfig, TokenizerLoss
+from scq.stage1_tokenizer.robustness import NeighbourSwap, RobustnessConfig, swapped_share
 
 
 @dataclass

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from data.shards import ShardSet
-from data.stream import iterate_once
-from data.tokens import TokenDataset, TokenWriter
-from data.views import augmented_view
-from engine.errors import UserError
-from engine.processes import join_processes
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
+from scq.data.shards import ShardSet
+from scq.data.stream import iterate_once
+from scq.data.tokens import TokenDataset, TokenWriter
+from scq.data.views import augmented_view
+from scq.engine.errors import UserError
+from scq.engine.processes import join_processes
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.randomness import image_uniform
+from scq.engine.randomness import image_uniform
 
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill [0, 1) evenly
 

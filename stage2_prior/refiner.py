@@ -16,8 +16,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from engine.randomness import image_uniform
-from stage1_tokenizer.latent_network import LatentNetwork
+from scq.engine.randomness import image_uniform
+from scq.stage1_tokenizer.latent_network import LatentNetwork
 
 KINDS = ("regression", "flow")
 

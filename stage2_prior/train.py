@@ -14,20 +14,20 @@ from timm.models.eva import EvaBlock
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from data.tokens import TokenBatch, TokenDataset, TokenStream
-from engine.config import LoopConfig, OptimizerConfig
-from engine.dry_run import PROBED_IMAGES, estimate
-from engine.errors import UserError
-from engine.loop import Trained, make_accelerator, train
-from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
-from engine.processes import process_place, sum_across_processes
-from engine.progress import say
-from engine.randomness import image_uniform
-from engine.sharding import shard
-from engine.tracking import RunFolder
-from stage2_prior.likelihood import likelihood_bound
-from stage2_prior.masking import loss_weight, mask_share, mask_tokens, masked_count
-from stage2_prior.transformer import MaskedTransformer
+from scq.data.tokens import TokenBatch, TokenDataset, TokenStream
+from scq.engine.config import LoopConfig, OptimizerConfig
+from scq.engine.dry_run import PROBED_IMAGES, estimate
+from scq.engine.errors import UserError
+from scq.engine.loop import Trained, make_accelerator, train
+from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
+from scq.engine.processes import process_place, sum_across_processes
+from scq.engine.progress import say
+from scq.engine.randomness import image_uniform
+from scq.engine.sharding import shard
+from scq.engine.tracking import RunFolder
+from scq.stage2_prior.likelihood import likelihood_bound
+from scq.stage2_prior.masking import loss_weight, mask_share, mask_tokens, masked_count
+from scq.stage2_prior.transformer import MaskedTransformer
 
 SCORED_IMAGES = 2000  # held-out images that validation takes
 

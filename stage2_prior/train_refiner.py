@@ -14,21 +14,21 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from data.stream import Batch, ImageStream
-from engine.config import DataConfig, LoopConfig, OptimizerConfig
-from engine.dry_run import estimate
-from engine.errors import UserError
-from engine.fingerprint import fingerprint
-from engine.loop import Trained, make_accelerator, train
-from engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
-from engine.pictures import picture_grid
-from engine.progress import say
-from engine.randomness import image_gumbel, image_uniform
-from engine.tracking import RunFolder
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from stage1_tokenizer.train import open_stream, probe_images
-from stage2_prior.refiner import ConvexRefiner, standard_normal
-from stage2_prior.transformer import MaskedTransformer
+from scq.data.stream import Batch, ImageStream
+from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig
+from scq.engine.dry_run import estimate
+from scq.engine.errors import UserError
+from scq.engine.fingerprint import fingerprint
+from scq.engine.loop import Trained, make_accelerator, train
+from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
+from scq.engine.pictures import picture_grid
+from scq.engine.progress import say
+from scq.engine.randomness import image_gumbel, image_uniform
+from scq.engine.tracking import RunFolder
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from scq.stage1_tokenizer.train import open_stream, probe_images
+from scq.stage2_prior.refiner import ConvexRefiner, standard_normal
+from scq.stage2_prior.transformer import MaskedTransformer
 
 MEASURED_IMAGES = 512  # from which the spread of latents around their codes is taken, and on which a refiner is scored
 

@@ -20,7 +20,7 @@ def _few_threads() -> None:
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Emoji at 32 pixels as shards, 'train' and 'test'."""
-    from data.pack import pack
+    from scq.data.pack import pack
 
     folder = tmp_path_factory.mktemp("emoji")
     for split in ("train", "test"):
@@ -31,7 +31,7 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run of the whole main job; its ``model`` is barely trained, but real."""
-    from evaluation.benchmark import run_benchmark
+    from scq.evaluation.benchmark.run import run_benchmark
 
     folder = tmp_path_factory.mktemp("tiny")
     run_benchmark(write_tiny_benchmark(folder), folder / "run")

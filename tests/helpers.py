@@ -10,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def run_scq(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, as a user calls it."""
-    command = [sys.executable, "-m", "engine.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "scq", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
 
 

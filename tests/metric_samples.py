@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from evaluation.features import FeatureSet
+from scq.evaluation.metrics.features import FeatureSet
 
 
 class PixelMoments(nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stage1_tokenizer.quantizers import convex_solver
+from scq.stage1_tokenizer.solver import solve as convex_solver
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,8 +9,8 @@ import gradio as gr
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from sampling.app import serve
-from sampling.studio.edit import INPAINT
+from scq.sampling.app import serve
+from scq.sampling.studio.edit import INPAINT
 
 GENERATE = {"seed": 0, "count": 3, "steps": 4, "sampler": "maskgit", "temperature": 1.0, "choice": 4.5, "top_p": 1.0}
 GENERATE["refine"] = True

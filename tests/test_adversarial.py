@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.errors import UserError
-from stage1_tokenizer.adversarial import (
+from scq.engine.errors import UserError
+from scq.stage1_tokenizer.adversarial import (
     AUGMENTATIONS,
     LeCam,
     augment,
@@ -13,8 +13,8 @@ from stage1_tokenizer.adversarial import (
     generator_loss,
     gradient_penalty,
 )
-from stage1_tokenizer.discriminator import PatchDiscriminator
-from stage1_tokenizer.losses import LossConfig, TokenizerLoss, adaptive_weight
+from scq.stage1_tokenizer.discriminator import PatchDiscriminator
+from scq.stage1_tokenizer.losses import LossConfig, TokenizerLoss, adaptive_weight
 
 
 def test_hinge_loss() -> None:

@@ -21,14 +21,14 @@ from gradio_client import Client, handle_file
 from PIL import Image
 from studio_client import EDIT, GENERATE, drawing, edit, generate, pixels, serving
 
-from engine.config import CONFIG_ROOT
-from engine.fingerprint import fingerprint
-from sampling.app import build_page, serve
-from sampling.pipeline import ImageOutput, SoftConvexPipeline
-from sampling.scheduler import UnmaskingScheduler
-from sampling.studio.edit import INPAINT, OUTPAINT, VARY
-from sampling.studio.steps import step_by_step
-from stage2_prior.transformer import MaskedTransformer
+from scq.engine.config import CONFIG_ROOT
+from scq.engine.fingerprint import fingerprint
+from scq.sampling.app import build_page, serve
+from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
+from scq.sampling.scheduler import UnmaskingScheduler
+from scq.sampling.studio.edit import INPAINT, OUTPAINT, VARY
+from scq.sampling.studio.steps import step_by_step
+from scq.stage2_prior.transformer import MaskedTransformer
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
-from data.stream import iterate_once
-from engine.config import CONFIG_ROOT
-from sampling import EMBEDDED, SoftConvexPipeline
-from sampling.app import build_page, serve
-from sampling.images import enlarge, to_pictures
+from scq.data.stream import iterate_once
+from scq.engine.config import CONFIG_ROOT
+from scq.sampling import EMBEDDED, SoftConvexPipeline
+from scq.sampling.app import build_page, serve
+from scq.sampling.images import enlarge, to_pictures
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Without these Chromium looks for its maker's hosts at every start.

@@ -6,7 +6,7 @@ import gradio as gr
 from PIL import Image
 from studio_client import serving
 
-from sampling.studio.results import NO_REPORTS, find_reports, results_tab
+from scq.sampling.studio.results import NO_REPORTS, find_reports, results_tab
 
 
 def test_reports_of_one_name_are_told_apart_and_the_users_own_comes_first(tmp_path: Path) -> None:

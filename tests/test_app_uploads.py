@@ -14,10 +14,10 @@ from gradio_client import Client, handle_file
 from PIL import ExifTags, Image
 from studio_client import drawing, edit, generate, pixels, serving
 
-from sampling.app import build_page
-from sampling.images import enlarge, to_mask, to_pictures, to_pixels
-from sampling.pipeline import SoftConvexPipeline
-from sampling.studio.edit import VARY
+from scq.sampling.app import build_page
+from scq.sampling.images import enlarge, to_mask, to_pictures, to_pixels
+from scq.sampling.pipeline import SoftConvexPipeline
+from scq.sampling.studio.edit import VARY
 
 
 @pytest.fixture(scope="module")

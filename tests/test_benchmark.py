@@ -12,13 +12,13 @@ import torch
 from helpers import REPOSITORY, SEVERAL, launcher, run_scq, write_tiny_benchmark
 from PIL import Image
 
-from data.stream import ImageStream
-from data.tokens import TokenDataset
-from engine.errors import UserError
-from evaluation.benchmark import ArmConfig, _refiners, run_benchmark
-from evaluation.evaluate import Reference
-from evaluation.phases import Phases
-from sampling.pipeline import SoftConvexPipeline
+from scq.data.stream import ImageStream
+from scq.data.tokens import TokenDataset
+from scq.engine.errors import UserError
+from scq.evaluation.benchmark.phases import Phases
+from scq.evaluation.benchmark.run import ArmConfig, _refiners, run_benchmark
+from scq.evaluation.evaluate import Reference
+from scq.sampling.pipeline import SoftConvexPipeline
 
 
 def test_every_number_is_there(tiny_run: Path) -> None:
@@ -104,7 +104,7 @@ def test_two_processes_evaluate_as_one(tiny_run: Path, tmp_path: Path) -> None:
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
         result = subprocess.run(
-            [*launcher(processes), "-m", "engine.cli", "evaluate", "--model", str(tiny_run / "model")]
+            [*launcher(processes), "-m", "scq", "evaluate", "--model", str(tiny_run / "model")]
             + ["--data", str(tiny_run / "shards" / "test"), "--num-real", "27", "--num-samples", "19"]
             + ["--weight-bits", "3", "--out", str(out)],
             cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=SEVERAL,
@@ -119,7 +119,7 @@ def test_two_processes_evaluate_as_one(tiny_run: Path, tmp_path: Path) -> None:
 
 def test_two_processes_tokenize_as_one(tiny_run: Path, tmp_path: Path) -> None:
     result = subprocess.run(
-        [*launcher(2), "-m", "engine.cli", "tokenize", "--model", str(tiny_run / "arms" / "scq" / "tokenizer")]
+        [*launcher(2), "-m", "scq", "tokenize", "--model", str(tiny_run / "arms" / "scq" / "tokenizer")]
         + ["--data", str(tiny_run / "shards" / "train"), "--out", str(tmp_path / "tokens")],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=SEVERAL,
     )  # fmt: skip

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, SEVERAL, launcher, write_tiny_benchmark
 
-from engine.tracking import read_metrics
-from evaluation.benchmark import run_benchmark
-from stage1_tokenizer.train import load_tokenizer
+from scq.engine.tracking import read_metrics
+from scq.evaluation.benchmark.run import run_benchmark
+from scq.stage1_tokenizer.train import load_tokenizer
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_stages_that_two_processes_trained_are_reused(
     ]
     for stage in stages:
         result = subprocess.run(
-            [*launcher(2), "-m", "engine.cli", *map(str, stage)],
+            [*launcher(2), "-m", "scq", *map(str, stage)],
             cwd=REPOSITORY, capture_output=True, text=True, timeout=300, env=SEVERAL,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-2000:]

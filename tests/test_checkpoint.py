@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from engine.checkpoint import Checkpoints
-from engine.errors import UserError
+from scq.engine.checkpoint import Checkpoints
+from scq.engine.errors import UserError
 
 
 @pytest.fixture

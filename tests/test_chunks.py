@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sampling.chunks import CHUNK, chunk_size, in_equal_chunks
+from scq.sampling.chunks import CHUNK, chunk_size, in_equal_chunks
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import pytest
 from helpers import run_scq
 from PIL import Image
 
-from engine.cli import build_parser, main
-from engine.errors import UserError
-from sampling.app import serve
+from scq.cli.main import build_parser, main
+from scq.engine.errors import UserError
+from scq.sampling.app import serve
 
 COMMANDS = [
     ["quickstart"], ["data"], ["data", "pack"], ["data", "check"], ["data", "preview"], ["train"],

@@ -3,9 +3,9 @@
 import pytest
 from data_samples import write_folder
 
-from data.benchmark import STREAM, TOKENS, WEBDATASET, benchmark_data, format_table
-from data.errors import DataError
-from data.pack import pack
+from scq.data.errors import DataError
+from scq.data.pack import pack
+from scq.evaluation.speed.reading import STREAM, TOKENS, WEBDATASET, benchmark_data, format_table
 
 
 def test_every_way_is_measured(tmp_path):

@@ -17,11 +17,11 @@ import webdataset
 from data_samples import encoded, photo, pixels, tree_bytes, write_folder, write_lmdb
 from PIL import Image
 
-from data.errors import DataError
-from data.pack import check, pack, preview
-from data.shards import ShardSet, key_of, member_name
-from data.transforms import PROTOCOLS, decode
-from evaluation.reference import Reference
+from scq.data.errors import DataError
+from scq.data.pack import check, pack, preview
+from scq.data.shards import ShardSet, key_of, member_name
+from scq.data.transforms import PROTOCOLS, decode
+from scq.evaluation.reference import Reference
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(folder, tmp_path, mon
         return self.file.write(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.pack._Hashing.write", write)
+        patch.setattr("scq.data.pack._Hashing.write", write)
         with pytest.raises(DataError, match=r"packing stopped at .*No space left on device; it goes on when run again"):
             packed(folder, tmp_path / "out", size=64, images_per_shard=20)
     assert not list((tmp_path / "out").glob(".*"))

@@ -12,9 +12,9 @@ import pytest
 from data_samples import EMOJI_FILES, encoded, photo, write_folder, write_lmdb
 from PIL import Image
 
-from data.errors import DataError
-from data.sources import FolderSource, emoji_group, emoji_split, open_source
-from data.transforms import decode
+from scq.data.errors import DataError
+from scq.data.sources import FolderSource, emoji_group, emoji_split, open_source
+from scq.data.transforms import decode
 
 
 def listed(source):

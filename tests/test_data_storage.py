@@ -16,11 +16,11 @@ import pytest
 import torch
 from data_samples import write_folder
 
-from data.errors import DataError
-from data.pack import check, pack
-from data.shards import ShardSet
-from data.storage import LocalStorage, RemoteStorage, with_retries
-from data.stream import ImageStream, iterate_once
+from scq.data.errors import DataError
+from scq.data.pack import check, pack
+from scq.data.shards import ShardSet
+from scq.data.storage import LocalStorage, RemoteStorage, with_retries
+from scq.data.stream import ImageStream, iterate_once
 
 NUM_IMAGES = 30
 
@@ -35,7 +35,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_and_private(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.storage.PAUSES", (0.01, 0.02))
+    monkeypatch.setattr("scq.data.storage.PAUSES", (0.01, 0.02))
     monkeypatch.setenv("SCQ_CACHE", str(tmp_path / "user_cache"))
 
 
@@ -203,7 +203,7 @@ def test_a_local_read_survives_a_lost_handle(shards):
 
 def test_pauses_grow_and_end(monkeypatch):
     slept, tries = [], []
-    monkeypatch.setattr("data.storage.PAUSES", (1, 2, 4))
+    monkeypatch.setattr("scq.data.storage.PAUSES", (1, 2, 4))
     monkeypatch.setattr("time.sleep", slept.append)
 
     def fail():

@@ -9,12 +9,12 @@ from data_samples import write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.errors import DataError
-from data.order import SHARDS_PER_BLOCK, BlockOrder, EpochOrder, create_order, flips
-from data.pack import pack
-from data.shards import ShardSet
-from data.stream import ImageStream, iterate_once
-from data.transforms import decode
+from scq.data.errors import DataError
+from scq.data.order import SHARDS_PER_BLOCK, BlockOrder, EpochOrder, create_order, flips
+from scq.data.pack import pack
+from scq.data.shards import ShardSet
+from scq.data.stream import ImageStream, iterate_once
+from scq.data.transforms import decode
 
 NUM_IMAGES = 41
 
@@ -271,7 +271,7 @@ def test_block_order_reads_from_few_shards_at_a_time():
 
 
 def test_order_changes_to_blocks_beyond_the_limit(monkeypatch):
-    monkeypatch.setattr("data.order.FULL_SHUFFLE_LIMIT", 40)
+    monkeypatch.setattr("scq.data.order.FULL_SHUFFLE_LIMIT", 40)
     assert isinstance(create_order([20, 20], 0, True), EpochOrder)
     beyond = create_order([20, 21], 0, True)
     assert isinstance(beyond, BlockOrder)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from data_samples import photo
 
-from data.errors import DataError
-from data.order import EpochOrder
-from data.tokens import TokenDataset, TokenStream, TokenWriter
-from data.views import augmented_view
+from scq.data.errors import DataError
+from scq.data.order import EpochOrder
+from scq.data.tokens import TokenDataset, TokenStream, TokenWriter
+from scq.data.views import augmented_view
 
 GRID, CODES, COUNT = (2, 3), 1000, 23
 
@@ -56,7 +56,7 @@ def test_written_tokens_are_read_back(tmp_path, codes, dtype):
 
 
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.tokens.OPEN_SHARDS", 2)
+    monkeypatch.setattr("scq.data.tokens.OPEN_SHARDS", 2)
     indices = tokens()
     target = writer(tmp_path)
     write_all(target, indices[:, 0])

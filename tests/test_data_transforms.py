@@ -7,8 +7,8 @@ import pytest
 from data_samples import encoded, photo, pixels
 from PIL import Image
 
-from data.errors import BadImage, DataError
-from data.transforms import PROTOCOLS, decode, get_protocol, to_rgb
+from scq.data.errors import BadImage, DataError
+from scq.data.transforms import PROTOCOLS, decode, get_protocol, to_rgb
 
 BICUBIC, BOX = Image.Resampling.BICUBIC, Image.Resampling.BOX
 

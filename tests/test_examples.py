@@ -9,7 +9,7 @@ import numpy as np
 from helpers import REPOSITORY
 from PIL import Image
 
-from data.stream import iterate_once
+from scq.data.stream import iterate_once
 
 EXAMPLES = REPOSITORY / "examples"
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import run_scq
 
-from engine.cli import main
-from engine.errors import UserError
-from sampling import EMBEDDED, SoftConvexPipeline
-from sampling.export import export_half
-from sampling.model_card import model_card
+from scq.cli.main import main
+from scq.engine.errors import UserError
+from scq.sampling import EMBEDDED, SoftConvexPipeline
+from scq.sampling.export import export_half
+from scq.sampling.model_card import model_card
 
 
 def size(folder: Path) -> int:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from metric_samples import Batch, PixelMoments, emoji_images, feature_set
 
-from engine.errors import UserError
-from evaluation.features import FeatureSet, RealSet, cached_features, extract_features
-from evaluation.metrics import ReconstructionMetrics, fid, kid
+from scq.engine.errors import UserError
+from scq.evaluation.metrics.features import FeatureSet, RealSet, cached_features, extract_features
+from scq.evaluation.metrics.scores import ReconstructionMetrics, fid, kid
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def test_gathered_features_are_those_of_one_process(tmp_path):
     program = textwrap.dedent("""
         import sys, torch, torch.distributed as distributed
         from pathlib import Path
-        from evaluation.features import FeatureSet, RealSet, cached_features
-        from evaluation.metrics import fid, kid, ReconstructionMetrics
+        from scq.evaluation.metrics.features import FeatureSet, RealSet, cached_features
+        from scq.evaluation.metrics.scores import fid, kid, ReconstructionMetrics
         from metric_samples import Batch, PixelMoments
         rank = int(sys.argv[1])
         distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meet", rank=rank, world_size=2)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import UserError
-from evaluation.features import FeatureSet
-from evaluation.fid_infinity import fid_infinity
-from evaluation.metrics import fid
+from scq.engine.errors import UserError
+from scq.evaluation.metrics.features import FeatureSet
+from scq.evaluation.metrics.fid_infinity import fid_infinity
+from scq.evaluation.metrics.scores import fid
 
 DIM = 24
 TRUTH = 24 * 0.1**2 + 24 * (1.2 - 1) ** 2  # N(0, 1) against N(0.1, 1.2^2) in each of 24 features

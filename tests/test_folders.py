@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UserError
-from engine.folders import replaced_model
+from scq.engine.errors import UserError
+from scq.engine.folders import replaced_model
 
 OURS = {"Painter"}
 

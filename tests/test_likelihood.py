@@ -6,7 +6,7 @@ from itertools import permutations, product
 import pytest
 import torch
 
-from stage2_prior.likelihood import likelihood_bound
+from scq.stage2_prior.likelihood import likelihood_bound
 
 MASK = 2
 

@@ -16,15 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
-from data.stream import Batch
-from data.tokens import TokenBatch
-from engine.cli import build_parser
-from engine.config import CONFIG_ROOT, load_config
-from engine.loop import make_accelerator
-from evaluation.benchmark import BenchmarkConfig
-from stage1_tokenizer.train import TokenizerExperiment, TokenizerTask, build_tokenizer
-from stage2_prior.train import PriorExperiment, PriorTask
-from stage2_prior.train_refiner import RefinerExperiment, RefinerTask
+from scq.cli.main import build_parser
+from scq.data.stream import Batch
+from scq.data.tokens import TokenBatch
+from scq.engine.config import CONFIG_ROOT, load_config
+from scq.engine.loop import make_accelerator
+from scq.evaluation.benchmark.run import BenchmarkConfig
+from scq.stage1_tokenizer.train import TokenizerExperiment, TokenizerTask, build_tokenizer
+from scq.stage2_prior.train import PriorExperiment, PriorTask
+from scq.stage2_prior.train_refiner import RefinerExperiment, RefinerTask
 
 PAGE = (REPOSITORY / "docs" / "benchmark.md").read_text()
 BENCHMARK = CONFIG_ROOT / "benchmarks" / "lsun_church_256.yaml"
@@ -117,7 +117,7 @@ def test_the_pages_launches_name_configs_and_settings_that_exist() -> None:
     for command, stage in launched:
         words = shlex.split(command)
         accelerated = launch_command_parser().parse_args([*launcher[2:], *words])
-        assert (accelerated.num_processes, accelerated.module, accelerated.training_script) == (8, True, "engine.cli")
+        assert (accelerated.num_processes, accelerated.module, accelerated.training_script) == (8, True, "scq")
         assert accelerated.training_script_args == words
         options = build_parser().parse_args(words)
         load_config(schemas[stage], REPOSITORY / options.config, options.overrides)

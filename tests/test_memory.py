@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from engine.memory import keep_freed_memory
+from scq.engine.memory import keep_freed_memory
 
 FAULTS = """
 import resource
 import numpy
-from engine.memory import keep_freed_memory
+from scq.engine.memory import keep_freed_memory
 
 {call}
 def step():
@@ -44,5 +44,5 @@ def test_the_users_own_settings_win():
 
 def test_it_says_whether_the_c_library_took_it(monkeypatch):
     assert keep_freed_memory() is sys.platform.startswith("linux")
-    monkeypatch.setattr("engine.memory.ctypes.CDLL", lambda name: object())
+    monkeypatch.setattr("scq.engine.memory.ctypes.CDLL", lambda name: object())
     assert keep_freed_memory() is False

@@ -10,9 +10,16 @@ import torch_fidelity.metric_prc
 from metric_samples import PixelMoments, emoji_images, feature_set, gaussians
 from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance, PeakSignalNoiseRatio
 
-from engine.errors import UserError
-from evaluation.features import FeatureSet, extract_features
-from evaluation.metrics import ReconstructionMetrics, codebook_usage, fid, kid, nearest_neighbors, precision_recall
+from scq.engine.errors import UserError
+from scq.evaluation.metrics.features import FeatureSet, extract_features
+from scq.evaluation.metrics.scores import (
+    ReconstructionMetrics,
+    codebook_usage,
+    fid,
+    kid,
+    nearest_neighbors,
+    precision_recall,
+)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from itertools import combinations, product
 import pytest
 import torch
 
-from evaluation.mixture_rate import round_mixture
-from stage1_tokenizer.quantizers import Mixture, create_quantizer
+from scq.evaluation.metrics.mixture_rate import round_mixture
+from scq.stage1_tokenizer.quantizers import Mixture, create_quantizer
 
 
 @pytest.fixture

@@ -8,16 +8,16 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from data.stream import iterate_once
-from engine.errors import UserError
-from sampling.editing import Look, fill, tokens_under, variation_mask, windows
-from sampling.images import to_mask
-from sampling.model_card import model_card, with_numbers
-from sampling.pipeline import EMBEDDED, SoftConvexPipeline
-from sampling.scheduler import UnmaskingScheduler
-from stage1_tokenizer.autoencoder import ImageTokenizer
-from stage1_tokenizer.train import load_tokenizer
-from stage2_prior.transformer import MaskedTransformer
+from scq.data.stream import iterate_once
+from scq.engine.errors import UserError
+from scq.sampling.editing import Look, fill, tokens_under, variation_mask, windows
+from scq.sampling.images import to_mask
+from scq.sampling.model_card import model_card, with_numbers
+from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
+from scq.sampling.scheduler import UnmaskingScheduler
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer
+from scq.stage1_tokenizer.train import load_tokenizer
+from scq.stage2_prior.transformer import MaskedTransformer
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_a_model_on_the_hub_is_asked_for_as_diffusers_does(
         asked.append((name, settings))
         return str(tiny_run / "model")
 
-    monkeypatch.setattr("sampling.hub.snapshot_download", download)
+    monkeypatch.setattr("scq.sampling.hub.snapshot_download", download)
     loaded = SoftConvexPipeline.from_pretrained("ada/emoji", token="secret", revision="v2", cache_dir=tmp_path)
     assert loaded.image_size == 32
     ((name, settings),) = asked
@@ -329,7 +329,7 @@ def test_an_upload_carries_the_models_own_card(
             uploads.append((repo_id, names, (folder_path / "README.md").read_text()))
             return f"hub/{repo_id}"
 
-    monkeypatch.setattr("sampling.hub.HfApi", Hub)
+    monkeypatch.setattr("scq.sampling.hub.HfApi", Hub)
     assert pipeline.push_to_hub("ada/emoji", token="secret") == "hub/ada/emoji"
     pipeline.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="ada/other")
     for name, (repo_id, names, card) in zip(("ada/emoji", "ada/other"), uploads, strict=True):

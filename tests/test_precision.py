@@ -9,14 +9,14 @@ from test_prior import stripes_config, write_stripes
 from test_refiner import config as refiner_config
 from test_refiner import tokenizer
 
-from data.stream import iterate_once
-from data.tokens import TokenDataset
-from engine.config import CONFIG_ROOT, load_config
-from engine.errors import UserError
-from engine.loop import make_accelerator, resolve_precision
-from stage1_tokenizer.train import TokenizerExperiment, TokenizerTask
-from stage2_prior.train import PriorTask, open_stream
-from stage2_prior.train_refiner import RefinerTask
+from scq.data.stream import iterate_once
+from scq.data.tokens import TokenDataset
+from scq.engine.config import CONFIG_ROOT, load_config
+from scq.engine.errors import UserError
+from scq.engine.loop import make_accelerator, resolve_precision
+from scq.stage1_tokenizer.train import TokenizerExperiment, TokenizerTask
+from scq.stage2_prior.train import PriorTask, open_stream
+from scq.stage2_prior.train_refiner import RefinerTask
 
 
 def tokenizer_terms(emoji: dict[str, Path], folder: Path, precision: str) -> dict[str, torch.Tensor]:

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokens import TokenDataset, TokenWriter
-from engine.config import load_config
-from engine.errors import UserError
-from engine.loop import make_accelerator
-from engine.tracking import read_metrics
-from stage2_prior.masking import SCHEDULES, mask_share, mask_tokens
-from stage2_prior.train import (
+from scq.data.tokens import TokenDataset, TokenWriter
+from scq.engine.config import load_config
+from scq.engine.errors import UserError
+from scq.engine.loop import make_accelerator
+from scq.engine.tracking import read_metrics
+from scq.stage2_prior.masking import SCHEDULES, mask_share, mask_tokens
+from scq.stage2_prior.train import (
     PriorExperiment,
     PriorTask,
     _LossOfPrior,
@@ -20,7 +20,7 @@ from stage2_prior.train import (
     open_stream,
     train_prior,
 )
-from stage2_prior.transformer import MaskedTransformer
+from scq.stage2_prior.transformer import MaskedTransformer
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

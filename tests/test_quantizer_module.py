@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stage1_tokenizer.quantizers import SoftConvexQuantizer, VectorQuantizer, create_quantizer
-from stage1_tokenizer.quantizers.codebook import kmeans
+from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer, VectorQuantizer, create_quantizer
+from scq.stage1_tokenizer.quantizers.kmeans import kmeans
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -335,7 +335,7 @@ def test_vq_trains_as_published():
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-from stage1_tokenizer.quantizers import SoftConvexQuantizer
+from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer
 rank, world, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=world)

@@ -9,9 +9,9 @@ import torch
 from solver_problems import make, one_thread, path  # noqa: F401  the last two are fixtures for every test
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stage1_tokenizer.quantizers import soft_convex_solve
-from stage1_tokenizer.quantizers.pricing import Codebook
-from stage1_tokenizer.quantizers.simplex import solve_positive_definite
+from scq.stage1_tokenizer.quantizers import soft_convex_solve
+from scq.stage1_tokenizer.solver.codebook import Codebook
+from scq.stage1_tokenizer.solver.simplex import solve_positive_definite
 
 
 class LargestTensor(TorchDispatchMode):

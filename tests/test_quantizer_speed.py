@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from stage1_tokenizer.quantizers.speed import BASELINE, benchmark_speed, trained_like
+from scq.evaluation.speed.quantizers import BASELINE, benchmark_speed, trained_like
 
 
 def test_speed_benchmark_measures_every_arm(tmp_path):

@@ -3,8 +3,8 @@
 import torch
 from scipy import stats
 
-from engine.randomness import image_gumbel, image_uniform, step_seed
-from engine.schedules import learning_rate_share, linear_ramp
+from scq.engine.randomness import image_gumbel, image_uniform, step_seed
+from scq.engine.schedules import learning_rate_share, linear_ramp
 
 
 def test_an_images_numbers_do_not_depend_on_its_batch() -> None:

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 from helpers import REPOSITORY
 
-from engine.cli import build_parser
-from evaluation.report import render, summary_table
+from scq.cli.main import build_parser
+from scq.evaluation.benchmark.report import render, summary_table
 
 README = (REPOSITORY / "README.md").read_text()
 RESULTS = REPOSITORY / "docs" / "results"

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.stream import iterate_once
-from engine.config import load_config
-from engine.errors import UserError
-from engine.loop import make_accelerator
-from engine.tracking import read_metrics
-from sampling.pipeline import SoftConvexPipeline
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_float
-from stage2_prior.refiner import ConvexRefiner, standard_normal
-from stage2_prior.train_refiner import RefinerExperiment, RefinerTask, train_refiner
-from stage2_prior.transformer import MaskedTransformer
+from scq.data.stream import iterate_once
+from scq.engine.config import load_config
+from scq.engine.errors import UserError
+from scq.engine.loop import make_accelerator
+from scq.engine.tracking import read_metrics
+from scq.sampling.pipeline import SoftConvexPipeline
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float
+from scq.stage2_prior.refiner import ConvexRefiner, standard_normal
+from scq.stage2_prior.train_refiner import RefinerExperiment, RefinerTask, train_refiner
+from scq.stage2_prior.transformer import MaskedTransformer
 
 
 def make(kind: str, **keywords) -> ConvexRefiner:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from helpers import REPOSITORY
 
-from evaluation.report import render, summary_table
-from evaluation.tables import Seeds, comparison, verdict, widest_range
-from evaluation.tokenizers import render as render_tokenizers
+from scq.evaluation.benchmark.report import render, summary_table
+from scq.evaluation.benchmark.tables import Seeds, comparison, verdict, widest_range
+from scq.evaluation.benchmark.tokenizers import render as render_tokenizers
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 from helpers import REPOSITORY, SEVERAL, launcher, run_scq
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import Checkpoints
-from engine.errors import UserError
-from engine.tracking import read_metrics
+from scq.engine.checkpoint import Checkpoints
+from scq.engine.errors import UserError
+from scq.engine.tracking import read_metrics
 
 CONFIG = REPOSITORY / "configs" / "quickstart" / "tokenizer_scq.yaml"
 TINY = [
@@ -39,7 +39,7 @@ def weights(run: Path, name: str = "model") -> dict[str, torch.Tensor]:
 def launch(processes: int, arguments: list[str]) -> subprocess.Popen:
     """`scq` in so many processes."""
     return subprocess.Popen(
-        [*launcher(processes), "-m", "engine.cli", *arguments],
+        [*launcher(processes), "-m", "scq", *arguments],
         cwd=REPOSITORY,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -109,10 +109,10 @@ def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Pa
 GRADIENTS = """
 import sys
 import torch
-import stage1_tokenizer.train as stage
-from engine.config import load_config
-from engine.loop import make_accelerator
-from engine.processes import leave_processes
+import scq.stage1_tokenizer.train as stage
+from scq.engine.config import load_config
+from scq.engine.loop import make_accelerator
+from scq.engine.processes import leave_processes
 
 out, path, *settings = sys.argv[1:]
 config = load_config(stage.TokenizerExperiment, path, settings)

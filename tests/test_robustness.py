@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from engine.errors import UserError
-from stage1_tokenizer.quantizers import create_quantizer
-from stage1_tokenizer.robustness import (
+from scq.engine.errors import UserError
+from scq.stage1_tokenizer.quantizers import create_quantizer
+from scq.stage1_tokenizer.robustness import (
     NeighbourSwap,
     RobustnessConfig,
     nearest_codes,

@@ -5,9 +5,9 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from sampling.samplers import SAMPLERS, SamplerSettings, Step, guided, halton_order
-from stage2_prior.masking import SCHEDULES
-from stage2_prior.transformer import MaskedTransformer
+from scq.sampling.samplers import SAMPLERS, SamplerSettings, Step, guided, halton_order
+from scq.stage2_prior.masking import SCHEDULES
+from scq.stage2_prior.transformer import MaskedTransformer
 
 MASK = 6
 NAMES = sorted(SAMPLERS)

@@ -13,12 +13,12 @@ from helpers import REPOSITORY, SEVERAL, launcher, run_scq
 from PIL import Image
 from safetensors.torch import save_file
 
-from engine.errors import UserError
-from evaluation.dinov2 import load_transformer
-from evaluation.evaluate import Reference, evaluate_codebook
-from evaluation.features import RealSet, cached_features
-from sampling.pipeline import EMBEDDED
-from stage1_tokenizer.train import load_tokenizer
+from scq.engine.errors import UserError
+from scq.evaluation.evaluate import Reference, evaluate_codebook
+from scq.evaluation.metrics.dinov2 import load_transformer
+from scq.evaluation.metrics.features import RealSet, cached_features
+from scq.sampling.pipeline import EMBEDDED
+from scq.stage1_tokenizer.train import load_tokenizer
 
 NAME = "test_vit"  # 0.4M parameters, trained at 160 pixels
 
@@ -119,7 +119,7 @@ def test_evaluate_measures_with_both_networks_and_pictures_the_nearest(
     """One process and two find the same numbers and the same picture; samples are drawn and images encoded once."""
     for processes in (1, 2):
         result = subprocess.run(
-            [*launcher(processes), "-m", "engine.cli", "evaluate", "--model", str(EMBEDDED), "--num-real", "14"]
+            [*launcher(processes), "-m", "scq", "evaluate", "--model", str(EMBEDDED), "--num-real", "14"]
             + ["--data", str(emoji["test"]), "--train", str(emoji["train"]), "--neighbours", "20"]
             + ["--second-backbone", NAME, "--second-weights", str(weights), "--num-samples", "14"]
             + ["--cache", str(tmp_path / "real.safetensors"), "--out", str(tmp_path / f"{processes}.json")],

@@ -9,14 +9,14 @@ from helpers import SEVERAL, launcher
 from safetensors.torch import load_file
 from test_prior import write_stripes
 
-from engine.config import load_config
-from engine.errors import UserError
-from stage2_prior.train import PriorExperiment, train_prior
+from scq.engine.config import load_config
+from scq.engine.errors import UserError
+from scq.stage2_prior.train import PriorExperiment, train_prior
 
 PROGRAM = """
 import sys
-from engine.config import load_config
-from stage2_prior.train import PriorExperiment, train_prior
+from scq.engine.config import load_config
+from scq.stage2_prior.train import PriorExperiment, train_prior
 train_prior(load_config(PriorExperiment, None, sys.argv[1:]), "stripes")
 """
 SETTINGS = ["architecture.width=32", "architecture.depth=2", "architecture.heads=2", "training.batch_size=16"]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torchvision.models import vgg16
 
-from data.stream import iterate_once
-from engine.config import CONFIG_ROOT, load_config
-from engine.errors import UserError
-from engine.loop import make_accelerator
-from engine.tracking import read_metrics
-from stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from stage1_tokenizer.losses import LossConfig, PerceptualLoss
-from stage1_tokenizer.train import (
+from scq.data.stream import iterate_once
+from scq.engine.config import CONFIG_ROOT, load_config
+from scq.engine.errors import UserError
+from scq.engine.loop import make_accelerator
+from scq.engine.tracking import read_metrics
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from scq.stage1_tokenizer.losses import LossConfig, PerceptualLoss
+from scq.stage1_tokenizer.train import (
     TokenizerExperiment,
     TokenizerTask,
     build_tokenizer,
@@ -22,8 +22,8 @@ from stage1_tokenizer.train import (
     load_tokenizer,
     train_tokenizer,
 )
-from stage1_tokenizer.write_tokens import write_tokens
-from stage2_prior.refiner import ConvexRefiner
+from scq.stage1_tokenizer.write_tokens import write_tokens
+from scq.stage2_prior.refiner import ConvexRefiner
 
 
 def small(quantizer: str = "scq", **keywords) -> ImageTokenizer:
@@ -237,7 +237,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(emoji: dict[str, Pat
         module.zero_grad()
         return torch.zeros(())
 
-    monkeypatch.setattr("stage1_tokenizer.train.optimizer_step", record)
+    monkeypatch.setattr("scq.stage1_tokenizer.train.optimizer_step", record)
     loss = LossConfig(**FULL_GAME | {"adaptive_max": 0.0, "lecam": 0.0, "discriminator_norm": "group"})
     _, whole = one_step(emoji, loss)
     _, parts = one_step(emoji, loss, accumulate=4)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from test_prior import stripes_config, write_stripes
 
-from engine.errors import UserError
-from engine.tracking import read_metrics
-from stage2_prior.train import train_prior
+from scq.engine.errors import UserError
+from scq.engine.tracking import read_metrics
+from scq.stage2_prior.train import train_prior
 
 
 def train(tmp_path: Path, out: str, steps: int, tracker: str) -> None:

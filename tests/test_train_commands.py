@@ -7,10 +7,10 @@ import pytest
 from helpers import REPOSITORY, SEVERAL, launcher
 from PIL import Image
 
-from engine.cli import main
-from engine.tracking import read_metrics
-from sampling.pipeline import SoftConvexPipeline
-from stage2_prior.refiner import ConvexRefiner
+from scq.cli.main import main
+from scq.engine.tracking import read_metrics
+from scq.sampling.pipeline import SoftConvexPipeline
+from scq.stage2_prior.refiner import ConvexRefiner
 
 CONFIGS = REPOSITORY / "configs"
 TINY = ["training.batch_size=8", "training.log_every=1", "training.checkpoint_every=2", "training.precision=fp32"]
@@ -59,7 +59,7 @@ def test_a_prior_leaves_samples_and_its_last_and_best_models(prior: Path) -> Non
 
 def test_a_prior_divided_among_processes_leaves_the_same(runs: Path) -> None:
     def launch(*more: str) -> str:
-        command = [*launcher(2), "-m", "engine.cli", *prior_command(runs, "divided", "shard=true"), *more]
+        command = [*launcher(2), "-m", "scq", *prior_command(runs, "divided", "shard=true"), *more]
         result = subprocess.run(command, cwd=REPOSITORY, env=SEVERAL, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
         return result.stdout

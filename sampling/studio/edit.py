@@ -10,9 +10,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from sampling.images import resized_mask, to_mask
-from sampling.pipeline import ImageOutput, SoftConvexPipeline
-from sampling.studio.steps import (
+from scq.sampling.images import resized_mask, to_mask
+from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
+from scq.sampling.studio.steps import (
     BUTTONS,
     MODEL_QUEUE,
     SHOWN_SIDE,
@@ -24,7 +24,7 @@ from sampling.studio.steps import (
     shown,
     step_by_step,
 )
-from sampling.studio.uploads import UploadedDrawing
+from scq.sampling.studio.uploads import UploadedDrawing
 
 INPAINT, VARY, OUTPAINT = "Redraw what is painted", "Vary the whole image", "Continue beyond the borders"
 MOST_ANSWERS = 8

@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from sampling.images import to_pictures
-from sampling.pipeline import ImageOutput, SoftConvexPipeline
-from sampling.studio.steps import (
+from scq.sampling.images import to_pictures
+from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
+from scq.sampling.studio.steps import (
     BATCH,
     BUTTONS,
     MODEL_QUEUE,

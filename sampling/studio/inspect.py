@@ -11,11 +11,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sampling.images import enlarge, to_pictures, to_pixels
-from sampling.pipeline import SoftConvexPipeline
-from sampling.studio.steps import BUTTONS, MODEL_QUEUE, SHOWN_SIDE, mistakes_shown
-from sampling.studio.uploads import UploadedImage
-from stage1_tokenizer.quantizers import Mixture
+from scq.sampling.images import enlarge, to_pictures, to_pixels
+from scq.sampling.pipeline import SoftConvexPipeline
+from scq.sampling.studio.steps import BUTTONS, MODEL_QUEUE, SHOWN_SIDE, mistakes_shown
+from scq.sampling.studio.uploads import UploadedImage
+from scq.stage1_tokenizer.quantizers import Mixture
 
 ERROR_GAIN = 4  # of the error maps, the same for every image, so that maps can be compared
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
-from sampling.studio.steps import BUTTONS
+from scq.sampling.studio.steps import BUTTONS
 
 REPORT = "report.md"
 NO_REPORTS = (

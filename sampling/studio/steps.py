@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from engine.fingerprint import fingerprint
-from sampling.images import enlarge, to_pictures
-from sampling.pipeline import ImageOutput, SoftConvexPipeline
-from sampling.samplers import SAMPLERS
+from scq.engine.fingerprint import fingerprint
+from scq.sampling.images import enlarge, to_pictures
+from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
+from scq.sampling.samplers import SAMPLERS
 
 MODEL_QUEUE = "model"  # everything that runs the network waits in one line, first come, first served
 BATCH = 16  # images drawn together; a cancelled drawing stops within a step of one batch

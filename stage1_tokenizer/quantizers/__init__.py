@@ -1,15 +1,15 @@
 """Quantizers: latents in, quantized latents and dominant codes out. Usable alone."""
 
-from stage1_tokenizer.quantizers.baselines import NoQuantizer, VectorQuantizer
-from stage1_tokenizer.quantizers.convex_solver import ConvexSolution, soft_convex_solve
-from stage1_tokenizer.quantizers.interface import Mixture, Quantized, Quantizer, create_quantizer, quantizer_names
-from stage1_tokenizer.quantizers.library import (
+from scq.stage1_tokenizer.quantizers.interface import Mixture, Quantized, Quantizer, create_quantizer, quantizer_names
+from scq.stage1_tokenizer.quantizers.library import (
     AveragedVectorQuantizer,
     FiniteScalarQuantizer,
     LinearVectorQuantizer,
     ResidualVectorQuantizer,
 )
-from stage1_tokenizer.quantizers.soft_convex import SoftConvexQuantizer
+from scq.stage1_tokenizer.quantizers.soft_convex import SoftConvexQuantizer
+from scq.stage1_tokenizer.quantizers.vq import NoQuantizer, VectorQuantizer
+from scq.stage1_tokenizer.solver.solve import ConvexSolution, soft_convex_solve
 
 __all__ = [
     "AveragedVectorQuantizer",

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, ResidualVQ, SimVQ, VectorQuantize
 
-from stage1_tokenizer.quantizers.baselines import flatten_latents, perplexity, unflatten_latents
-from stage1_tokenizer.quantizers.convex_solver import check_finite
-from stage1_tokenizer.quantizers.interface import (
+from scq.stage1_tokenizer.quantizers.interface import (
     Quantized,
     Quantizer,
     check_codebook_shape,
@@ -19,6 +17,8 @@ from stage1_tokenizer.quantizers.interface import (
     check_latents,
     register_quantizer,
 )
+from scq.stage1_tokenizer.quantizers.vq import flatten_latents, perplexity, unflatten_latents
+from scq.stage1_tokenizer.solver.solve import check_finite
 
 # Levels per channel, Mentzer et al. (arXiv 2309.15505), table 1; 64 and 512, which it lacks, are powers of 8.
 _FSQ_LEVELS = {

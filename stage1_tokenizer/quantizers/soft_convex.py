@@ -8,11 +8,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from engine.processes import gather_rows, same_everywhere, sum_across_processes
-from stage1_tokenizer.quantizers.baselines import flatten_latents, perplexity, unflatten_latents
-from stage1_tokenizer.quantizers.codebook import draw_rows, kmeans, kmeans_step
-from stage1_tokenizer.quantizers.convex_solver import METHODS, ConvexSolution, check_finite, soft_convex_solve
-from stage1_tokenizer.quantizers.interface import (
+from scq.engine.processes import gather_rows, same_everywhere, sum_across_processes
+from scq.stage1_tokenizer.quantizers.interface import (
     Mixture,
     Quantized,
     Quantizer,
@@ -21,7 +18,10 @@ from stage1_tokenizer.quantizers.interface import (
     check_latents,
     register_quantizer,
 )
-from stage1_tokenizer.quantizers.pricing import Codebook
+from scq.stage1_tokenizer.quantizers.kmeans import draw_rows, kmeans, kmeans_step
+from scq.stage1_tokenizer.quantizers.vq import flatten_latents, perplexity, unflatten_latents
+from scq.stage1_tokenizer.solver.codebook import Codebook
+from scq.stage1_tokenizer.solver.solve import METHODS, ConvexSolution, check_finite, soft_convex_solve
 
 
 @register_quantizer("scq")

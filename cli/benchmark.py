@@ -1,0 +1,183 @@
+"""scq benchmark: what is measured side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from scq.cli.common import Parser, add_model, command, device, natural, positive
+
+
+def add_benchmark(commands: Any) -> None:
+    parser = commands.add_parser("benchmark", help="measure speed, side by side with what others use")
+    subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", required=True, parser_class=Parser)
+    data = command(
+        subjects,
+        "data",
+        _benchmark_data,
+        "read shards with our stream and with webdataset's plain pipeline, in turns",
+        "Then decoded images from memory, and token shards.",
+    )
+    data.add_argument("--data", required=True, metavar="SHARDS", help="local shards that 'scq data pack' wrote")
+    data.add_argument("--batch-size", type=positive, default=64, help="images in a batch")
+    data.add_argument("--workers", type=natural, default=2, help="decoding processes of the two that decode")
+    data.add_argument("--repeats", type=positive, default=5, help="turns of each way to read")
+    data.add_argument("--out", type=Path, help="JSON file to write")
+
+    speed = command(
+        subjects,
+        "speed",
+        _benchmark_speed,
+        "forward and backward of the convex solvers, plain VQ and vector-quantize-pytorch, in turns",
+        "Prints ratios to plain VQ and peak memory.",
+    )
+    speed.add_argument(
+        "--cell", type=_cell, action="append", metavar="N,F,K", help="latents, channels and codes; repeat for several"
+    )
+    speed.add_argument("--rho", type=float, default=0.3, help="lambda in units of the mean nearest-code distance")
+    speed.add_argument("--repeats", type=positive, default=7, help="turns of each quantizer")
+    speed.add_argument("--out", type=Path, default=Path("runs/benchmark_speed"), help="folder for JSON and plot")
+
+    step = command(
+        subjects,
+        "step",
+        _benchmark_step,
+        "whole training steps of several tokenizer configs, in turns",
+        "Ratios are to the first config.",
+    )
+    step.add_argument("--config", type=Path, action="append", required=True, help="YAML file; repeat for several")
+    step.add_argument("--data", required=True, metavar="SHARDS", help="shards that 'scq data pack' wrote")
+    step.add_argument("--warmup", type=positive, default=30, help="untimed steps of each")
+    step.add_argument("--repeats", type=positive, default=20, help="timed steps of each")
+    step.add_argument("overrides", nargs="*", metavar="key=value", help="for all configs")
+
+    tokenizers = command(
+        subjects,
+        "tokenizers",
+        _benchmark_tokenizers,
+        "train tokenizers that differ in one thing and compare their reconstructions",
+        "Finished arms are reused, an interrupted one goes on.",
+    )
+    tokenizers.add_argument("--config", type=Path, required=True, help="YAML file of arms")
+    tokenizers.add_argument("--train", required=True, metavar="SHARDS", help="shards to train on")
+    tokenizers.add_argument("--held-out", required=True, metavar="SHARDS", help="shards to reconstruct")
+    tokenizers.add_argument("--out", type=Path, required=True, help="folder for runs, results and table")
+    tokenizers.add_argument("overrides", nargs="*", metavar="key=value", help="of the comparison, as images=1000")
+
+    quality = command(
+        subjects,
+        "quality",
+        _benchmark_quality,
+        "train every arm of an experiment through both stages with equal budgets, and compare samples and all else",
+        "Finished phases are reused, an interrupted one goes on. Ends with results.json, report.md and its pictures.",
+    )
+    quality.add_argument("--config", type=Path, required=True, help="YAML file; see configs/benchmarks/")
+    quality.add_argument("--out", type=Path, required=True, help="folder for everything it makes")
+    quality.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.source=FOLDER")
+
+    sampling = command(
+        subjects,
+        "sampling",
+        _benchmark_sampling,
+        "images a second over sampling steps, beside a plain loop around the same network, in turns",
+        "And the share of time in prior, refiner and decoder.",
+    )
+    add_model(sampling, "a pipeline")
+    sampling.add_argument("--steps", type=positive, action="append", metavar="STEPS", help="repeat for several")
+    sampling.add_argument("--num", type=positive, default=64, help="images in a turn")
+    sampling.add_argument("--batch-size", type=positive, default=64, help="images drawn together")
+    sampling.add_argument("--repeats", type=positive, default=5, help="turns of each")
+    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="as 'scq sample' has it")
+    sampling.add_argument("--compile", action="store_true", help="compile the prior with torch.compile first")
+    sampling.add_argument("--out", type=Path, help="JSON file to write")
+
+
+def _benchmark_quality(options: argparse.Namespace) -> None:
+    from scq.evaluation.benchmark.run import run_benchmark
+
+    results = run_benchmark(options.config, options.out, options.overrides)
+    print(f"{options.out / 'report.md'} ({results['seconds_in_all']:.0f} s)")
+
+
+def _benchmark_sampling(options: argparse.Namespace) -> None:
+    import torch
+
+    from scq.engine.config import write_atomically
+    from scq.engine.progress import progress_bar
+    from scq.evaluation.speed.sampling import benchmark_sampling, format_table
+    from scq.sampling.pipeline import SoftConvexPipeline
+
+    dtype = torch.bfloat16 if options.precision == "bf16" else None  # as `scq sample` has it
+    pipeline = SoftConvexPipeline.from_pretrained(options.model, device(), dtype=dtype)
+    with progress_bar("benchmark sampling") as bar:
+        rows = benchmark_sampling(
+            pipeline,
+            options.steps or [4, 8, 16],
+            num_images=options.num,
+            batch_size=options.batch_size,
+            repeats=options.repeats,
+            compiled=options.compile,
+            progress=bar,
+        )
+    if options.out:
+        write_atomically(options.out, json.dumps(rows, indent=2) + "\n")
+    print("\n".join(format_table(rows)))
+
+
+def _benchmark_tokenizers(options: argparse.Namespace) -> None:
+    from scq.evaluation.benchmark.tokenizers import compare_tokenizers
+
+    print(compare_tokenizers(options.config, options.train, options.held_out, options.out, options.overrides))
+
+
+def _benchmark_step(options: argparse.Namespace) -> None:
+    from scq.engine.progress import progress_bar
+    from scq.evaluation.speed.training_step import benchmark_step
+
+    with progress_bar("benchmark step") as bar:
+        rows = benchmark_step(
+            options.config,
+            options.data,
+            overrides=options.overrides,
+            warmup=options.warmup,
+            repeats=options.repeats,
+            progress=bar,
+        )
+    for row in rows:
+        quartiles = f"{1e3 * row['low_s']:.1f} - {1e3 * row['high_s']:.1f}"
+        print(f"{row['config']:48} {1e3 * row['median_s']:8.1f} ms  ({quartiles})  {row['ratio']:.2f}x")
+
+
+def _benchmark_data(options: argparse.Namespace) -> None:
+    from scq.engine.config import write_atomically
+    from scq.engine.progress import progress_bar
+    from scq.evaluation.speed.reading import benchmark_data, format_table
+
+    with progress_bar("benchmark data") as bar:
+        result = benchmark_data(
+            options.data,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            repeats=options.repeats,
+            progress=bar,
+        )
+    if options.out:
+        write_atomically(options.out, json.dumps(result, indent=2) + "\n")
+    print(format_table(result))
+
+
+def _benchmark_speed(options: argparse.Namespace) -> None:
+    from scq.evaluation.speed.quantizers import CELLS, benchmark_speed
+
+    cells = tuple(options.cell) if options.cell else CELLS
+    benchmark_speed(options.out, cells=cells, rho=options.rho, repeats=options.repeats, device=device())
+    print(options.out)
+
+
+def _cell(text: str) -> tuple[int, int, int]:
+    sizes = text.split(",")
+    if len(sizes) != 3:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,F,K, for example 16384,8,1024")
+    return tuple(positive(size) for size in sizes)

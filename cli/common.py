@@ -1,0 +1,96 @@
+"""What the commands share: their parser, common options, the device."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from scq.engine.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with --debug everywhere and mistakes in one line."""
+
+    def __init__(self, **keywords: Any):
+        keywords.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(**keywords)
+        # Suppressed, not False: a sub-command's default would undo what was given before it.
+        self.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of a user's mistake"
+        )
+
+    def error(self, message: str) -> None:
+        print(f"scq: {message}; see '{self.prog} --help'", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def command(commands: Any, name: str, run: Any, help: str, description: str = "") -> Parser:
+    parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {description}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_model(parser: argparse.ArgumentParser, help: str, embedded: bool = False) -> None:
+    """``embedded``: without the option, the model that comes with the package is taken."""
+    if embedded:
+        help = f"{help}; without it, the small one that comes with the package"
+    parser.add_argument("--model", type=Path, required=not embedded, help=f"folder of {help}")
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def port_number(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a whole number from 1 to 65535")
+    return int(text)
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or os.strerror(error.errno)}") from error
+
+
+def check_writable(file: Path) -> None:
+    """Make sure that a file can be written at the end of long work; what is there stays as it is.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if file.is_dir():
+        raise UserError(f"cannot write to {file}: it is a folder")
+    make_folder(file.parent)
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {file}: {error.strerror}") from error
+
+
+def say_once(text: str) -> None:
+    """Print the result from the main process only."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(text)

@@ -1,0 +1,137 @@
+"""scq sample and scq app: images from a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from scq.cli.common import add_model, command, device, make_folder, port_number, positive
+from scq.engine.errors import UserError
+
+
+def add_sample(commands: Any) -> None:
+    parser = command(
+        commands,
+        "sample",
+        _sample,
+        "draw images as PNG files",
+        "Image i is drawn with seed S + i: the same seed gives the same image in any batch.",
+    )
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
+    parser.add_argument("--num", type=positive, default=16, help="number of images")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images, named by their seeds")
+    parser.add_argument("--class", dest="label", type=int, help="draw this class, for a class-conditional prior")
+    parser.add_argument("--batch-size", type=positive, default=16, help="images at a time")
+    parser.add_argument("--steps", type=positive, help="sampling steps; by default the model's own")
+    parser.add_argument("--temperature", type=float, help="of the codes' distribution; by default the model's own")
+    parser.add_argument("--guidance-scale", type=float, help="towards the class; by default the model's own")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks; codes and refiner stay in fp32"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the prior with torch.compile first")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="other sampling settings, as sampler=halton or top_p=0.9"
+    )
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import torch
+
+    from scq.data.files import atomic_write
+    from scq.engine.progress import progress_bar
+    from scq.sampling.arguments import LARGEST_SEED
+    from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
+    from scq.sampling.scheduler import parse_settings
+
+    settings = parse_settings(options.settings)
+    for name in ("steps", "temperature", "guidance_scale"):
+        if (value := getattr(options, name)) is not None:
+            settings[name] = value
+    if options.seed > LARGEST_SEED - options.num:
+        raise UserError(f"--seed {options.seed} leaves no room for {options.num} seeds below {LARGEST_SEED + 1}")
+    dtype = torch.bfloat16 if options.precision == "bf16" else None
+    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device(), dtype=dtype)
+    if options.compile:
+        pipeline.prior.compile()
+    make_folder(options.out)
+    with progress_bar("sample") as bar:
+        for start in range(0, options.num, options.batch_size):
+            count = min(options.batch_size, options.num - start)
+            try:
+                images = pipeline(
+                    num_images=count,
+                    seed=options.seed + start,
+                    class_labels=options.label,
+                    batch_size=count,
+                    **settings,
+                ).images
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            for i, image in enumerate(images):
+                with atomic_write(options.out / f"{options.seed + start + i:06d}.png") as file:
+                    image.save(file, format="PNG")
+            bar(start + count, options.num)
+    print(f"{options.out}: {options.num} images")
+
+
+def add_app(commands: Any) -> None:
+    parser = command(commands, "app", _app, "open the Gradio page in which images are generated")
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
+    parser.add_argument("--port", type=port_number, default=7860, help="port to listen on")
+    parser.add_argument("--auth", type=_user_and_password, metavar="USER:PASSWORD", help="ask for these")
+    parser.add_argument("--max-batch", type=positive, default=64, help="the most images one request may draw")
+    parser.add_argument(
+        "--results", type=Path, action="append", default=[], metavar="FOLDER",
+        help="show the report of this benchmark, too; repeat for several",
+    )  # fmt: skip
+
+
+def _app(options: argparse.Namespace) -> None:
+    from scq.engine.config import CONFIG_ROOT
+    from scq.sampling.app import build_page, serve
+    from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
+    from scq.sampling.studio.results import find_reports
+
+    for folder in options.results:
+        if not folder.is_dir():
+            raise UserError(f"--results {folder} is no folder")
+        if not find_reports([folder]):
+            raise UserError(f"--results {folder} holds no report.md, nor does a folder in it")
+    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
+    page = build_page(pipeline, options.max_batch, [*options.results, CONFIG_ROOT.parent / "docs" / "results"])
+    serve(page, options.host, options.port, auth=options.auth)
+
+
+def _user_and_password(text: str) -> tuple[str, str]:
+    user, separator, password = text.partition(":")
+    if not (user and separator and password):
+        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
+    return user, password
+
+
+def add_export(commands: Any) -> None:
+    parser = command(
+        commands,
+        "export",
+        _export,
+        "write a copy of a model for sharing, its weights in half precision",
+        "The folder is what from_pretrained reads and a model hub takes, with a model card.",
+    )
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the copy; a model in it is replaced")
+    parser.add_argument("--license", help="of the weights, for the model card, as cc-by-4.0 or mit")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from scq.sampling.export import export_half
+    from scq.sampling.pipeline import SoftConvexPipeline
+
+    pipeline = SoftConvexPipeline.from_pretrained(options.model)
+    if options.license:
+        pipeline.measured["license"] = options.license
+    export_half(pipeline, options.out)
+    size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
+    print(f"{options.out}: {size / 1e6:.1f} MB")

@@ -1,0 +1,73 @@
+"""The command line. It sits on top of every room, and nothing imports it; each command imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from scq.cli import benchmark, data, generate, measure, train
+from scq.cli.common import Parser
+from scq.engine.errors import UserError
+from scq.engine.memory import keep_freed_memory
+
+DESCRIPTION = """\
+scq: image generation with soft convex quantization.
+
+  scq quickstart                        the whole way on real images, in minutes, without a GPU
+  scq data pack CIFAR shards/cifar10/train --format cifar10 --size 32
+  scq data pack CIFAR shards/cifar10/test --format cifar10 --size 32 --split test
+  scq train tokenizer --config configs/cifar10/tokenizer_scq.yaml
+  scq tokenize --model runs/cifar10/tokenizer_scq --data shards/cifar10/train --out tokens/cifar10
+  scq tokenize --model runs/cifar10/tokenizer_scq --data shards/cifar10/test --out tokens/cifar10_test
+  scq train prior --config configs/cifar10/prior.yaml
+  scq sample --num 16 --out samples     with the small model that comes with the package; --model takes another
+  scq evaluate --model runs/cifar10/prior --data shards/cifar10/test --out evaluation.json
+  scq benchmark quality --config configs/benchmarks/cifar10_cpu.yaml --out runs/cifar10_cpu
+  scq app
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a user's mistake, 130 for an interruption."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    from scq.data.errors import DataError
+
+    keep_freed_memory()
+    try:
+        options.run(options)
+    except (UserError, DataError, OSError) as error:
+        if "debug" in options:
+            raise
+        # A file that cannot be read or written, a disk that is full: nothing that a traceback would explain.
+        named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        print(f"scq: {' '.join(named.split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scq: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    if "torch" in sys.modules:
+        from scq.engine.processes import leave_processes
+
+        leave_processes()
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="scq", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    measure.add_quickstart(commands)
+    data.add_data(commands)
+    train.add_train(commands)
+    train.add_tokenize(commands)
+    generate.add_sample(commands)
+    measure.add_evaluate(commands)
+    benchmark.add_benchmark(commands)
+    generate.add_app(commands)
+    generate.add_export(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

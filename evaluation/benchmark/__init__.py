@@ -1,0 +1,1 @@
+"""Several arms through both stages with equal budgets: phases, results, report."""

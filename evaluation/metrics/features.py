@@ -1,0 +1,194 @@
+"""Features of an image set: extracted once, merged over processes, kept in a file, and fed to every metric.
+
+An image set is an iterable of batches. A batch is either a uint8 tensor (b, 3, H, W) or anything with `.images` (such a
+tensor) and `.positions` (int64 (b,), each image's own number in the set), such as `data.stream.Batch`. Where the images
+come from, a disk or a model, nothing here can tell.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scq.engine.errors import UserError
+from scq.engine.processes import gather_objects, process_place
+from scq.evaluation.metrics.networks import FeatureNetwork
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSet:
+    """The features of one image set, in the order of the images' positions.
+
+    Attributes:
+        features: (N, D) float32 on the CPU.
+        positions: (N,) int64, ascending; each image's own number, so that the same set gathered from any number of
+            processes is the same tensor, and so the same KID subsets are drawn from it.
+        name: what the images are, for messages and tables ("real", "scq samples").
+        network: fingerprint of the feature network; sets of different networks are never compared.
+    """
+
+    features: Tensor
+    positions: Tensor
+    name: str
+    network: str
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return len(self.features)
+
+    @staticmethod
+    def merge(parts: Sequence["FeatureSet"]) -> "FeatureSet":
+        """One set from the parts that several processes (or several sittings) extracted.
+
+        Raises UserError when the parts are of different networks, or when two of them hold the same position: a sampler
+        that pads its last batch with images seen before would otherwise count them twice.
+        """
+        networks = {part.network for part in parts}
+        if len(networks) != 1:
+            raise UserError(f"parts of {parts[0].name!r} come from different feature networks: {sorted(networks)}")
+        features = torch.cat([part.features for part in parts])
+        positions, order = torch.cat([part.positions for part in parts]).sort(stable=True)
+        twice = positions[1:][positions[1:] == positions[:-1]]
+        if len(twice):
+            raise UserError(f"image {int(twice[0])} of {parts[0].name!r} is in two of the parts to be merged")
+        return FeatureSet(features[order], positions, parts[0].name, parts[0].network)
+
+    def gather(self) -> "FeatureSet":
+        """This set merged with those of all other processes, on every process; itself when there is only one.
+
+        Every process must call it.
+        """
+        return FeatureSet.merge(gather_objects(self))
+
+
+def extract_features(
+    batches: Iterable[Any],
+    network: FeatureNetwork,
+    *,
+    name: str,
+    limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> FeatureSet:
+    """Run every image through the network once; see `extract_with_each`."""
+    return extract_with_each(batches, [network], name=name, limit=limit, progress=progress)[0]
+
+
+def extract_with_each(
+    batches: Iterable[Any],
+    networks: Sequence[FeatureNetwork],
+    *,
+    name: str,
+    limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[FeatureSet]:
+    """Run every image through every network once, in one pass over the images.
+
+    Args:
+        batches: the image set (see the head of this file). Bare tensors are numbered in order, from 0.
+        networks: such as `load_inception` and `load_transformer` return.
+        name: what the images are.
+        limit: stop after this many images; None: all. An endless iterator needs it.
+        progress: called with the number of images after each batch.
+
+    Returns one set for each network. Raises UserError when there is no image.
+    """
+    features: list[list[Tensor]] = [[] for _ in networks]
+    positions, count = [], 0
+    for batch in batches:
+        images = batch if isinstance(batch, Tensor) else batch.images  # (b, 3, H, W) uint8
+        numbers = torch.arange(count, count + len(images)) if isinstance(batch, Tensor) else batch.positions
+        left = len(images) if limit is None else min(len(images), limit - count)
+        for network, parts in zip(networks, features, strict=True):
+            parts.append(network(images[:left]).float().cpu())  # (b, D)
+        positions.append(numbers[:left].cpu())
+        count += left
+        if progress is not None:
+            progress(left)
+        if count == limit:
+            break
+    if not count:
+        raise UserError(f"the image set {name!r} is empty")
+    return [
+        FeatureSet.merge([FeatureSet(torch.cat(parts), torch.cat(positions), name, network.fingerprint)])
+        for network, parts in zip(networks, features, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class RealSet:
+    """Which images a reference is made of: what must be equal for two numbers to be comparable.
+
+    Attributes:
+        dataset: the name that the user knows it by.
+        split: "train", "val", ...
+        count: number of images.
+        crop: name of the crop and resize protocol, with the size in pixels ("center-bicubic 256").
+        sha256: of the dataset's manifest, "" when there is none.
+    """
+
+    dataset: str
+    split: str
+    count: int
+    crop: str
+    sha256: str = ""
+
+
+def cached_features(
+    path: str | Path,
+    real_set: RealSet,
+    network: FeatureNetwork,
+    batches: Callable[[], Iterable[Any]],
+    progress: Callable[[int], None] | None = None,
+    alone: bool = False,
+) -> FeatureSet:
+    """The features of a real set, from the file `path`, which is written first when it is not there.
+
+    The file is safetensors whose header says what it holds. With several processes `batches()` is each one's share,
+    every one must call this, and every one gets the whole set; but with `alone`, `batches()` is the whole set and the
+    others are not asked. Raises UserError when the file holds something else than
+    was asked for, naming each difference, and when there are not `real_set.count` images.
+    """
+    path = Path(path)
+    asked = {**asdict(real_set), "network": network.fingerprint, "protocol": network.protocol}
+    if path.exists():
+        return _read_cache(path, asked)
+    features = extract_features(batches(), network, name="real", limit=real_set.count, progress=progress)
+    features = features if alone else features.gather()
+    if features.count != real_set.count:
+        raise UserError(
+            f"{real_set.dataset} ({real_set.split}) gave {features.count} images, not {real_set.count} as asked"
+        )
+    if process_place()[0] > 0 and not alone:
+        return features
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    tensors = {"features": features.features.contiguous(), "positions": features.positions.contiguous()}
+    save_file(tensors, unfinished, metadata={"real_set": json.dumps(asked)})
+    unfinished.replace(path)
+    return features
+
+
+def _read_cache(path: Path, asked: dict[str, Any]) -> FeatureSet:
+    try:
+        with safe_open(path, framework="pt") as file:
+            held = json.loads((file.metadata() or {}).get("real_set", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"the cached features {path} cannot be read ({error}): delete the file to start anew"
+        ) from error
+    different = [f"{key} is {held.get(key)!r}, not {asked[key]!r}" for key in asked if held.get(key) != asked[key]]
+    if different:
+        raise UserError(
+            f"the cached features {path} are of another real set: {'; '.join(different)}. "
+            "Give another path, or delete the file to start anew"
+        )
+    return FeatureSet(tensors["features"], tensors["positions"], "real", held["network"])

@@ -1,0 +1,1 @@
+"""How fast: quantizers, training steps, sampling, and reading, each beside what others use."""

@@ -1,0 +1,265 @@
+"""How long quantizers take, side by side: what `scq benchmark speed` runs.
+
+Every arm gets the same latents and the same trained-like codebook, does what a training step asks of a quantizer
+(nearest codes, z_q, codebook and commitment terms, backward) and takes its turn in every repeat, so that whatever else
+the machine does hits all arms alike.
+"""
+
+import json
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scq.stage1_tokenizer.quantizers.kmeans import kmeans
+from scq.stage1_tokenizer.solver.codebook import Codebook
+from scq.stage1_tokenizer.solver.solve import METHODS, soft_convex_solve
+
+BASELINE = "plain VQ"
+# (N latents, F channels, K codes); the first one is the cell that the project's targets are stated for.
+CELLS = (
+    (16384, 8, 1024),
+    (4096, 8, 1024),
+    (65536, 8, 1024),
+    (16384, 8, 256),
+    (16384, 8, 4096),
+    (16384, 16, 1024),
+    (16384, 32, 1024),
+)
+_COMMITMENT = 0.25
+
+Arm = Callable[[Tensor, Tensor], Tensor]  # (z, codebook) -> scalar to differentiate
+
+
+def benchmark_speed(
+    out: str | Path | None = None,
+    *,
+    cells: tuple[tuple[int, int, int], ...] = CELLS,
+    rho: float = 0.3,
+    repeats: int = 7,
+    threads: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    echo: Callable[[str], None] = print,
+) -> dict:
+    """Time forward plus backward of every quantizer over a grid of sizes.
+
+    Args:
+        out: folder for ``speed.json`` and ``speed.png``; None writes nothing.
+        cells: (N latents, F channels, K codes) to measure, each positive.
+        rho: lambda as a multiple of the mean squared distance to the nearest code.
+        repeats: timed turns of each arm, after one untimed.
+        threads: CPU threads, None for torch's present setting.
+        device: "cpu" or a CUDA device.
+        seed: of latents and codebook.
+        echo: what prints each line of the table.
+
+    Returns:
+        ``{"machine": .., "settings": .., "rows": [{n, f, k, arm, median_s, low_s, high_s, ratio, peak_mb}, ..]}`` where
+        low and high are quartiles, ratio is to plain VQ in the same cell, and peak_mb counts tensors alive at once.
+
+    Raises:
+        ValueError: no cell, a size or a repeat count below 1, or rho <= 0.
+    """
+    if not cells or any(size < 1 for cell in cells for size in cell):
+        raise ValueError(f"cells must be (N, F, K) with sizes of at least 1, not {cells!r}")
+    if repeats < 1 or not rho > 0:
+        raise ValueError(f"repeats must be at least 1 and rho positive, not {repeats!r} and {rho!r}")
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads or threads_before)
+    try:
+        rows = []
+        echo(f"{'N':>6} {'F':>3} {'K':>6}  {'arm':<24} {'median':>9} {'quartiles':>17} {'ratio':>6} {'peak':>8}")
+        for cell in cells:
+            for row in _measure(cell, rho, repeats, torch.device(device), seed):
+                rows.append(row)
+                echo(_line(row))
+        result = {
+            "machine": _machine(device),
+            "settings": {"rho": rho, "repeats": repeats, "seed": seed, "baseline": BASELINE},
+            "rows": rows,
+        }
+    finally:
+        torch.set_num_threads(threads_before)
+    if out is not None:
+        _write(result, Path(out))
+    return result
+
+
+def trained_like(n: int, f: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Latents (n, f) in 64 clusters of different shapes, and k codes that k-means placed on more of the same."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 2 * torch.randn(64, f, generator=generator)
+    shapes = torch.randn(64, f, f, generator=generator) / f**0.5
+
+    def draw(count: int) -> Tensor:
+        cluster = torch.randint(64, (count,), generator=generator)
+        noise = torch.randn(count, f, generator=generator)
+        return centres[cluster] + (shapes[cluster] @ noise.unsqueeze(-1)).squeeze(-1)
+
+    codes, _ = kmeans(draw(8 * k), k, steps=5, seed=seed)
+    return draw(n), codes
+
+
+def _arms(z: Tensor, codebook: Tensor, rho: float) -> dict[str, Arm]:
+    book = Codebook(codebook)
+    reg = rho * (z - codebook[book.nearest(z - book.centre)]).square().sum(1).mean().item()
+
+    def terms(z: Tensor, nearest: Tensor) -> Tensor:
+        return nnf.mse_loss(nearest, z.detach()) + _COMMITMENT * nnf.mse_loss(z, nearest.detach())
+
+    def plain(z: Tensor, codebook: Tensor) -> Tensor:
+        distance = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.t()
+        nearest = codebook[distance.argmin(1)]
+        return (z + (nearest - z).detach()).square().sum() + terms(z, nearest)
+
+    def blocked(z: Tensor, codebook: Tensor) -> Tensor:
+        with torch.no_grad():
+            book = Codebook(codebook)
+            index = book.nearest(z - book.centre)
+        nearest = codebook[index]
+        return (z + (nearest - z).detach()).square().sum() + terms(z, nearest)
+
+    def convex(method: str) -> Arm:
+        def arm(z: Tensor, codebook: Tensor) -> Tensor:
+            solution = soft_convex_solve(z, codebook, reg, method=method)
+            return solution.z_q.square().sum() + terms(z, codebook[solution.nearest])
+
+        return arm
+
+    arms = {BASELINE: plain, "VQ, search in blocks": blocked, "vector-quantize-pytorch": _library_arm(codebook)}
+    return arms | {f"SCQ {method}": convex(method) for method in reversed(METHODS)}
+
+
+def _library_arm(codebook: Tensor) -> Arm:
+    from vector_quantize_pytorch import VectorQuantize  # a baseline only; importing it takes seconds
+
+    layer = VectorQuantize(dim=codebook.shape[1], codebook_size=len(codebook), commitment_weight=_COMMITMENT)
+    layer = layer.to(codebook.device).train()
+    layer._codebook.embed.data.copy_(codebook.unsqueeze(0))
+
+    def arm(z: Tensor, codebook: Tensor) -> Tensor:
+        z_q, _, loss = layer(z.unsqueeze(0))
+        return z_q.square().sum() + loss.sum()
+
+    return arm
+
+
+def _measure(cell: tuple[int, int, int], rho: float, repeats: int, device: torch.device, seed: int) -> list[dict]:
+    n, f, k = cell
+    z, codebook = (x.to(device) for x in trained_like(n, f, k, seed))
+    arms = _arms(z, codebook, rho)
+    peaks = {name: _peak_bytes(arm, z, codebook) for name, arm in arms.items()}
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(repeats):
+        for name, arm in arms.items():
+            leaves = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+            _wait(device)
+            start = time.perf_counter()
+            arm(*leaves).backward()
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+    base = statistics.median(times[BASELINE])
+    rows = []
+    for name, taken in times.items():
+        low, median, high = torch.tensor(taken, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double())
+        rows.append(
+            {"n": n, "f": f, "k": k, "arm": name, "median_s": float(median), "low_s": float(low), "high_s": float(high)}
+            | {"ratio": float(median) / base, "peak_mb": peaks[name] / 2**20}
+        )
+    return rows
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations made and that are still alive; an allocator without a record."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known[key] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self.known.pop(key)
+
+
+def _peak_bytes(arm: Arm, z: Tensor, codebook: Tensor) -> int:
+    leaves = z.clone().requires_grad_(), codebook.clone().requires_grad_()
+    if z.is_cuda:
+        before = torch.cuda.memory_allocated(z.device)
+        torch.cuda.reset_peak_memory_stats(z.device)
+        arm(*leaves).backward()
+        return torch.cuda.max_memory_allocated(z.device) - before
+    with _LiveTensors() as live:
+        arm(*leaves).backward()
+    return live.peak
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _machine(device: str) -> dict:
+    name = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    )
+    return {"device": device, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def _line(row: dict) -> str:
+    quartiles = f"{row['low_s'] * 1e3:.1f} - {row['high_s'] * 1e3:.1f}"
+    return (
+        f"{row['n']:>6} {row['f']:>3} {row['k']:>6}  {row['arm']:<24} {row['median_s'] * 1e3:>6.1f} ms "
+        f"{quartiles:>17} {row['ratio']:>5.2f}x {row['peak_mb']:>5.0f} MB"
+    )
+
+
+def _write(result: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "speed.json.partial"
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(folder / "speed.json")
+    picture = folder / "speed.partial.png"
+    _plot(result["rows"], picture)
+    picture.replace(folder / "speed.png")
+
+
+def _plot(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    cells = list(dict.fromkeys((row["n"], row["f"], row["k"]) for row in rows))
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != BASELINE]
+    ratio = {(row["n"], row["f"], row["k"], row["arm"]): row["ratio"] for row in rows}
+    figure = Figure(figsize=(max(6, 1.6 * len(cells)), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        places = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(cells))]
+        axes.bar(places, [ratio[(*cell, arm)] for cell in cells], width, label=arm)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xticks(range(len(cells)), [f"N={n}\nF={f}, K={k}" for n, f, k in cells])
+    axes.set_ylabel(f"time / {BASELINE}")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
