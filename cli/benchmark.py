@@ -104,7 +104,7 @@ def _benchmark_quality(options: argparse.Namespace) -> None:
 def _benchmark_sampling(options: argparse.Namespace) -> None:
     import torch
 
-    from scq.engine.config import write_atomically
+    from scq.engine.files import write_file
     from scq.engine.progress import progress_bar
     from scq.evaluation.speed.sampling import benchmark_sampling, format_table
     from scq.sampling.pipeline import SoftConvexPipeline
@@ -122,7 +122,7 @@ def _benchmark_sampling(options: argparse.Namespace) -> None:
             progress=bar,
         )
     if options.out:
-        write_atomically(options.out, json.dumps(rows, indent=2) + "\n")
+        write_file(options.out, json.dumps(rows, indent=2) + "\n")
     print("\n".join(format_table(rows)))
 
 
@@ -151,7 +151,7 @@ def _benchmark_step(options: argparse.Namespace) -> None:
 
 
 def _benchmark_data(options: argparse.Namespace) -> None:
-    from scq.engine.config import write_atomically
+    from scq.engine.files import write_file
     from scq.engine.progress import progress_bar
     from scq.evaluation.speed.reading import benchmark_data, format_table
 
@@ -164,7 +164,7 @@ def _benchmark_data(options: argparse.Namespace) -> None:
             progress=bar,
         )
     if options.out:
-        write_atomically(options.out, json.dumps(result, indent=2) + "\n")
+        write_file(options.out, json.dumps(result, indent=2) + "\n")
     print(format_table(result))
 
 

@@ -71,7 +71,7 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    from scq.data.pack import check
+    from scq.data.check import check
 
     problems = check(options.out)
     for problem in problems:
@@ -82,7 +82,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _preview(options: argparse.Namespace) -> None:
-    from scq.data.pack import preview
+    from scq.data.check import preview
 
     preview(options.out, options.picture)
     print(options.picture)

@@ -39,7 +39,7 @@ def add_sample(commands: Any) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import torch
 
-    from scq.data.files import atomic_write
+    from scq.engine.files import atomic_write
     from scq.engine.progress import progress_bar
     from scq.sampling.arguments import LARGEST_SEED
     from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline

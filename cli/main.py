@@ -32,12 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for a user's mistake, 130 for an interruption."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    from scq.data.errors import DataError
-
     keep_freed_memory()
     try:
         options.run(options)
-    except (UserError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         if "debug" in options:
             raise
         # A file that cannot be read or written, a disk that is full: nothing that a traceback would explain.

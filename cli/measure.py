@@ -63,8 +63,8 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from scq.engine.config import write_atomically
-    from scq.engine.processes import join_processes, process_place
+    from scq.engine.files import write_file
+    from scq.engine.processes import join_processes, rank_and_world_size
     from scq.engine.progress import progress_bar, say
     from scq.evaluation.evaluate import Extras, Reference, evaluate
     from scq.evaluation.metrics.dinov2 import load_transformer
@@ -79,7 +79,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.second_weights and not options.second_backbone:
         raise UserError("--second-weights needs --second-backbone, the name of the network that they are of")
     on = join_processes()
-    rank, processes = process_place()
+    rank, processes = rank_and_world_size()
     main = rank == 0
     for file in filter(None, (options.out, options.cache)):
         check_writable(file)
@@ -118,5 +118,5 @@ def _evaluate(options: argparse.Namespace) -> None:
         if options.card:
             pipeline.measured = with_numbers(pipeline.measured, results)
             pipeline.write_card(root)
-        write_atomically(options.out, json.dumps({"model": str(options.model), **results}, indent=2) + "\n")
+        write_file(options.out, json.dumps({"model": str(options.model), **results}, indent=2) + "\n")
         print(options.out)

@@ -36,7 +36,7 @@ def add_train(commands: Any) -> None:
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
     from scq.engine.config import load_config
-    from scq.engine.processes import join_processes, process_place
+    from scq.engine.processes import join_processes, rank_and_world_size
     from scq.stage1_tokenizer.train import TokenizerExperiment, estimate_tokenizer, train_tokenizer
 
     config = load_config(TokenizerExperiment, options.config, options.overrides)
@@ -47,7 +47,7 @@ def _train_tokenizer(options: argparse.Namespace) -> None:
         raise UserError("score.images needs held-out images: set data.validation to their shards")
     join_processes()
     # The loop scores in the main process alone, while the others wait.
-    scores = config.score.images and process_place()[0] == 0
+    scores = config.score.images and rank_and_world_size()[0] == 0
     train_tokenizer(config, _rfid(config) if scores else None)
     say_once(f"{Path(config.out) / 'model'}")
 
@@ -159,9 +159,9 @@ def _facts(stage: str, steps: int, config: Any) -> dict[str, Any]:
 
 def _facts_of_tokenizer(folder: Path) -> dict[str, Any]:
     """As far as its run folder is still there, and its shards."""
-    from scq.data.errors import DataError
     from scq.data.shards import ShardSet
     from scq.engine.config import load_config
+    from scq.engine.errors import DataError
     from scq.engine.tracking import read_metrics
     from scq.stage1_tokenizer.train import TokenizerExperiment
 
@@ -198,14 +198,14 @@ def add_tokenize(commands: Any) -> None:
 
 
 def _tokenize(options: argparse.Namespace) -> None:
-    from scq.engine.processes import join_processes, process_place
+    from scq.engine.processes import join_processes, rank_and_world_size
     from scq.engine.progress import progress_bar
     from scq.stage1_tokenizer.train import load_tokenizer
     from scq.stage1_tokenizer.write_tokens import write_tokens
 
     tokenizer = load_tokenizer(options.model)
     join_processes()
-    with progress_bar("tokenize", quiet=process_place()[0] > 0) as bar:
+    with progress_bar("tokenize", quiet=rank_and_world_size()[0] > 0) as bar:
         settings = (options.batch_size, options.views, options.cache)
         tokens = write_tokens(tokenizer, options.data, options.out, *settings, progress=bar)
     h, w = tokens.grid

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scq.data.errors import DataError
-from scq.data.files import atomic_write
 from scq.data.shards import ShardSet, index_name, scan_shard
 from scq.data.storage import LocalStorage, Storage
 from scq.data.transforms import decode
+from scq.engine.errors import DataError
+from scq.engine.files import atomic_write
 
 
 def check(out: str | os.PathLike) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scq.data.errors import DataError
-from scq.data.sources import Entry, FolderSource, Source, existing_directory
+from scq.data.source import Entry, FolderSource, Source, existing_directory
+from scq.engine.errors import DataError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PIXELS = 3 * 32 * 32

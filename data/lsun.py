@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scq.data.errors import DataError
-from scq.data.files import atomic_write
-from scq.data.sources import Entry, Source, existing_directory
+from scq.data.source import Entry, Source, existing_directory
+from scq.engine.errors import DataError
+from scq.engine.files import atomic_write
 
 _environments: dict[str, tuple[int, Any]] = {}  # directory -> (process, LMDB environment)
 

@@ -6,7 +6,8 @@ stands at a position. Nothing here remembers what was read.
 
 import numpy as np
 
-from scq.data.errors import DataError
+from scq.engine.errors import DataError
+from scq.engine.randomness import position_bits
 
 FULL_SHUFFLE_LIMIT = 2**27  # images; two permutations of so many fill 1 GiB
 SHARDS_PER_BLOCK = 16
@@ -120,28 +121,9 @@ def forget_oldest(kept: dict, keep: int) -> None:
         del kept[next(iter(kept))]
 
 
-def random_bits(seed: int, positions: np.ndarray, purpose: int) -> np.ndarray:
-    """64 random bits for each position, uint64 (n,): a pure function of (seed, position, purpose).
-
-    The purpose keeps draws for different decisions independent. SplitMix64 (Steele, Lea, Flood 2014), used as a
-    counter-based generator.
-    """
-    with np.errstate(over="ignore"):
-        x = np.uint64(_mix(np.uint64(seed % 2**64)) + np.uint64(purpose)) + np.asarray(positions).astype(np.uint64)
-        return _mix(_mix(x))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
 def flips(seed: int, positions: np.ndarray) -> np.ndarray:
     """Whether the image at each position is mirrored, bool (n,): a fair coin per (seed, position)."""
-    return (random_bits(seed, positions, purpose=1) & np.uint64(1)).astype(bool)
+    return (position_bits(seed, positions, purpose=1) & np.uint64(1)).astype(bool)
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -156,10 +138,10 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
     return rank * share, (rank + 1) * share
 
 
-class Place:
-    """The bookkeeping every stream shares: images seen, and the state dict that names seed and contents.
+class ResumableStream:
+    """The bookkeeping that every stream shares: how many images it handed out, as a state that a checkpoint keeps.
 
-    A stream of another seed or other contents refuses the state: it would go on at another place.
+    A stream of another seed or of other contents refuses the state, because it would go on with other images.
     """
 
     def __init__(self, seed: int, contents: str):

@@ -26,13 +26,12 @@ import PIL
 from PIL import Image
 
 from scq.data import shards
-from scq.data.check import check, preview
-from scq.data.errors import BadImage, DataError
-from scq.data.files import atomic_write, parse_manifest, remove_leftovers, sha256_of, write_json
-from scq.data.sources import Entry, Source, open_source
+from scq.data.manifest import parse_manifest
+from scq.data.source import Entry, Source
+from scq.data.sources import open_source
 from scq.data.transforms import PROTOCOLS, decode, get_protocol
-
-__all__ = ["check", "pack", "preview"]
+from scq.engine.errors import BadImage, DataError
+from scq.engine.files import atomic_write, remove_leftovers, sha256_of, write_json
 
 JOURNAL = "pack.jsonl"
 ENTRIES_PER_TASK = 16

@@ -13,9 +13,10 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from scq.data.errors import DataError
-from scq.data.files import atomic_write, contents_fingerprint, parse_manifest, require_plain_name
+from scq.data.manifest import contents_fingerprint, parse_manifest, require_plain_name
 from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, default_cache, open_storage
+from scq.engine.errors import DataError
+from scq.engine.files import atomic_write
 
 MANIFEST, FORMAT = "manifest.json", "scq-images-1"
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("label", "<u4")])

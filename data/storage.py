@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from scq.data.errors import DataError
-from scq.data.files import atomic_write, sha256_of
+from scq.engine.errors import DataError
+from scq.engine.files import atomic_write, sha256_of
 
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the tries of a failing read
 OPEN_FILES = 64

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from scq.data.errors import BadImage, DataError
-from scq.data.order import BlockOrder, EpochOrder, Place, create_order, flips, rank_slice
+from scq.data.order import BlockOrder, EpochOrder, ResumableStream, create_order, flips, rank_slice
 from scq.data.shards import ShardSet
 from scq.data.transforms import decode
+from scq.engine.errors import BadImage, DataError
 
 CACHE_BYTES = 512 * 2**20  # decoded sets smaller than this stay in memory
 
@@ -104,7 +104,7 @@ def _or_raise(batch: Batch | DataError) -> Batch:
     return batch
 
 
-class ImageStream(Place):
+class ImageStream(ResumableStream):
     """An endless stream of image batches in one global order.
 
     The global sequence is the concatenation of epoch permutations; batch t holds its images [t*B, (t+1)*B), and rank r

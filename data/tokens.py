@@ -14,17 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from scq.data.errors import DataError
-from scq.data.files import (
-    atomic_write,
-    contents_fingerprint,
-    parse_manifest,
-    remove_leftovers,
-    require_plain_name,
-    sha256_of,
-    write_json,
-)
-from scq.data.order import Place, create_order, random_bits, rank_slice
+from scq.data.manifest import contents_fingerprint, parse_manifest, require_plain_name
+from scq.data.order import ResumableStream, create_order, rank_slice
+from scq.engine.errors import DataError
+from scq.engine.files import atomic_write, remove_leftovers, sha256_of, write_json
+from scq.engine.randomness import position_bits
 
 MANIFEST, FORMAT = "manifest.json", "scq-tokens-1"
 IMAGES_PER_SHARD = 10_000
@@ -257,7 +251,7 @@ class TokenDataset:
                 yield from map(json.loads, lines)
 
 
-class TokenStream(Place):
+class TokenStream(ResumableStream):
     """An endless stream of token batches in one global order; the same sequence and state as ImageStream.
 
     batch_size is global. Where the set holds several views of each image, the view at a position is a pure function of
@@ -290,7 +284,7 @@ class TokenStream(Place):
         while True:
             positions = np.arange(*self._part, dtype=np.int64) + start_image  # (b,)
             images = self._order.images(positions)
-            views = (random_bits(self.seed, positions, purpose=2) % np.uint64(self.dataset.views)).astype(np.int64)
+            views = (position_bits(self.seed, positions, purpose=2) % np.uint64(self.dataset.views)).astype(np.int64)
             labels = torch.from_numpy(self.dataset.labels[images])
             yield TokenBatch(self.dataset.read(images, views), labels, torch.from_numpy(positions))
             start_image += self.batch_size

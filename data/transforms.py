@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from scq.data.errors import BadImage, DataError
+from scq.engine.errors import BadImage, DataError
 
 WHITE = (255, 255, 255, 255)
 

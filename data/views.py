@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from scq.data.order import random_bits
+from scq.engine.randomness import position_bits
 
 
 def augmented_view(images: torch.Tensor, numbers: torch.Tensor, view: int) -> torch.Tensor:
@@ -17,7 +17,7 @@ def augmented_view(images: torch.Tensor, numbers: torch.Tensor, view: int) -> to
         return images
     if view == 1:
         return images.flip(-1)
-    bits = random_bits(view, numbers.numpy(), purpose=3)  # (b,)
+    bits = position_bits(view, numbers.numpy(), purpose=3)  # (b,)
     reach = [max(1, side // 16) for side in images.shape[-2:]]
     top, left = (((bits >> np.uint64(16 * i)) & np.uint64(0xFFFF)) % np.uint64(2 * r + 1) for i, r in enumerate(reach))
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (reach[0],) * 2, (reach[1],) * 2), mode="reflect")

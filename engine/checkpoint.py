@@ -18,6 +18,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from scq.engine.errors import UserError
+from scq.engine.files import atomic_folder
 from scq.engine.sharding import is_sharded, load_optimizer_state, load_whole, optimizer_state, whole_state
 
 
@@ -66,28 +67,21 @@ class Checkpoints:
         optimizers = {name: optimizer_state(self._owner(name), o) for name, o in self.optimizers.items()}
         if not write:
             return final
-        temporary = self.folder / f".{final.name}.tmp"
-        if temporary.exists():
-            shutil.rmtree(temporary)
         try:
-            temporary.mkdir(parents=True)
-            for name, module in self.modules.items():
-                path = temporary / f"{name}.safetensors"
-                if name in divided:
-                    save_file({key: t.contiguous() for key, t in divided[name].items()}, path)
-                else:
-                    save_model(module, str(path))
-            torch.save(optimizers, temporary / "optimizers.pt")
-            (temporary / "state.json").write_text(json.dumps({"step": step, "score": score, **state}))
+            with atomic_folder(final) as fresh:
+                for name, module in self.modules.items():
+                    path = fresh / f"{name}.safetensors"
+                    if name in divided:
+                        save_file({key: t.contiguous() for key, t in divided[name].items()}, path)
+                    else:
+                        save_model(module, str(path))
+                torch.save(optimizers, fresh / "optimizers.pt")
+                (fresh / "state.json").write_text(json.dumps({"step": step, "score": score, **state}))
         except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, and safetensors'
-            shutil.rmtree(temporary, ignore_errors=True)  # what a full disk needs least
             raise UserError(
                 f"checkpoint {final} cannot be written ({_reason(error)}); when there is room, run again: training "
                 f"goes on from {self.latest() or 'its start'}"
             ) from error
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
         best = self.best()
         for old in self.all()[: -self.keep]:
             if old != best:

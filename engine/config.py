@@ -8,7 +8,6 @@ that is not written down as different. The command line overrides with ``section
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -19,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from scq.engine.errors import UserError
+from scq.engine.files import write_file
 
 Schema = TypeVar("Schema")
-CONFIG_ROOT = Path(__file__).resolve().parents[1] / "configs"
+PACKAGE = Path(__file__).resolve().parents[1]  # the folder of scq, which in a checkout is the repository's root
+CONFIG_ROOT = PACKAGE / "configs"
 
 
 @dataclass
@@ -149,7 +150,7 @@ def _ranges(config: object) -> list[tuple[str, bool, str]]:
 def save_config(config: object, path: Path) -> None:
     """Write the resolved config, headed by the git revision of the code that resolved it."""
     text = f"# resolved by scq at git revision {git_revision()}\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
-    write_atomically(path, text)
+    write_file(path, text)
 
 
 def as_dict(config: object) -> dict:
@@ -157,29 +158,19 @@ def as_dict(config: object) -> dict:
 
 
 def git_revision() -> str:
-    """The commit of the source tree, 'unknown' where the package was installed without one."""
+    """The commit of this source tree; 'unknown' where scq was installed without one.
+
+    A repository that merely surrounds an installed package, as the user's own does around a virtual environment, says
+    nothing about scq.
+    """
+    if not (PACKAGE / ".git").exists():
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=CONFIG_ROOT.parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-        )
+        result = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return result.stdout.strip() or "unknown"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name beside ``path``, then rename: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _chain(path: Path) -> list[Path]:

@@ -26,7 +26,7 @@ from scq.engine.checkpoint import Checkpoints
 from scq.engine.config import LoopConfig, OptimizerConfig
 from scq.engine.errors import NotFiniteError, UserError
 from scq.engine.pictures import curves
-from scq.engine.processes import join_processes, process_place, sum_across_processes
+from scq.engine.processes import join_processes, rank_and_world_size, sum_across_processes
 from scq.engine.progress import progress_bar, say
 from scq.engine.randomness import step_seed
 from scq.engine.schedules import learning_rate_share
@@ -235,7 +235,7 @@ class _Meter:
         # One transfer for all, and one sum over processes; a term that begins within the window is averaged over the
         # steps that have it.
         values = torch.stack([x.detach().float() for row in self.rows for x in row.values()])
-        values = iter((sum_across_processes(values) / process_place()[1]).tolist())
+        values = iter((sum_across_processes(values) / rank_and_world_size()[1]).tolist())
         rows = [{name: next(values) for name in row} for row in self.rows]
         for step, row in zip(self.steps, rows, strict=True):
             if not _finite(row):

@@ -25,8 +25,8 @@ def join_processes() -> torch.device:
     return PartialState(cpu=cpu).device
 
 
-def process_place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank, and how many processes there are."""
     return (dist.get_rank(), dist.get_world_size()) if across_processes() else (0, 1)
 
 

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from scq.engine.checkpoint import whole_checkpoints
-from scq.engine.config import as_dict, load_config, save_config, write_atomically
+from scq.engine.config import as_dict, load_config, save_config
 from scq.engine.errors import UserError
+from scq.engine.files import atomic_write, write_file
 
 # What may differ between the run that wrote a folder and the one that goes on in it. Where the data lies may change;
 # whether it is the same data, and whether a tokenizer or a prior at another place is the same network, is checked by
@@ -73,7 +74,7 @@ class RunFolder:
             save_config(self._config, self.path / "config.yaml")
         if self.is_main and (self.path / "metrics.jsonl").is_file():
             kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
-            write_atomically(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
+            write_file(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
         tracker = self._config.training.tracker
         if tracker == "tensorboard":
             # make_accelerator does not know the run; and what TensorBoard's tracker calls a project is a folder.
@@ -84,15 +85,14 @@ class RunFolder:
 
     def picture(self, name: str, image: Image.Image) -> None:
         if self.is_main:
-            temporary = self.path / "images" / f".{name}.tmp.png"
-            image.save(temporary)
-            temporary.rename(self.path / "images" / f"{name}.png")
+            with atomic_write(self.path / "images" / f"{name}.png") as file:
+                image.save(file, format="PNG")
 
     def _wandb_settings(self) -> dict:
         """A name that people recognise, the resolved config, and an id under which the run goes on where it stopped."""
         path = self.path / "wandb_id"
         if self.is_main and not path.is_file():
-            write_atomically(path, uuid.uuid4().hex[:8])
+            write_file(path, uuid.uuid4().hex[:8])
         return {
             "dir": str(self.path),
             "name": "/".join(self.path.absolute().parts[-2:]),

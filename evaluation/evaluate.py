@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from scq.data.stream import Batch
-from scq.engine.processes import process_place, sum_across_processes
+from scq.engine.processes import rank_and_world_size, sum_across_processes
 from scq.evaluation.benchmark.plots import stacked_rows
 from scq.evaluation.metrics.features import FeatureSet, extract_features, extract_with_each
 from scq.evaluation.metrics.fid_infinity import fid_infinity
@@ -147,7 +147,7 @@ def sample_features(
 def _sample_features(
     images: Iterable[Any], count: int, networks: Sequence[FeatureNetwork], progress: Progress | None
 ) -> list[FeatureSet]:
-    bar = image_counter(progress, count, process_place()[1])
+    bar = image_counter(progress, count, rank_and_world_size()[1])
     return [share.gather() for share in extract_with_each(images, networks, name="samples", progress=bar)]
 
 
@@ -202,7 +202,7 @@ def evaluate_codebook(
     tokenizer: ImageTokenizer, batches: Iterable[Batch], progress: Progress | None = None, total: int = 0
 ) -> CodebookUsage:
     """Usage of the codebook over a whole set of images; of several processes, over all their shares."""
-    count = image_counter(progress, total, process_place()[1])
+    count = image_counter(progress, total, rank_and_world_size()[1])
 
     def indices() -> Iterator[torch.Tensor]:
         for batch in batches:
@@ -310,7 +310,7 @@ def _evaluate_drawn(
         nearest = nearest_images(features, training_set, training, first.gather(), device)
         found["nearest_training_distance"] = nearest.median_distance
         found["nearest_training_among"] = training.count
-        if extras.picture is not None and process_place()[0] == 0:
+        if extras.picture is not None and rank_and_world_size()[0] == 0:
             rows = [("samples", nearest.samples), ("nearest training images", nearest.neighbours)]
             stacked_rows(rows).save(extras.picture)
     return found

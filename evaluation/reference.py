@@ -10,7 +10,7 @@ import torch
 
 from scq.data.stream import Batch, ImageStream
 from scq.engine.errors import UserError
-from scq.engine.processes import process_place
+from scq.engine.processes import rank_and_world_size
 from scq.evaluation.metrics.features import FeatureSet, RealSet, cached_features, extract_features
 from scq.evaluation.metrics.networks import FeatureNetwork
 
@@ -32,7 +32,7 @@ class Reference:
 
     def __init__(self, shards: Path | str, count: int = 0, batch_size: int = 64, alone: bool = False):
         self.shards = shards
-        self.rank, self.processes = (0, 1) if alone else process_place()
+        self.rank, self.processes = (0, 1) if alone else rank_and_world_size()
         if self.processes > 1:  # every process gets a share of a set that is no larger than a batch, too
             batch_size = self.processes * max(1, min(batch_size, count or batch_size) // self.processes)
         self.stream = ImageStream(

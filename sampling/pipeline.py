@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 
 from scq.data.stream import Batch
 from scq.engine.errors import UserError
-from scq.engine.processes import process_place
+from scq.engine.processes import rank_and_world_size
 from scq.sampling.arguments import codes_to_start_from, image_labels, image_seeds
 from scq.sampling.chunks import in_equal_chunks
 from scq.sampling.editing import Look, fill
@@ -292,7 +292,7 @@ class SoftConvexPipeline(SavedPipeline):
         Of several processes each draws every so many batches.
         """
         classes = self.prior.config.num_classes
-        rank, processes = process_place()
+        rank, processes = rank_and_world_size()
         batch_size = min(batch_size, -(-num_images // processes))
         for start in range(rank * batch_size, num_images, processes * batch_size):
             positions = torch.arange(start, min(start + batch_size, num_images))

@@ -12,9 +12,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from scq.engine.config import write_atomically
 from scq.engine.errors import UserError
-from scq.engine.folders import replaced_model
+from scq.engine.files import replaced_model, write_file
 from scq.sampling.hub import first_line, local_folder
 from scq.sampling.hub import upload as upload_folder
 from scq.sampling.model_card import model_card
@@ -109,8 +108,8 @@ class SavedPipeline(DiffusionPipeline):
 
     def write_card(self, folder: Path) -> None:
         """Write README.md, and the numbers that are in it, to a model's folder."""
-        write_atomically(folder / MEASURED, json.dumps(self.measured, indent=1) + "\n")
-        write_atomically(folder / "README.md", model_card(self))
+        write_file(folder / MEASURED, json.dumps(self.measured, indent=1) + "\n")
+        write_file(folder / "README.md", model_card(self))
 
     @classmethod
     def from_pretrained(

@@ -22,7 +22,7 @@ from scq.data.stream import Batch, ImageStream, iterate_once
 from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig
 from scq.engine.dry_run import PROBED_IMAGES, estimate
 from scq.engine.errors import UserError
-from scq.engine.folders import replaced_model
+from scq.engine.files import replaced_model
 from scq.engine.loop import Trained, make_accelerator, train
 from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from scq.engine.pictures import picture_grid

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from scq.engine.randomness import image_uniform
+from scq.engine.randomness import standard_normal
 from scq.stage1_tokenizer.latent_network import LatentNetwork
 
 KINDS = ("regression", "flow")
@@ -127,12 +127,6 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
 
     def _code(self, indices: Tensor) -> Tensor:
         return self.codes[indices].permute(0, 3, 1, 2)
-
-
-def standard_normal(keys: Tensor, *shape: int, seed: int = 0, purpose: str = "") -> Tensor:
-    """Standard normal numbers (B, *shape), addressed like `engine.randomness.image_uniform` (Box and Muller)."""
-    radius = (-2 * image_uniform(keys, *shape, seed=seed, purpose=f"{purpose} radius").log()).sqrt()
-    return radius * (2 * math.pi * image_uniform(keys, *shape, seed=seed, purpose=f"{purpose} angle")).cos()
 
 
 def _waves(time: Tensor) -> Tensor:

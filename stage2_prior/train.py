@@ -20,7 +20,7 @@ from scq.engine.dry_run import PROBED_IMAGES, estimate
 from scq.engine.errors import UserError
 from scq.engine.loop import Trained, make_accelerator, train
 from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
-from scq.engine.processes import process_place, sum_across_processes
+from scq.engine.processes import rank_and_world_size, sum_across_processes
 from scq.engine.progress import say
 from scq.engine.randomness import image_uniform
 from scq.engine.sharding import shard
@@ -173,7 +173,7 @@ class PriorTask:
         progress = _mask_progress(positions, self.config.training.seed)
         hidden = masked_count(progress, length, masking.schedule)
         weight = (hidden * loss_weight(hidden, length, masking.weighting)).sum()
-        return sum_across_processes(weight) / process_place()[1]
+        return sum_across_processes(weight) / rank_and_world_size()[1]
 
     def score(self, averaged: MaskedTransformer) -> dict[str, float] | None:
         """An upper bound on the bits that held-out tokens need, and its error, see `likelihood_bound`."""

@@ -23,11 +23,11 @@ from scq.engine.loop import Trained, make_accelerator, train
 from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
 from scq.engine.pictures import picture_grid
 from scq.engine.progress import say
-from scq.engine.randomness import image_gumbel, image_uniform
+from scq.engine.randomness import image_gumbel, image_uniform, standard_normal
 from scq.engine.tracking import RunFolder
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from scq.stage1_tokenizer.train import open_stream, probe_images
-from scq.stage2_prior.refiner import ConvexRefiner, standard_normal
+from scq.stage2_prior.refiner import ConvexRefiner
 from scq.stage2_prior.transformer import MaskedTransformer
 
 MEASURED_IMAGES = 512  # from which the spread of latents around their codes is taken, and on which a refiner is scored

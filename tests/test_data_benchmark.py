@@ -3,8 +3,8 @@
 import pytest
 from data_samples import write_folder
 
-from scq.data.errors import DataError
 from scq.data.pack import pack
+from scq.engine.errors import DataError
 from scq.evaluation.speed.reading import STREAM, TOKENS, WEBDATASET, benchmark_data, format_table
 
 

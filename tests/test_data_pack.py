@@ -17,10 +17,11 @@ import webdataset
 from data_samples import encoded, photo, pixels, tree_bytes, write_folder, write_lmdb
 from PIL import Image
 
-from scq.data.errors import DataError
-from scq.data.pack import check, pack, preview
+from scq.data.check import check, preview
+from scq.data.pack import pack
 from scq.data.shards import ShardSet, key_of, member_name
 from scq.data.transforms import PROTOCOLS, decode
+from scq.engine.errors import DataError
 from scq.evaluation.reference import Reference
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from data_samples import write_folder
 
-from scq.data.files import write_json
 from scq.data.pack import pack
 from scq.data.stream import ImageStream
+from scq.engine.files import write_json
 
 NUM_IMAGES, BATCH, BATCHES = 53, 8, 17  # two and a half epochs
 FORK = multiprocessing.get_context("fork")

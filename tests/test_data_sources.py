@@ -12,9 +12,11 @@ import pytest
 from data_samples import EMOJI_FILES, encoded, photo, write_folder, write_lmdb
 from PIL import Image
 
-from scq.data.errors import DataError
-from scq.data.sources import FolderSource, emoji_group, emoji_split, open_source
+from scq.data.emoji import emoji_group, emoji_split
+from scq.data.source import FolderSource
+from scq.data.sources import open_source
 from scq.data.transforms import decode
+from scq.engine.errors import DataError
 
 
 def listed(source):

@@ -16,11 +16,12 @@ import pytest
 import torch
 from data_samples import write_folder
 
-from scq.data.errors import DataError
-from scq.data.pack import check, pack
+from scq.data.check import check
+from scq.data.pack import pack
 from scq.data.shards import ShardSet
 from scq.data.storage import LocalStorage, RemoteStorage, with_retries
 from scq.data.stream import ImageStream, iterate_once
+from scq.engine.errors import DataError
 
 NUM_IMAGES = 30
 

@@ -9,12 +9,12 @@ from data_samples import write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scq.data.errors import DataError
 from scq.data.order import SHARDS_PER_BLOCK, BlockOrder, EpochOrder, create_order, flips
 from scq.data.pack import pack
 from scq.data.shards import ShardSet
 from scq.data.stream import ImageStream, iterate_once
 from scq.data.transforms import decode
+from scq.engine.errors import DataError
 
 NUM_IMAGES = 41
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from data_samples import photo
 
-from scq.data.errors import DataError
 from scq.data.order import EpochOrder
 from scq.data.tokens import TokenDataset, TokenStream, TokenWriter
 from scq.data.views import augmented_view
+from scq.engine.errors import DataError
 
 GRID, CODES, COUNT = (2, 3), 1000, 23
 

@@ -7,8 +7,8 @@ import pytest
 from data_samples import encoded, photo, pixels
 from PIL import Image
 
-from scq.data.errors import BadImage, DataError
 from scq.data.transforms import PROTOCOLS, decode, get_protocol, to_rgb
+from scq.engine.errors import BadImage, DataError
 
 BICUBIC, BOX = Image.Resampling.BICUBIC, Image.Resampling.BOX
 

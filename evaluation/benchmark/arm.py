@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from scq.data.stream import Batch, ImageStream, iterate_once
-from scq.engine.config import as_dict, write_atomically
+from scq.engine.config import as_dict
+from scq.engine.files import write_file
 from scq.engine.fingerprint import fingerprint
 from scq.engine.loop import Trained
 from scq.engine.progress import progress_bar
@@ -218,7 +219,7 @@ class Arm:
                     parts.append(pipeline.draw_tokens(seeds, labels).cpu())
                 bar(first + len(seeds), budget.count)
         seconds = time.monotonic() - started
-        write_atomically(self.folder / DRAWN, save({"tokens": torch.cat(parts), "seconds": torch.tensor(seconds)}))
+        write_file(self.folder / DRAWN, save({"tokens": torch.cat(parts), "seconds": torch.tensor(seconds)}))
         return seconds
 
     def _drawn(self) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from scq.engine.config import write_atomically
+from scq.engine.files import write_file
 from scq.engine.loop import resolve_precision
 from scq.engine.progress import say
 
@@ -52,7 +52,7 @@ class Phases:
         seconds = round(result.pop("seconds", time.monotonic() - started), 2)
         self.seconds[name], self.machines[name] = seconds, this_machine()
         kept = {"settings": settings, "result": result, "seconds": seconds, "machine": self.machines[name]}
-        write_atomically(path, json.dumps(kept, indent=1))
+        write_file(path, json.dumps(kept, indent=1))
         return result
 
 

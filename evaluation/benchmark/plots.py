@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from scq.data.files import atomic_write
+from scq.engine.files import atomic_write
 from scq.engine.pictures import picture_grid
 
 matplotlib.use("Agg")

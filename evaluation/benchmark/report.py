@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from scq.engine.config import write_atomically
+from scq.engine.files import write_file
 from scq.evaluation.benchmark.decoded import (
     rate,
     reconstruction_table,
@@ -45,7 +45,7 @@ def write_report(results: dict[str, Any], out: Path) -> None:
     draw_curves(arms, out / "curves.png")
     draw_rates(arms, out / "rates.png")
     draw_sweep(arms, out / "sweep.png")
-    write_atomically(out / "report.md", render(results))
+    write_file(out / "report.md", render(results))
 
 
 def render(results: dict[str, Any]) -> str:

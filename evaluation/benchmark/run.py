@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from scq.data import pack as packing
-from scq.engine.config import CONFIG_ROOT, as_dict, git_revision, load_config, write_atomically
+from scq.engine.config import CONFIG_ROOT, as_dict, git_revision, load_config
 from scq.engine.errors import UserError
+from scq.engine.files import write_file
 from scq.engine.progress import progress_bar, say
 from scq.evaluation.benchmark.arm import CODES, Arm, SampleBudget
 from scq.evaluation.benchmark.phases import Phases
@@ -177,7 +178,7 @@ def _write(results: dict[str, Any], config: BenchmarkConfig, out: Path, results_
         way = each.refiners[0] if each.refiners else CODES
         pipeline.measured = _measured(results, results["arms"][first][0], way)
         pipeline.save_pretrained(out / "model")
-    write_atomically(out / results_name, json.dumps(results, indent=2) + "\n")
+    write_file(out / results_name, json.dumps(results, indent=2) + "\n")
     write_report(results, out)
 
 

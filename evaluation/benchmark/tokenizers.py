@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from scq.engine.config import as_dict, load_config, write_atomically
+from scq.engine.config import as_dict, load_config
+from scq.engine.files import write_file
 from scq.engine.progress import progress_bar
 from scq.engine.tracking import read_metrics
 from scq.evaluation.benchmark.decoded import reconstruction_table, training_table
@@ -122,9 +123,9 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
                 lambda e=experiment: measure_tokenizer(e, yardsticks),
             )
         )
-    write_atomically(out / "results.json", json.dumps(rows, indent=1) + "\n")
+    write_file(out / "results.json", json.dumps(rows, indent=1) + "\n")
     table = "\n".join(render(rows)) + "\n"
-    write_atomically(out / "table.md", table)
+    write_file(out / "table.md", table)
     return table
 
 

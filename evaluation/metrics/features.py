@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scq.engine.errors import UserError
-from scq.engine.processes import gather_objects, process_place
+from scq.engine.processes import gather_objects, rank_and_world_size
 from scq.evaluation.metrics.networks import FeatureNetwork
 
 
@@ -166,7 +166,7 @@ def cached_features(
         raise UserError(
             f"{real_set.dataset} ({real_set.split}) gave {features.count} images, not {real_set.count} as asked"
         )
-    if process_place()[0] > 0 and not alone:
+    if rank_and_world_size()[0] > 0 and not alone:
         return features
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")

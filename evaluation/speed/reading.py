@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from scq.data.errors import DataError
 from scq.data.shards import ShardSet
 from scq.data.stream import Batch, ImageStream
 from scq.data.tokens import TokenStream, TokenWriter
+from scq.engine.errors import DataError
 
 WEBDATASET, STREAM = "webdataset, plain pipeline", "scq, decoding every image"
 IN_MEMORY, TOKENS = "scq, decoded images in memory", "scq, token shards"

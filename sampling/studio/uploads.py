@@ -14,8 +14,8 @@ import gradio as gr
 from gradio.data_classes import FileData, ImageData
 from PIL import ExifTags, Image, ImageOps
 
-from scq.data.errors import BadImage
 from scq.data.transforms import to_rgb
+from scq.engine.errors import BadImage
 
 LARGEST_BYTES = 20_000_000  # of one file, however it arrives: gradio itself bounds uploads, not pictures in a request
 LARGEST_PIXELS = 40_000_000  # of one picture; a few kilobytes of PNG can hold gigabytes of pixels

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scq.engine.errors import UserError
-from scq.engine.folders import replaced_model
+from scq.engine.files import replaced_model
 
 OURS = {"Painter"}
 

