@@ -4,8 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
+# The package under its name, for tools that read the source without running it: no folder here is called scq.
+LINK := build/src/scq
 
-.PHONY: quickstart test test-all lint format clean
+.PHONY: quickstart test test-all lint format docs clean
 
 quickstart: $(VENV)/.quickstart
 	$(RUN)/scq quickstart $(if $(OUT),--out $(OUT))
@@ -22,16 +24,25 @@ test-all: $(VENV)/.test
 lint: $(VENV)/.test
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/basedpyright --pythonpath $(RUN)/python
 
 format: $(VENV)/.test
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
+# A site of the pages in docs/ and of the docstrings, to be opened from the disk: build/site/index.html.
+docs: $(VENV)/.docs
+	$(RUN)/mkdocs build --quiet --strict
+
 # One stamp for each set of extras, renewed when pyproject.toml changes. The test extras contain the quickstart's.
-$(VENV)/.%: pyproject.toml
+$(VENV)/.%: pyproject.toml | $(LINK)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
+$(LINK):
+	mkdir -p $(@D)
+	ln -s ../.. $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build/src build/site .pytest_cache .ruff_cache .hypothesis
