@@ -4,8 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin
-# The package under its name, for tools that read the source without running it: no folder here is called scq.
-LINK := build/src/scq
+# The package under its name, for tools that read the source without running it: no folder here is called scq. One link
+# for each room, because a link to the whole repository would hold itself.
+ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
+LINKS := $(addprefix build/src/scq/,$(ROOMS) __init__.py __main__.py py.typed)
 
 .PHONY: quickstart test test-all lint format docs clean
 
@@ -32,17 +34,17 @@ format: $(VENV)/.test
 
 # A site of the pages in docs/ and of the docstrings, to be opened from the disk: build/site/index.html.
 docs: $(VENV)/.docs
-	$(RUN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
 
 # One stamp for each set of extras, renewed when pyproject.toml changes. The test extras contain the quickstart's.
-$(VENV)/.%: pyproject.toml | $(LINK)
+$(VENV)/.%: pyproject.toml | $(LINKS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
 
-$(LINK):
-	mkdir -p $(@D)
-	ln -s ../.. $@
+$(LINKS): build/src/scq/%:
+	@mkdir -p $(@D)
+	ln -s ../../../$* $@
 
 clean:
 	rm -rf $(VENV) build/src build/site .pytest_cache .ruff_cache .hypothesis
