@@ -16,14 +16,14 @@ _PUBLIC = {
     "MaskedTransformer": "scq.stage2_prior.transformer",
     "SoftConvexPipeline": "scq.sampling.pipeline",
     "SoftConvexQuantizer": "scq.stage1_tokenizer.quantizers",
-    "UnmaskingScheduler": "scq.sampling.scheduler",
+    "UnmaskingScheduler": "scq.stage2_prior.scheduler",
     "soft_convex_solve": "scq.stage1_tokenizer.solver",
 }
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
     from scq.sampling.pipeline import SoftConvexPipeline as SoftConvexPipeline
-    from scq.sampling.scheduler import UnmaskingScheduler as UnmaskingScheduler
+    from scq.stage2_prior.scheduler import UnmaskingScheduler as UnmaskingScheduler
     from scq.stage1_tokenizer.autoencoder import ImageTokenizer as ImageTokenizer
     from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer as SoftConvexQuantizer
     from scq.stage1_tokenizer.solver import soft_convex_solve as soft_convex_solve

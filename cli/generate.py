@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def _sample(options: argparse.Namespace) -> None:
     from scq.engine.progress import progress_bar
     from scq.sampling.arguments import LARGEST_SEED
     from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
-    from scq.sampling.scheduler import parse_settings
+    from scq.stage2_prior.scheduler import parse_settings
 
     settings = parse_settings(options.settings)
     for name in ("steps", "temperature", "guidance_scale"):
@@ -90,7 +91,7 @@ def add_app(commands: Any) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
-    from scq.engine.config import CONFIG_ROOT
+    from scq.engine.config import PACKAGE
     from scq.sampling.app import build_page, serve
     from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
     from scq.sampling.studio.results import find_reports
@@ -101,7 +102,7 @@ def _app(options: argparse.Namespace) -> None:
         if not find_reports([folder]):
             raise UserError(f"--results {folder} holds no report.md, nor does a folder in it")
     pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
-    page = build_page(pipeline, options.max_batch, [*options.results, CONFIG_ROOT.parent / "docs" / "results"])
+    page = build_page(pipeline, options.max_batch, [*options.results, PACKAGE / "docs" / "results"])
     serve(page, options.host, options.port, auth=options.auth)
 
 
@@ -131,7 +132,7 @@ def _export(options: argparse.Namespace) -> None:
 
     pipeline = SoftConvexPipeline.from_pretrained(options.model)
     if options.license:
-        pipeline.measured["license"] = options.license
+        pipeline.measured = replace(pipeline.measured, license=options.license)
     export_half(pipeline, options.out)
     size = sum(path.stat().st_size for path in options.out.rglob("*") if path.is_file())
     print(f"{options.out}: {size / 1e6:.1f} MB")

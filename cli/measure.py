@@ -70,11 +70,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     from scq.evaluation.metrics.dinov2 import load_transformer
     from scq.evaluation.metrics.inception import load_inception
     from scq.sampling.hub import is_hub_name, local_folder
-    from scq.sampling.model_card import with_numbers
     from scq.sampling.pipeline import SoftConvexPipeline
-    from scq.sampling.storage import model_root
     from scq.stage1_tokenizer.losses import PerceptualLoss
-    from scq.stage1_tokenizer.train import load_tokenizer
+    from scq.stage1_tokenizer.model_folder import load_tokenizer
+    from scq.stage2_prior.model_card import with_numbers
+    from scq.stage2_prior.model_folder import model_root
 
     if options.second_weights and not options.second_backbone:
         raise UserError("--second-weights needs --second-backbone, the name of the network that they are of")

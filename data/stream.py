@@ -124,6 +124,8 @@ class ImageStream(ResumableStream):
     Raises DataError for a missing or damaged set, or a batch size that the ranks cannot share.
     """
 
+    unit = "images"
+
     def __init__(
         self,
         shards: str | os.PathLike,

@@ -255,10 +255,12 @@ class TokenStream(ResumableStream):
     """An endless stream of token batches in one global order; the same sequence and state as ImageStream.
 
     batch_size is global. Where the set holds several views of each image, the view at a position is a pure function of
-    (seed, position). Attributes besides ImageStream's: codebook_size, grid (h, w), dataset; fingerprint is
-    the tokenizer's.
+    (seed, position). Attributes besides ImageStream's: codebook_size, grid (h, w), dataset; fingerprint is the
+    tokenizer's.
     Raises DataError if there is no finished set or the ranks cannot share the batch.
     """
+
+    unit = "token grids"
 
     def __init__(
         self,
@@ -278,6 +280,7 @@ class TokenStream(ResumableStream):
         self.codebook_size, self.grid = self.dataset.codebook_size, self.dataset.grid
         self.num_images, self.num_classes = self.dataset.num_images, self.dataset.num_classes
         self._order = create_order([shard["images"] for shard in self.manifest["shards"]], seed, shuffle)
+        self.order_description = self._order.description
 
     def iterate(self, start_image: int = 0) -> Iterator[TokenBatch]:
         """Endless batches of this rank from a place in the global sequence; independent of images_seen."""

@@ -11,39 +11,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scq.engine.config import LoopConfig
-from scq.engine.loop import Task
-
-PROBED_IMAGES = 4  # small enough for any machine; memory and time are scaled from them
+from scq.engine.stage import Probe, Task
 
 
-def estimate(
-    task: Task,
-    probe: Any,
-    probed: int,
-    images: int | None,
-    config: LoopConfig,
-    accelerator: Accelerator,
-    frozen: dict[str, nn.Module] | None = None,
-    heaviest: int | None = None,
-) -> list[str]:
+def estimate(task: Task, probe: Probe, config: LoopConfig, accelerator: Accelerator, heaviest: int) -> list[str]:
     """Lines for a person: parameters, memory, steps per epoch, time to the end.
 
     Args:
-        probe: a batch of ``probed`` images, at least 2, on which training steps are taken.
-        images: in the training set; None where it is not at hand.
-        frozen: networks by name that the task uses without training them.
-        heaviest: the step that needs the most memory, with every loss switched on; None for the last.
+        probe: at least 2 images, on which training steps are taken; memory and time are scaled from them.
+        config: of the run that is meant.
+        heaviest: the step that needs the most memory.
     """
-    frozen = frozen or {}
+    probed, images, frozen = len(probe.batch[0]), probe.images, task.frozen
     share = -(-config.batch_size // accelerator.num_processes)
     together = -(-share // config.accumulate)
     last = config.steps - 1
-    half = type(probe)(*(field[: probed // 2] for field in probe))
+    half = type(probe.batch)(*(field[: probed // 2] for field in probe.batch))
     weights = [*task.modules.values(), *frozen.values()]
     saved = []
-    for images_of_it in (half, probe):  # also the warm-up: compilation, first allocations
+    for batch in (half, probe.batch):  # also the warm-up: compilation, first allocations
         with _SavedForBackward(weights) as kept:
-            task.training_step(images_of_it, last if heaviest is None else heaviest)
+            task.training_step(batch, heaviest)
         saved.append(kept.bytes)
     # What does not grow with the images, such as the weights' copies in bf16, is in both.
     per_image = (saved[1] - saved[0]) / (probed - probed // 2)
@@ -51,7 +39,7 @@ def estimate(
     seconds = []
     for _ in range(2):
         started = time.perf_counter()
-        terms = task.training_step(probe, last)
+        terms = task.training_step(probe.batch, last)
         float(terms["loss"])  # waits for the device
         seconds.append(time.perf_counter() - started)
     pace = min(seconds) * share / probed

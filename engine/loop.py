@@ -1,8 +1,4 @@
-"""The one training loop, shared by both stages.
-
-A stage gives a :class:`Task`: its modules, its optimizers and one training step. The loop owns everything else:
-learning rates, the exponential moving average, logging, the guard against divergence, checkpoints and exact resume.
-"""
+"""The training loop of every stage: learning rates, averages, logs, pictures, scores, checkpoints, exact resume."""
 
 from __future__ import annotations
 
@@ -13,47 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from PIL import Image
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from scq.engine.checkpoint import Checkpoints
-from scq.engine.config import LoopConfig, OptimizerConfig
 from scq.engine.errors import NotFiniteError, UserError
+from scq.engine.fingerprint import fingerprint
 from scq.engine.pictures import curves
-from scq.engine.processes import join_processes, rank_and_world_size, sum_across_processes
-from scq.engine.progress import progress_bar, say
+from scq.engine.processes import rank_and_world_size, sum_across_processes
+from scq.engine.progress import Report, progress_bar, say
 from scq.engine.randomness import step_seed
 from scq.engine.schedules import learning_rate_share
 from scq.engine.sharding import Whole, is_sharded
-from scq.engine.tracking import RunFolder, checked_tracker, read_metrics
-
-
-class Task(Protocol):
-    """What one stage trains."""
-
-    modules: dict[str, nn.Module]  # saved and restored by name
-    optimizers: dict[str, torch.optim.Optimizer]
-    score_name: str  # which of the numbers that `score` returns decides
-    average: ModelEmaV3  # of modules["model"]; copied before accelerate wraps that model's forward in autocast
-
-    def training_step(self, batch: Any, step: int) -> dict[str, torch.Tensor]:
-        """Take one optimizer step; return 0-dim tensors to log, gradient norms among them."""
-
-    def picture(self, averaged: nn.Module) -> Image.Image | None:
-        """Something to look at, drawn with the averaged weights."""
-
-    def score(self, averaged: nn.Module) -> dict[str, float] | None:
-        """How good the averaged weights are on held-out data, to log; of ``score_name``, lower is better. None where
-        nobody asked.
-
-        Called in the main process alone: it must not wait for the others.
-        """
+from scq.engine.stage import Stream, Task, Terms
+from scq.engine.tracking import RunFolder, read_metrics
 
 
 @dataclass
@@ -66,144 +37,151 @@ class Trained:
     best: Path | None  # the checkpoint with the lowest score; None where nobody asked for scores
 
 
-def make_accelerator(config: LoopConfig) -> Accelerator:
-    """Devices, processes and mixed precision, as ``accelerate launch`` or the machine decides.
-
-    Raises:
-        UserError: the tracker or the precision is unknown, or ``accumulate`` does not divide a process's images.
-    """
-    # accelerate keeps the first precision of a process for good; a process may train several models.
-    AcceleratorState._reset_state()
-    join_processes()
-    tracker = checked_tracker(config.tracker)
-    accelerator = Accelerator(mixed_precision=resolve_precision(config.precision), log_with=tracker, project_dir=".")
-    share = config.batch_size // accelerator.num_processes
-    if share % config.accumulate:
-        raise UserError(
-            f"training.accumulate={config.accumulate} does not divide the {share} images of each process's share of "
-            f"training.batch_size={config.batch_size}"
-        )
-    return accelerator
-
-
-def resolve_precision(precision: str) -> str:
-    """accelerate's word for a precision.
-
-    ``auto`` becomes bf16 where the hardware multiplies bf16 natively; elsewhere emulation would only be slower.
-    """
-    if precision not in ("auto", "fp32", "bf16"):  # fp16 needs losses scaled, and steps left out where they overflow
-        raise UserError(f"training.precision is {precision!r}; it must be auto, fp32 or bf16")
-    if precision != "auto":
-        return "no" if precision == "fp32" else precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "no"
-
-
-def train(
-    task: Task,
-    stream: Any,
-    config: LoopConfig,
-    optimizer: OptimizerConfig,
-    run: RunFolder,
-    accelerator: Accelerator,
-    title: str,
-    frozen: dict[str, str] | None = None,
-) -> Trained:
-    """Train until ``config.steps``, going on from the newest checkpoint of ``run`` where there is one.
+class Loop:
+    """One training from its newest checkpoint, if there is one, to its last step.
 
     Args:
-        stream: yields this process's share of every batch, and knows its place (data.stream, data.tokens).
+        stream: yields this process's share of every batch.
+        folder: the run's; what is there is gone on with.
         title: what the progress bar says.
-        frozen: fingerprints, by name, of the networks that the task takes as given; a checkpoint keeps them.
-
-    Raises:
-        UserError: a loss or gradient became non-finite; the message names the step, the terms and the last good
-            checkpoint, which is left untouched. Or the newest checkpoint is beyond ``config.steps``, or the run was
-            trained with other frozen networks.
-        DataError: the run was trained on other data.
     """
-    frozen = frozen or {}
-    model, average = task.modules["model"], task.average
-    modules = {**task.modules, "ema": average.module}
-    checkpoints = Checkpoints(run.path / "checkpoints", config.keep_checkpoints, modules, task.optimizers)
-    state = checkpoints.restore()
-    first, spent = state["step"], state.get("seconds", 0.0)
-    if first > config.steps:
-        raise UserError(
-            f"{run.path} was trained for {first} steps already, training.steps={config.steps} asks for fewer; "
-            "raise training.steps, choose another out=... or delete that folder"
+
+    def __init__(self, task: Task, stream: Stream, folder: RunFolder, title: str):
+        self.task, self.stream, self.folder, self.title = task, stream, folder, title
+        self.training, self.optimizer = task.config.training, task.config.optimizer
+        self.accelerator, self.is_main = task.accelerator, folder.is_main
+        self.frozen = {name: fingerprint(network) for name, network in task.frozen.items()}
+        self.checkpoints = Checkpoints(
+            folder.path / "checkpoints",
+            self.training.keep_checkpoints,
+            {**task.modules, "ema": task.average.module},
+            task.optimizers,
         )
-    if first:
-        stream.load_state_dict(state["stream"])
-        _refuse_other_networks(run.path, state.get("frozen", frozen), frozen)
-    run.begin(first)
-    base_rates = {name: [group["initial_lr"] for group in o.param_groups] for name, o in task.optimizers.items()}
-    meter, divided = _Meter(checkpoints), is_sharded(model)
-    started = time.monotonic()
-    if run.is_main and accelerator.num_processes > 1:
-        say(f"{accelerator.num_processes} processes, {config.batch_size} images a step over all of them")
-    with progress_bar(title, quiet=not run.is_main) as progress:
-        batches = iter(stream)
-        progress(first, config.steps)
-        for step in range(first, config.steps):
-            waiting = time.monotonic()
-            batch = next(batches)
-            waited = time.monotonic() - waiting
-            share = learning_rate_share(
-                step, config.steps, optimizer.warmup_steps, optimizer.schedule, optimizer.final_share
-            )
-            for name, each in task.optimizers.items():
-                for group, rate in zip(each.param_groups, base_rates[name], strict=True):
-                    group["lr"] = rate * share
-            torch.manual_seed(step_seed(config.seed, step, accelerator.process_index))
-            try:
-                terms = task.training_step(batch, step)
-            except NotFiniteError as error:
-                raise meter.divergence(step, str(error)) from error
-            meter.add(step, terms, waited)
-            average.update(Whole(model) if divided else model, step=step)
+        self.seconds = 0.0  # of training until the newest checkpoint, over all interruptions
 
-            done = step + 1
-            last = done == config.steps
-            saves = done % config.checkpoint_every == 0 or last
-            progress(done, config.steps)
-            if done % config.log_every == 0 or saves:
-                values = meter.flush(config.batch_size)
-                speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
-                progress(done, config.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
-                values["learning_rate"] = optimizer.learning_rate * share
-                with meter.paused():
-                    found = (task.score(average.module.eval()) if saves and run.is_main else None) or {}
-                    # Logged before it is saved: a kill in between leaves a line that the resumed run drops.
-                    run.log(done, {**values, **found})
+    def run(self) -> Trained:
+        """Train until ``training.steps``.
+
+        Raises:
+            UserError: a loss or gradient is not finite; the message names the step, the terms and the last good
+                checkpoint, which is left untouched. Or the newest checkpoint is beyond ``training.steps``, or the run
+                was trained with other frozen networks.
+            DataError: the run was trained on other data.
+        """
+        first, steps = self._resume(), self.training.steps
+        self.meter, self.started = _Meter(self.checkpoints), time.monotonic()
+        if self.is_main and self.accelerator.num_processes > 1:
+            count, images = self.accelerator.num_processes, self.training.batch_size
+            say(f"{count} processes, {images} images a step over all of them")
+        with progress_bar(self.title, quiet=not self.is_main) as progress:
+            batches = iter(self.stream)
+            progress(first, steps)
+            for step in range(first, steps):
+                with self.meter.waiting():
+                    batch = next(batches)
+                self._set_learning_rates(step)
+                torch.manual_seed(step_seed(self.training.seed, step, self.accelerator.process_index))
+                self._train(batch, step)
+                done, last = step + 1, step + 1 == steps
+                saves = last or done % self.training.checkpoint_every == 0
+                progress(done, steps)
+                if saves or done % self.training.log_every == 0:
+                    values = self._log(done, progress, scored=saves)
                     if saves:
-                        state = {"seconds": spent + time.monotonic() - started, "stream": stream.state_dict()}
-                        checkpoints.save(
-                            done, write=run.is_main, score=found.get(task.score_name), frozen=frozen, **state
-                        )
-            if config.images_every and (done % config.images_every == 0 or last) and run.is_main:
-                with meter.paused():
-                    run.picture("curves", curves(read_metrics(run.path)))
-                    picture = task.picture(average.module.eval())
-                    if picture is not None:
-                        run.picture(f"step_{done:08d}", picture)
-            if saves:
-                accelerator.wait_for_everyone()
-    # Not accelerator.end_training(): it would end the processes' group, which exports and benchmarks still need.
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    seconds = spent + time.monotonic() - started if first < config.steps else spent
-    return Trained(average.module.eval(), config.steps, seconds, checkpoints.best())
+                        self._save(done, values)
+                if self.training.images_every and (last or done % self.training.images_every == 0):
+                    self._picture(done)
+                if saves:
+                    self.accelerator.wait_for_everyone()
+        # Not accelerator.end_training(): it would end the processes' group, which exports and benchmarks still need.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return Trained(self.task.average.module.eval(), steps, self.seconds, self.checkpoints.best())
 
-
-def _refuse_other_networks(run: Path, saved: dict[str, str], given: dict[str, str]) -> None:
-    for name in sorted(saved.keys() | given.keys()):
-        if saved.get(name) != given.get(name):
+    def _resume(self) -> int:
+        """Restore the newest checkpoint; returns the steps that it was saved after."""
+        state = self.checkpoints.restore()
+        first, self.seconds = state["step"], state.get("seconds", 0.0)
+        if first > self.training.steps:
             raise UserError(
-                f"{run} holds a run with {name} {saved.get(name, 'none')}, this one is given {name} "
-                f"{given.get(name, 'none')}; choose another out=... or delete that folder"
+                f"{self.folder.path} was trained for {first} steps already, training.steps={self.training.steps} asks "
+                "for fewer; raise training.steps, choose another out=... or delete that folder"
             )
+        if first:
+            self.stream.load_state_dict(state["stream"])
+            self._refuse_other_networks(state.get("frozen", {}))
+        self.seconds_before = self.seconds
+        self.folder.begin(first)
+        return first
+
+    def _refuse_other_networks(self, saved: dict[str, str]) -> None:
+        """UserError where the run was begun with other frozen networks than it is given now."""
+        for name, known in saved.items():
+            if known != self.frozen.get(name):
+                raise UserError(
+                    f"{self.folder.path} holds a run with {name} {known}, this one is given {name} "
+                    f"{self.frozen.get(name, 'none')}; choose another out=... or delete that folder"
+                )
+
+    def _learning_rate_share(self, step: int) -> float:
+        return learning_rate_share(
+            step,
+            self.training.steps,
+            self.optimizer.warmup_steps,
+            self.optimizer.schedule,
+            self.optimizer.final_share,
+        )
+
+    def _set_learning_rates(self, step: int) -> None:
+        share = self._learning_rate_share(step)
+        for optimizer in self.task.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * share
+
+    def _train(self, batch: Any, step: int) -> None:
+        try:
+            terms = self.task.training_step(batch, step)
+        except NotFiniteError as error:
+            raise self.meter.divergence(step, str(error)) from error
+        self.meter.add(step, terms)
+        model = self.task.modules["model"]
+        self.task.average.update(Whole(model) if is_sharded(model) else model, step=step)
+
+    def _log(self, done: int, progress: Report, scored: bool) -> dict[str, float]:
+        """Log the mean terms since the last line, and the score where a checkpoint follows; returns what was logged.
+
+        Logged before it is saved: a kill in between leaves a line that the resumed run drops.
+        """
+        values = self.meter.flush(self.training.batch_size)
+        speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
+        progress(done, self.training.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
+        values["learning_rate"] = self.optimizer.learning_rate * self._learning_rate_share(done - 1)
+        with self.meter.paused():
+            if scored and self.is_main:
+                values |= self.task.score(self.task.average.module.eval()) or {}
+            self.folder.log(done, values)
+        return values
+
+    def _save(self, done: int, values: dict[str, float]) -> None:
+        with self.meter.paused():
+            self.seconds = self.seconds_before + time.monotonic() - self.started
+            self.checkpoints.save(
+                done,
+                write=self.is_main,
+                score=values.get(self.task.score_name),
+                frozen=self.frozen,
+                seconds=self.seconds,
+                stream=self.stream.state_dict(),
+            )
+
+    def _picture(self, done: int) -> None:
+        if not self.is_main:
+            return
+        with self.meter.paused():
+            self.folder.picture("curves", curves(read_metrics(self.folder.path)))
+            picture = self.task.picture(self.task.average.module.eval())
+            if picture is not None:
+                self.folder.picture(f"step_{done:08d}", picture)
 
 
 class _Meter:
@@ -216,13 +194,19 @@ class _Meter:
 
     def _reset(self) -> None:
         self.steps: list[int] = []
-        self.rows: list[dict[str, torch.Tensor]] = []
+        self.rows: list[Terms] = []
         self.waited, self.started = 0.0, time.monotonic()
 
-    def add(self, step: int, terms: dict[str, torch.Tensor], waited: float) -> None:
+    def add(self, step: int, terms: Terms) -> None:
         self.steps.append(step)
         self.rows.append(terms)
-        self.waited += waited
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
+        before = time.monotonic()
+        yield
+        self.waited += time.monotonic() - before
 
     @contextmanager
     def paused(self) -> Iterator[None]:

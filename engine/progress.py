@@ -6,12 +6,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
 console = Console(stderr=True, highlight=False)
+
+
+class Report(Protocol):
+    """Takes what is done, of how much, and perhaps a short text."""
+
+    def __call__(self, done: int, total: int, info: str = "") -> None: ...
 
 
 class Bar:
@@ -44,7 +51,7 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(title: str, quiet: bool = False) -> Iterator[Bar]:
+def progress_bar(title: str, quiet: bool = False) -> Iterator[Report]:
     """A bar for the body of the ``with`` statement; ``quiet`` for processes that are not the main one."""
     if quiet:
         yield lambda done, total, info="": None

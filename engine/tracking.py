@@ -53,10 +53,6 @@ class RunFolder:
             self._lock()
         accelerator.wait_for_everyone()
 
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
-
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and pass the values to the tracker, if one is on."""
         self.accelerator.log(values, step=step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from scq.sampling import EMBEDDED, SoftConvexPipeline
+from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
 
 out = Path(sys.argv[1])
 out.mkdir(parents=True, exist_ok=True)

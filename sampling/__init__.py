@@ -1,5 +1,1 @@
-"""Drawing images: samplers, the diffusers pipeline, the page."""
-
-from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
-
-__all__ = ["EMBEDDED", "SoftConvexPipeline"]
+"""Drawing images: samplers, the diffusers pipeline, editing, the page."""

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from scq.sampling.editing import tokens_under, variation_mask
-from scq.sampling.images import Pictures, to_mask
-
-if TYPE_CHECKING:
-    from scq.sampling.pipeline import SoftConvexPipeline
 
 LARGEST_SEED = 2**63 - 1
 
@@ -22,8 +16,8 @@ def image_seeds(num_images: int, seed: int | None, generator: torch.Generator | 
         ValueError: both are given, or the seeds do not fit into 64 bits.
     """
     if seed is None:
-        place = "cpu" if generator is None else generator.device
-        return torch.randint(2**31, (num_images,), generator=generator, device=place).cpu()
+        device = "cpu" if generator is None else generator.device
+        return torch.randint(2**31, (num_images,), generator=generator, device=device).cpu()
     if generator is not None:
         raise ValueError("give a seed or a generator, not both")
     if not -LARGEST_SEED <= seed <= LARGEST_SEED - num_images:
@@ -52,23 +46,22 @@ def image_labels(class_labels: list[int] | int | None, num_images: int, classes:
 
 
 def codes_to_start_from(
-    pipeline: SoftConvexPipeline,
-    init_image: Pictures,
-    mask_image: Pictures | None,
-    strength: float,
-    seeds: torch.Tensor,
+    codes: torch.Tensor, mask: torch.Tensor | None, strength: float, seeds: torch.Tensor, mask_token: int, factor: int
 ) -> torch.Tensor:
-    """Codes (num_images, h, w) of the images to start from, masked where they are to be drawn anew.
+    """Codes (num_images, h, w) of the images to start from, the mask token where they are to be drawn anew.
+
+    Args:
+        codes: (1 or num_images, h, w) int64.
+        mask: (1 or num_images, H, W) bool, the pixels to draw anew; None: a random share of the tokens.
+        strength: that share, in [0, 1].
+        seeds: (num_images,) int64.
+        factor: pixels along the side of a token.
 
     Raises:
         ValueError: neither one image or mask, nor one for each of ``seeds``; ``strength`` is out of range.
     """
-    tokens = pipeline.encode(init_image).indices.cpu()  # (1 or num_images, h, w)
-    if mask_image is None:
-        redrawn = variation_mask(seeds, tuple(tokens.shape[1:]), strength)
-    else:
-        redrawn = tokens_under(to_mask(mask_image, pipeline.image_size), pipeline.tokenizer.factor)
-    for name, count in (("init_image", len(tokens)), ("mask_image", len(redrawn))):
+    redrawn = variation_mask(seeds, tuple(codes.shape[1:]), strength) if mask is None else tokens_under(mask, factor)
+    for name, count in (("init_image", len(codes)), ("mask_image", len(redrawn))):
         if count not in (1, len(seeds)):
             raise ValueError(f"{name} holds {count} images; give one, or one for each of {len(seeds)}")
-    return torch.where(redrawn, pipeline.prior.mask_token, tokens).expand(len(seeds), -1, -1)
+    return torch.where(redrawn, mask_token, codes).expand(len(seeds), -1, -1)

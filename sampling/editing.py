@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from scq.engine.randomness import image_uniform
 
-Place = tuple[slice, slice]  # of a canvas: rows, columns
+Window = tuple[slice, slice]  # of a canvas: rows, columns
 # (step, of so many steps, grids (B, h, w)), after each step
 Look = Callable[[int, int, torch.Tensor], None]
-# Grids with masked places (B, h, w), seeds (B,) and what looks on -> filled grids.
+# Grids with masked tokens (B, h, w), seeds (B,) and what looks on -> filled grids.
 Draw = Callable[[torch.Tensor, torch.Tensor, Look], torch.Tensor]
 
 
@@ -22,7 +22,7 @@ def tokens_under(mask: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def variation_mask(seeds: torch.Tensor, grid: tuple[int, int], strength: float) -> torch.Tensor:
-    """A random share of places (B, h, w) for each image to draw anew.
+    """A random share of the tokens (B, h, w) of each image to draw anew.
 
     Args:
         seeds: (B,) int64.
@@ -62,7 +62,7 @@ def windows(canvas: tuple[int, int], grid: tuple[int, int], known: torch.Tensor)
 def fill(
     draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int, seeds: torch.Tensor, look: Look
 ) -> torch.Tensor:
-    """Draw the masked places of grids of any size with a prior for grids of one size, window after window.
+    """Draw the masked tokens of grids of any size with a prior for grids of one size, window after window.
 
     What one window has drawn is fixed for the next. A grid of the prior's own size is one window, drawn with the seeds
     as they are.
@@ -81,19 +81,19 @@ def fill(
     if canvas == tuple(grid):
         return draw(start, seeds, look)
     tokens, masked = start.clone(), (start[0] == mask_token).cpu()
-    places = []  # of the windows in which something is left to draw when their turn comes
+    waiting = []  # the windows in which something is left to draw when their turn comes
     for number, (top, left) in enumerate(windows(canvas, grid, ~masked)):
         here = slice(top, top + grid[0]), slice(left, left + grid[1])
         if masked[here].any():
-            places.append((number, here))
+            waiting.append((number, here))
             masked[here] = False
-    for done, (number, here) in enumerate(places):
+    for done, (number, here) in enumerate(waiting):
         window = tokens[:, *here]
 
-        def look_at_all(step: int, steps: int, grids: torch.Tensor, done: int = done, here: Place = here) -> None:
+        def look_at_all(step: int, steps: int, grids: torch.Tensor, done: int = done, here: Window = here) -> None:
             whole = tokens.clone()
             whole[:, *here] = grids
-            look(done * steps + step, len(places) * steps, whole)
+            look(done * steps + step, len(waiting) * steps, whole)
 
         window_seeds = (image_uniform(seeds, purpose=f"window {number}").double() * 2**23).long() + (seeds << 23)
         window.copy_(draw(window, window_seeds, look_at_all))

@@ -10,6 +10,7 @@ from torch import nn
 
 from scq.engine.files import refuse_to_replace, replaced_model
 from scq.sampling.pipeline import SoftConvexPipeline
+from scq.stage1_tokenizer.model_folder import MODEL_CLASSES
 
 
 @torch.no_grad()
@@ -22,9 +23,8 @@ def export_half(pipeline: SoftConvexPipeline, folder: Path) -> None:
     Raises:
         UserError: ``folder`` holds anything but a model.
     """
-    refuse_to_replace(folder, pipeline.replaceable)  # before anything is rounded
-    networks = {"tokenizer": pipeline.tokenizer, "prior": pipeline.prior, "refiner": pipeline.refiner}
-    networks = {name: network.cpu() for name, network in networks.items() if network is not None}
+    refuse_to_replace(folder, MODEL_CLASSES)  # before anything is rounded
+    networks = {name: network.cpu() for name, network in pipeline.as_model().networks().items()}
     for network in networks.values():
         for name in _rounded(network):
             parameter = network.get_parameter(name)
@@ -32,7 +32,7 @@ def export_half(pipeline: SoftConvexPipeline, folder: Path) -> None:
     fingerprint = pipeline.tokenizer.fingerprint()
     for name in networks.keys() - {"tokenizer"}:
         networks[name].register_to_config(tokenizer_fingerprint=fingerprint)
-    with replaced_model(folder, pipeline.replaceable) as fresh:
+    with replaced_model(folder, MODEL_CLASSES) as fresh:
         pipeline.save_pretrained(fresh)
         for name, network in networks.items():
             (path,) = (fresh / name).glob("*.safetensors")

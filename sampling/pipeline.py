@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import nn
 
 from scq.data.stream import Batch
 from scq.engine.errors import UserError
+from scq.engine.measurements import Measured
+from scq.engine.pictures import picture_grid
 from scq.engine.processes import rank_and_world_size
 from scq.sampling.arguments import codes_to_start_from, image_labels, image_seeds
 from scq.sampling.chunks import in_equal_chunks
 from scq.sampling.editing import Look, fill
+from scq.sampling.hub import local_folder, upload
 from scq.sampling.images import Output, Pictures, as_output, check_output_type, to_mask, to_pixels
-from scq.sampling.samplers import SAMPLERS, Step, guided
-from scq.sampling.scheduler import UnmaskingScheduler
-from scq.sampling.storage import SavedPipeline
+from scq.sampling.samplers import SAMPLERS, GuidedPrior, Step
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from scq.stage1_tokenizer.model_folder import read_measured
 from scq.stage1_tokenizer.quantizers import Mixture
+from scq.stage2_prior.model import Model
+from scq.stage2_prior.model_folder import open_model, save_model
 from scq.stage2_prior.refiner import ConvexRefiner
+from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
 EMBEDDED = Path(__file__).parent / "pretrained"  # the model that comes with the package
@@ -42,7 +51,7 @@ class ImageOutput(BaseOutput):
     seeds: torch.Tensor
 
 
-class SoftConvexPipeline(SavedPipeline):
+class SoftConvexPipeline(DiffusionPipeline):
     """Draws images: the prior fills a grid of dominant codes, a refiner turns them into latents, the tokenizer decodes.
 
     Args:
@@ -50,6 +59,9 @@ class SoftConvexPipeline(SavedPipeline):
         prior: of stage 2, trained on the codes of that very tokenizer.
         refiner: likewise, or None: dominant codes are decoded as they are.
         scheduler: the defaults of sampling; None for the usual ones.
+
+    Attributes:
+        measured: how it was trained and what `scq evaluate` found, for the model card.
 
     Raises:
         UserError: prior or refiner belongs to another tokenizer.
@@ -73,7 +85,7 @@ class SoftConvexPipeline(SavedPipeline):
                 raise UserError(
                     f"the {name} was trained on tokens of tokenizer {wanted}, but this is tokenizer {found}"
                 )
-        self.measured: dict[str, Any] = {}  # what `scq evaluate` found, for the model card
+        self.measured = Measured()
         self.register_modules(
             tokenizer=tokenizer.eval(),
             prior=prior.eval(),
@@ -144,7 +156,9 @@ class SoftConvexPipeline(SavedPipeline):
         if init_image is not None:
             if start is not None:
                 raise ValueError("give init_image or start, not both")
-            start = codes_to_start_from(self, init_image, mask_image, strength, seeds)
+            codes = self.encode(init_image).indices.cpu()  # (1 or num_images, h, w)
+            mask = None if mask_image is None else to_mask(mask_image, self.image_size)
+            start = codes_to_start_from(codes, mask, strength, seeds, self.prior.mask_token, self.tokenizer.factor)
         elif mask_image is not None:
             raise ValueError("mask_image says which part of init_image to draw anew; there is no init_image")
         if start is not None and (start.dim() != 3 or len(start) != num_images):
@@ -242,11 +256,12 @@ class SoftConvexPipeline(SavedPipeline):
         grid = tuple(prior.config.grid)
         if start is None:
             start = torch.full((len(seeds), *grid), prior.mask_token)
-        predict = guided(
+        predict = GuidedPrior(
             partial(in_equal_chunks, prior),
+            prior.mask_token,
             None if labels is None else labels.to(self.device),
-            settings.guidance_scale,
             prior.config.num_classes,
+            settings.guidance_scale,
             settings.guidance_schedule,
         )
 
@@ -256,11 +271,9 @@ class SoftConvexPipeline(SavedPipeline):
 
         def draw(window: torch.Tensor, window_seeds: torch.Tensor, look: Look) -> torch.Tensor:
             def look_at(step: Step) -> None:
-                look(step.step, step.steps, step.tokens.view(-1, *grid))
+                look(step.step, step.steps, step.tokens)
 
-            sampler = SAMPLERS[settings.sampler]
-            found = sampler(predict, window.flatten(1), window_seeds, prior.mask_token, grid, settings, look_at)
-            return found.view(-1, *grid)
+            return SAMPLERS[settings.sampler](predict, window, window_seeds, settings, look_at)
 
         return fill(draw, start.to(self.device), grid, prior.mask_token, seeds.to(self.device), report)
 
@@ -300,6 +313,118 @@ class SoftConvexPipeline(SavedPipeline):
             drawn = self(len(positions), labels, seed=seed + start, batch_size=batch_size, output_type="pt")
             yield Batch(drawn.images, torch.tensor(labels or [-1] * len(positions)), positions)
 
+    def as_model(self) -> Model:
+        """What it is made of."""
+        return Model(self.tokenizer, self.prior, self.refiner, self.scheduler)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        *,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write every component, model_index.json and a model card; the folder appears when it is complete.
+
+        Args:
+            push_to_hub: upload it as well, to ``repo_id`` (by default the folder's name), see `push_to_hub`.
+            safe_serialization: always; nothing else is written.
+
+        Raises:
+            UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``, or they are
+                not to be written as safetensors.
+        """
+        folder, model = Path(save_directory).resolve(), self.as_model()
+        if not safe_serialization:
+            raise UserError("safe_serialization=False writes weights that run code when they are read; leave it out")
+        if any(network.dtype != torch.float32 for network in model.networks().values()):
+            raise UserError("these weights were rounded by a dtype; load them in float32, `scq export` writes halves")
+        if self.measured == Measured() and (origin := self.config.get("_name_or_path")):
+            # diffusers' own loader does not read what was measured: the card would lose its numbers and the licence.
+            self.measured = read_measured(Path(origin))
+        save_model(model, folder, self.measured)
+        if push_to_hub:
+            upload(folder, repo_id or folder.name, private, token)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+        """Upload to the Hugging Face hub with this model's own card; returns the address of the commit.
+
+        Args:
+            repo_id: "you/model"; made where there is none.
+            private: whether a new one is; None: as the account says.
+            token: of the account; None: the one that is logged in.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, private, token)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        use_safetensors: bool = True,
+        **parts: Any,
+    ) -> Self:
+        """The pipeline in ``folder``: one that ``save_pretrained`` wrote, a run folder of a prior, or a model of the
+        Hugging Face hub, as "you/model".
+
+        Args:
+            dtype: to compute in, see `to`; ``torch_dtype`` is its older name in diffusers.
+            token, revision, cache_dir, local_files_only: of a model on the hub: who asks, which version, where copies
+                are kept, and whether only they are looked at.
+            use_safetensors: always; nothing else is read.
+            parts: components to take instead of the saved ones, as ``scheduler=UnmaskingScheduler(steps=8)``.
+
+        Raises:
+            UserError: there is no pipeline, one of its components cannot be loaded, or ``parts`` names something that
+                is not a component.
+        """
+        if not use_safetensors:
+            raise UserError("use_safetensors=False would run code in the files that are read; leave it out")
+        known = [each.name for each in fields(Model)]
+        if unknown := parts.keys() - set(known):
+            raise UserError(f"a pipeline has no {', '.join(sorted(unknown))}; its parts are {', '.join(known)}")
+        access = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        saved, measured = open_model(local_folder(folder, **access))
+        model = replace(saved, **parts)
+        pipeline = cls(model.tokenizer, model.prior, model.refiner, model.scheduler)
+        pipeline.measured = measured
+        return pipeline.to(device=device, dtype=dtype or torch_dtype)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device, and compute in a dtype, as in any diffusers pipeline: ``to("cuda", torch.bfloat16)``.
+
+        A dtype is for the prior and the tokenizer's networks, where the work is. Quantizer and refiner stay in float32:
+        rounding would undo the convex detail that they are there for.
+        """
+        dtype = next((each for each in args if isinstance(each, torch.dtype)), kwargs.pop("dtype", None))
+        super().to(*(each for each in args if not isinstance(each, torch.dtype)), **kwargs)
+        if dtype is not None:
+            networks = [network for name, network in self.tokenizer.named_children() if name != "quantizer"]
+            for network in (self.prior, *networks):
+                nn.Module.to(network, dtype)  # ModelMixin's own warns of what it keeps in float32: nothing here
+        return self
+
 
 # `DiffusionPipeline.from_pretrained(folder)` looks the class that a folder names up in diffusers.
 diffusers.SoftConvexPipeline = SoftConvexPipeline
+
+
+def sample_sheet(tokenizer: ImageTokenizer, prior: MaskedTransformer) -> Image.Image:
+    """32 samples of a prior under training, always of the same seeds, classes in turn; for its run's pictures."""
+    # Not `stream`: it divides the images among processes, and the main one draws alone.
+    pipeline, classes = SoftConvexPipeline(tokenizer, prior).to(prior.device), prior.config.num_classes
+    labels = [i % classes for i in range(32)] if classes else None
+    return picture_grid(pipeline(32, labels, seed=0, batch_size=32, output_type="pt").images, columns=8)

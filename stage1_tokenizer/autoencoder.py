@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,23 +18,44 @@ from scq.stage1_tokenizer.latent_network import LatentNetwork
 from scq.stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
 from scq.stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
 
+CHANNELS = (64, 128)
+
+
+@dataclass
+class ArchitectureConfig:
+    """The networks around the quantizer, and the defaults of `ImageTokenizer`."""
+
+    image_size: int = 32  # side of the square training images, in pixels
+    # Width of the encoder at each resolution, finest first; every entry after the first halves the side.
+    channels: list[int] = field(default_factory=lambda: list(CHANNELS))
+    layers_per_block: int = 1  # residual blocks at each resolution (the decoder has one more, as in VQGAN)
+    # Pixels folded into channels before the first convolution: 2 quarters the work at the finest resolution, which on a
+    # CPU is most of it. The side shrinks by patch_size * 2 ** (len(channels) - 1) in all.
+    patch_size: int = 2
+    attention: bool = False  # self-attention at the coarsest resolution
+    latent_dim: int = 8  # F, the size of a code
+    # Of a LatentNetwork between quantizer and decoder; depth 0 for none. It gives a hard quantizer's decoder the
+    # parameters of a refiner, the control that a refiner has to beat.
+    neck_width: int = 192
+    neck_depth: int = 0
+
+
+@dataclass
+class QuantizerConfig:
+    """The quantizer, and the defaults of `ImageTokenizer`."""
+
+    name: str = "scq"  # one known to `create_quantizer`
+    codebook_size: int = 512  # K
+    options: dict[str, Any] = field(default_factory=dict)  # its further options
+
 
 class ImageTokenizer(ModelMixin, ConfigMixin):
     """An autoencoder whose latents are quantized; a diffusers model with ``from_pretrained`` and ``save_pretrained``.
 
     Args:
-        image_size: side of the square training images, in pixels.
-        channels: width of the encoder at each resolution, finest first; every entry after the first halves the side.
-        layers_per_block: residual blocks at each resolution (the decoder has one more, as in VQGAN).
-        patch_size: pixels folded into channels before the first convolution. 2 quarters the work at the finest
-            resolution, which on a CPU is most of it. The side shrinks by patch_size * 2 ** (len(channels) - 1) in all.
-        attention: self-attention at the coarsest resolution.
-        latent_dim: F, the size of a code.
-        neck_width, neck_depth: of a LatentNetwork between quantizer and decoder; depth 0 for none. It gives a hard
-            quantizer's decoder the parameters of a refiner, the control that a refiner has to beat.
-        codebook_size: K.
-        quantizer_name: one known to ``create_quantizer``.
-        quantizer_options: its further options.
+        image_size, channels, layers_per_block, patch_size, attention, latent_dim, neck_width, neck_depth: see
+            `ArchitectureConfig`.
+        codebook_size, quantizer_name, quantizer_options: see `QuantizerConfig`.
 
     Raises:
         ValueError: the image size is not a multiple of the factor; an unknown quantizer or option.
@@ -44,16 +66,16 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        image_size: int = 32,
-        channels: tuple[int, ...] = (64, 128),
-        layers_per_block: int = 1,
-        patch_size: int = 2,
-        attention: bool = False,
-        latent_dim: int = 8,
-        neck_width: int = 192,
-        neck_depth: int = 0,
-        codebook_size: int = 512,
-        quantizer_name: str = "scq",
+        image_size: int = ArchitectureConfig.image_size,
+        channels: tuple[int, ...] = CHANNELS,
+        layers_per_block: int = ArchitectureConfig.layers_per_block,
+        patch_size: int = ArchitectureConfig.patch_size,
+        attention: bool = ArchitectureConfig.attention,
+        latent_dim: int = ArchitectureConfig.latent_dim,
+        neck_width: int = ArchitectureConfig.neck_width,
+        neck_depth: int = ArchitectureConfig.neck_depth,
+        codebook_size: int = QuantizerConfig.codebook_size,
+        quantizer_name: str = QuantizerConfig.name,
         quantizer_options: dict[str, Any] | None = None,
     ):
         super().__init__()

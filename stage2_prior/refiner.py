@@ -9,6 +9,7 @@ refines grids larger than those of training.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,19 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from scq.engine.randomness import standard_normal
+from scq.stage1_tokenizer.autoencoder import ArchitectureConfig, QuantizerConfig
 from scq.stage1_tokenizer.latent_network import LatentNetwork
 
 KINDS = ("regression", "flow")
+
+
+@dataclass
+class RefinerArchitectureConfig:
+    """The refiner's network, and the defaults of `ConvexRefiner`."""
+
+    kind: str = "regression"  # regression | flow
+    width: int = 192  # channels of the LatentNetwork
+    depth: int = 8  # its blocks
 
 
 class ConvexRefiner(ModelMixin, ConfigMixin):
@@ -28,8 +39,7 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
     Args:
         codebook_size: K.
         latent_dim: F.
-        kind: ``regression`` or ``flow``.
-        width, depth: of the LatentNetwork.
+        kind, width, depth: see `RefinerArchitectureConfig`.
         tokenizer_fingerprint: of the tokenizer whose latents these are.
 
     Raises:
@@ -39,11 +49,11 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        codebook_size: int = 512,
-        latent_dim: int = 8,
-        kind: str = "regression",
-        width: int = 192,
-        depth: int = 8,
+        codebook_size: int = QuantizerConfig.codebook_size,
+        latent_dim: int = ArchitectureConfig.latent_dim,
+        kind: str = RefinerArchitectureConfig.kind,
+        width: int = RefinerArchitectureConfig.width,
+        depth: int = RefinerArchitectureConfig.depth,
         tokenizer_fingerprint: str = "",
     ):
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -10,27 +12,39 @@ from timm.layers import RotaryEmbeddingCat
 from timm.models.eva import EvaBlock
 from torch import nn
 
+from scq.stage1_tokenizer.autoencoder import QuantizerConfig
+
 POSITIONS = ("learned", "rotary")
 
 
+@dataclass
+class PriorArchitectureConfig:
+    """The transformer, and the defaults of `MaskedTransformer`."""
+
+    width: int = 192  # size of a token's embedding
+    depth: int = 6  # number of blocks (timm's EVA block: pre-norm, query-key norm, scaled dot-product attention)
+    heads: int = 6  # attention heads
+    dropout: float = 0.0  # of attention outputs and MLPs, against memorising small sets
+    class_conditional: bool = False  # whether the prior is told the class of an image
+    # Whether output weights are the input embeddings (Press and Wolf, arXiv 1608.05859): what a code means is learned
+    # once.
+    tied: bool = True
+    # learned: an embedding for each position. rotary: queries and keys are turned by row and column (RoPE, Su et al.,
+    # arXiv 2104.09864, axial as in EVA-02), so that only distances count.
+    positions: str = "learned"
+    code_features: bool = True  # begin with embeddings in which codes that lie close together are alike
+
+
 class MaskedTransformer(ModelMixin, ConfigMixin):
-    """Predicts the code of every masked place from all the others at once.
+    """Predicts the code of every masked token from all the others at once.
 
     Args:
         codebook_size: K; the mask token is the number K.
         grid: (h, w) of the token grid.
-        width: size of a token's embedding.
-        depth: number of blocks (timm's EVA block: pre-norm, query-key norm, scaled dot-product attention).
-        heads: attention heads.
+        width, depth, heads, dropout, tied, positions: see `PriorArchitectureConfig`.
         num_classes: 0 for an unconditional prior; else the class 'num_classes' stands for 'no class', which training
             shows now and then so that sampling can guide away from it (Ho and Salimans, 2022).
-        dropout: of attention outputs and MLPs, against memorising small sets.
-        tied: whether output weights are the input embeddings (Press and Wolf, arXiv 1608.05859): what a code means is
-            learned once.
-        positions: ``learned``, an embedding for each place, or ``rotary``, which turns queries and keys by row and
-            column (RoPE, Su et al., arXiv 2104.09864, axial as in EVA-02), so that only distances count.
-        code_dim: F, to tell the prior where its codes lie (see `describe`), so that codes that lie close together begin
-            alike; 0: it learns each code's meaning alone.
+        code_dim: F, to tell the prior where its codes lie (see `describe`); 0: it learns each code's meaning alone.
         tokenizer_fingerprint: of the tokenizer whose codes these are.
 
     Raises:
@@ -42,15 +56,15 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        codebook_size: int = 512,
+        codebook_size: int = QuantizerConfig.codebook_size,
         grid: tuple[int, int] = (8, 8),
-        width: int = 192,
-        depth: int = 6,
-        heads: int = 6,
+        width: int = PriorArchitectureConfig.width,
+        depth: int = PriorArchitectureConfig.depth,
+        heads: int = PriorArchitectureConfig.heads,
         num_classes: int = 0,
-        dropout: float = 0.0,
-        tied: bool = True,
-        positions: str = "learned",
+        dropout: float = PriorArchitectureConfig.dropout,
+        tied: bool = PriorArchitectureConfig.tied,
+        positions: str = PriorArchitectureConfig.positions,
         code_dim: int = 0,
         tokenizer_fingerprint: str = "",
     ):
@@ -110,7 +124,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         )
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits over the codes at every place.
+        """Logits over the codes of every token.
 
         Args:
             tokens: (B, L) int64, codes in [0, K) or the mask token K; L = h * w in row-major order.

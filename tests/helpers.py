@@ -23,7 +23,7 @@ def launcher(processes: int) -> list[str]:
 
 
 # For those processes: no GPU, and one thread each, because the machine is shared.
-SEVERAL = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+SEVERAL = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def write_tiny_benchmark(folder: Path) -> Path:

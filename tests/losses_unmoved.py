@@ -61,9 +61,9 @@ def record(out: Path, command: list[str]) -> None:
     )
     for kind, options in (("regression", "pixel_weight=1.0 resampled_share=0.3"), ("flow", "")):
         scq(
-            f"train refiner --config configs/cifar10/refiner.yaml out=@refiner_{kind} tokenizer=@tokenizer prior=@prior "
-            f"{data} {STEPS} training.batch_size=32 architecture.kind={kind} architecture.width=32 architecture.depth=2 "
-            f"{options}"
+            f"train refiner --config configs/cifar10/refiner.yaml out=@refiner_{kind} tokenizer=@tokenizer "
+            f"prior=@prior {data} {STEPS} training.batch_size=32 architecture.kind={kind} architecture.width=32 "
+            f"architecture.depth=2 {options}"
         )
     for sampler in SAMPLERS:
         scq(f"sample --model @refiner_regression --num 16 --out @samples/{sampler} sampler={sampler}")

@@ -25,9 +25,9 @@ from scq.engine.config import CONFIG_ROOT
 from scq.engine.fingerprint import fingerprint
 from scq.sampling.app import build_page, serve
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
-from scq.sampling.scheduler import UnmaskingScheduler
 from scq.sampling.studio.edit import INPAINT, OUTPAINT, VARY
 from scq.sampling.studio.steps import step_by_step
+from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
 

@@ -19,9 +19,9 @@ from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from scq.data.stream import iterate_once
 from scq.engine.config import CONFIG_ROOT
-from scq.sampling import EMBEDDED, SoftConvexPipeline
 from scq.sampling.app import build_page, serve
 from scq.sampling.images import enlarge, to_pictures
+from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 # Without these Chromium looks for its maker's hosts at every start.

@@ -71,7 +71,6 @@ def test_imports_go_down(path: Path) -> None:
     assert upward_imports(module_name(path), path.read_text()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="data.sources and sampling.pipeline, mended in the commits that follow")
 def test_no_modules_import_each_other() -> None:
     graph = import_graph({module_name(path): path.read_text() for path in SOURCES})
     assert circles(graph) == []

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
+from scq.engine.accelerators import make_accelerator
 from scq.engine.config import CONFIG_ROOT, load_config
-from scq.engine.loop import make_accelerator
-from scq.stage1_tokenizer.train import TokenizerExperiment, TokenizerTask
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerTask
 
 TINY = [
     "architecture.channels=[8]", "architecture.image_size=8", "architecture.patch_size=2",

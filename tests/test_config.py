@@ -10,11 +10,11 @@ from scq.engine.config import CONFIG_ROOT, as_dict, load_config, save_config
 from scq.engine.errors import UserError
 from scq.evaluation.benchmark.run import BenchmarkConfig
 from scq.evaluation.benchmark.tokenizers import ComparisonConfig
-from scq.sampling.scheduler import parse_settings
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
-from scq.stage1_tokenizer.train import TokenizerExperiment, build_tokenizer
-from scq.stage2_prior.train import PriorExperiment, build_prior
-from scq.stage2_prior.train_refiner import RefinerExperiment, build_refiner
+from scq.stage1_tokenizer.stage import TokenizerExperiment, build_tokenizer
+from scq.stage2_prior.prior_stage import PriorExperiment, build_prior
+from scq.stage2_prior.refiner_stage import RefinerExperiment, build_refiner
+from scq.stage2_prior.scheduler import parse_settings
 from scq.stage2_prior.transformer import MaskedTransformer
 
 ALL_CONFIGS = sorted(CONFIG_ROOT.rglob("*.yaml"))

@@ -8,9 +8,9 @@ from helpers import run_scq
 
 from scq.cli.main import main
 from scq.engine.errors import UserError
-from scq.sampling import EMBEDDED, SoftConvexPipeline
 from scq.sampling.export import export_half
-from scq.sampling.model_card import model_card
+from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
+from scq.stage2_prior.model_card import model_card
 
 
 def size(folder: Path) -> int:
@@ -88,10 +88,10 @@ def test_the_model_that_comes_with_the_package_is_small_and_says_what_it_is() ->
     assert images.std((1, 2, 3)).min() > 5, "no flat image among them"
     card = (EMBEDDED / "README.md").read_text()
     assert "CC-BY 4.0" in card
-    assert f"{pipeline.measured['samples']['count']} samples" in card
-    assert card == model_card(pipeline), "the card is what this model's facts make of it"
+    assert f"{pipeline.measured.samples.count} samples" in card
+    assert card == model_card(pipeline.as_model(), pipeline.measured), "the card is what this model's facts make of it"
     assert "prior: 350 steps" in card
-    assert pipeline.measured["samples"]["kid"] == pytest.approx(0.15, abs=0.1)
+    assert pipeline.measured.samples.kid == pytest.approx(0.15, abs=0.1)
 
 
 def test_sampling_needs_no_model(tmp_path: Path) -> None:

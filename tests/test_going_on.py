@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_prior import stripes_config, write_stripes
+from test_prior import stripes_config, train_prior, write_stripes
 from test_refiner import config as refiner_config
-from test_refiner import tokenizer
+from test_refiner import tokenizer, train_refiner
 
 from scq.engine.config import CONFIG_ROOT, load_config
-from scq.stage1_tokenizer.train import TokenizerExperiment, train_tokenizer
-from scq.stage2_prior.train import train_prior
-from scq.stage2_prior.train_refiner import train_refiner
+from scq.engine.run import run
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage
 from scq.stage2_prior.transformer import MaskedTransformer
 
 STEPS = 5
@@ -43,7 +42,7 @@ def test_a_tokenizer(quantizer: str, emoji: dict[str, Path], tmp_path: Path) -> 
         settings += [f"quantizer.name={quantizer}", "quantizer.codebook_size=64", "architecture.channels=[8,16]"]
         settings += ["training.images_every=0", "training.precision=fp32", "optimizer.schedule=constant"]
         settings += ["training.accumulate=2", f"training.checkpoint_every={STEPS}"]
-        train_tokenizer(load_config(TokenizerExperiment, path, settings))
+        run(TokenizerStage(load_config(TokenizerExperiment, path, settings)))
 
     weights = same_after_resume(train, tmp_path)
     if quantizer == "scq":
@@ -56,7 +55,7 @@ def test_a_prior_with_dropout(tmp_path: Path) -> None:
     def train(out: Path, steps: int) -> None:
         settings = [f"training.steps={steps}", f"training.checkpoint_every={STEPS}", "architecture.dropout=0.3"]
         settings += ["architecture.class_conditional=true", "masking.corrupted_share=0.1", "training.accumulate=2"]
-        train_prior(stripes_config(tokens, out, "optimizer.schedule=constant", *settings), "stripes")
+        train_prior(stripes_config(tokens, out, "optimizer.schedule=constant", *settings))
 
     same_after_resume(train, tmp_path)
 

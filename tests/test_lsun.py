@@ -19,12 +19,12 @@ from torchvision.models import vgg16
 from scq.cli.main import build_parser
 from scq.data.stream import Batch
 from scq.data.tokens import TokenBatch
+from scq.engine.accelerators import make_accelerator
 from scq.engine.config import CONFIG_ROOT, load_config
-from scq.engine.loop import make_accelerator
 from scq.evaluation.benchmark.run import BenchmarkConfig
-from scq.stage1_tokenizer.train import TokenizerExperiment, TokenizerTask, build_tokenizer
-from scq.stage2_prior.train import PriorExperiment, PriorTask
-from scq.stage2_prior.train_refiner import RefinerExperiment, RefinerTask
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerTask, build_tokenizer
+from scq.stage2_prior.prior_stage import PriorExperiment, PriorTask
+from scq.stage2_prior.refiner_stage import RefinerExperiment, RefinerTask
 
 PAGE = (REPOSITORY / "docs" / "benchmark.md").read_text()
 BENCHMARK = CONFIG_ROOT / "benchmarks" / "lsun_church_256.yaml"

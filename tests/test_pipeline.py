@@ -1,5 +1,8 @@
 """The pipeline as a user of diffusers calls it: drawing, editing, saving, and what it says of mistakes."""
 
+import importlib
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,13 +13,14 @@ from PIL import Image
 
 from scq.data.stream import iterate_once
 from scq.engine.errors import UserError
+from scq.engine.measurements import Measured, TrainedFor, TrainingFacts
 from scq.sampling.editing import Look, fill, tokens_under, variation_mask, windows
 from scq.sampling.images import to_mask
-from scq.sampling.model_card import model_card, with_numbers
 from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
-from scq.sampling.scheduler import UnmaskingScheduler
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
-from scq.stage1_tokenizer.train import load_tokenizer
+from scq.stage1_tokenizer.model_folder import load_tokenizer
+from scq.stage2_prior.model_card import model_card
+from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
 
@@ -291,25 +295,46 @@ def test_the_usual_steps_fit_a_grid_of_few_tokens(sampler: str) -> None:
             pipeline(1, sampler=sampler, num_inference_steps=10)
 
 
+def card_of(pipeline: SoftConvexPipeline) -> str:
+    return model_card(pipeline.as_model(), pipeline.measured)
+
+
 def test_a_card_says_how_a_model_was_trained(pipeline: SoftConvexPipeline) -> None:
     plain = SoftConvexPipeline(pipeline.tokenizer, pipeline.prior)
-    head = model_card(plain).split("---")[1]
+    head = card_of(plain).split("---")[1]
     assert "license:" not in head
     assert "pipeline_tag: unconditional-image-generation" in head
-    assert "## Training" not in model_card(plain)
-    plain.measured = {
-        "training": {"dataset": "folder", "revision": "1a2b3c", "prior": {"steps": 3000, "images_seen": 96000}},
-        "license": "mit",
-    }
-    card = model_card(plain)
+    assert "## Training" not in card_of(plain)
+    facts = TrainingFacts(dataset="folder", revision="1a2b3c", prior=TrainedFor(steps=3000, images_seen=96000))
+    plain.measured = Measured(training=facts, license="mit")
+    card = card_of(plain)
     assert "license: mit" in card.split("---")[1]
     for fact in ("dataset: folder", "git revision: 1a2b3c", "prior: 3,000 steps, 96,000 images seen", "Nothing yet"):
         assert fact in card
-    assert pipeline.measured["samples"] == with_numbers(plain.measured, pipeline.measured)["samples"]
-    assert with_numbers(plain.measured, pipeline.measured)["license"] == "mit"
+    after = plain.measured.with_numbers(pipeline.measured)
+    assert after.samples == pipeline.measured.samples
+    assert after.license == "mit"
     tokenizer = pipeline.tokenizer
     conditional = MaskedTransformer(tokenizer.config.codebook_size, tokenizer.grid, 16, 1, 2, num_classes=3)
-    assert "pipeline_tag" not in model_card(SoftConvexPipeline(tokenizer, conditional))
+    assert "pipeline_tag" not in card_of(SoftConvexPipeline(tokenizer, conditional))
+
+
+def test_a_model_hangs_on_no_name_of_our_modules(pipeline: SoftConvexPipeline, tiny_run: Path, tmp_path: Path) -> None:
+    index = json.loads((tiny_run / "model" / "model_index.json").read_text())
+    classes = {name: value for name, value in index.items() if not name.startswith("_")}
+    assert {library for library, _ in classes.values()} <= {"scq", None}
+    for library, name in filter(all, classes.values()):
+        assert getattr(importlib.import_module(library), name)
+    # A folder of before there was one import name: the modules that it names are gone.
+    shutil.copytree(tiny_run / "model", tmp_path / "old")
+    modules = {"tokenizer": "stage1_tokenizer.autoencoder", "prior": "stage2_prior.transformer"}
+    modules |= {"refiner": "stage2_prior.refiner", "scheduler": "sampling.scheduler"}
+    old = {name: [modules[name], value[1]] if name in modules else value for name, value in index.items()}
+    (tmp_path / "old" / "model_index.json").write_text(json.dumps(old))
+    loaded = SoftConvexPipeline.from_pretrained(tmp_path / "old")
+    assert torch.equal(loaded(2, seed=0).tokens, pipeline(2, seed=0).tokens)
+    loaded.save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "model_index.json").read_text()) == index
 
 
 def test_an_upload_carries_the_models_own_card(
@@ -340,7 +365,7 @@ def test_an_upload_carries_the_models_own_card(
 
 def test_a_tokenizer_of_another_prior_is_refused(pipeline: SoftConvexPipeline, tiny_run: Path) -> None:
     with pytest.raises(UserError, match="tokenizer"):
-        SoftConvexPipeline(load_tokenizer(tiny_run / "arms" / "vqgan" / "model"), pipeline.prior)
+        SoftConvexPipeline(load_tokenizer(tiny_run / "arms" / "vqgan" / "tokenizer"), pipeline.prior)
 
 
 def test_mistakes_are_named(pipeline: SoftConvexPipeline, emoji_images: torch.Tensor, tmp_path: Path) -> None:

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_prior import stripes_config, write_stripes
+from test_prior import stripes_config, stripes_tokenizer, write_stripes
 from test_refiner import config as refiner_config
 from test_refiner import tokenizer
 
 from scq.data.stream import iterate_once
-from scq.data.tokens import TokenDataset
+from scq.engine.accelerators import make_accelerator, resolve_precision
 from scq.engine.config import CONFIG_ROOT, load_config
 from scq.engine.errors import UserError
-from scq.engine.loop import make_accelerator, resolve_precision
-from scq.stage1_tokenizer.train import TokenizerExperiment, TokenizerTask
-from scq.stage2_prior.train import PriorTask, open_stream
-from scq.stage2_prior.train_refiner import RefinerTask
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerTask
+from scq.stage2_prior.prior_stage import PriorStage
+from scq.stage2_prior.refiner_stage import RefinerTask
 
 
 def tokenizer_terms(emoji: dict[str, Path], folder: Path, precision: str) -> dict[str, torch.Tensor]:
@@ -32,9 +31,9 @@ def prior_terms(emoji: dict[str, Path], folder: Path, precision: str) -> dict[st
     tokens = folder / precision
     config = stripes_config(write_stripes(tokens), folder / "run", f"training.precision={precision}")
     accelerator = make_accelerator(config.training)
-    return PriorTask(config, accelerator, TokenDataset(tokens), None).training_step(
-        next(iter(open_stream(config, accelerator))), 0
-    )
+    stage = PriorStage(config, stripes_tokenizer())
+    batch = next(iter(stage.open_stream(accelerator)))
+    return stage.build(accelerator).training_step(batch, 0)
 
 
 def refiner_terms(emoji: dict[str, Path], folder: Path, precision: str) -> dict[str, torch.Tensor]:

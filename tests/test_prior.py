@@ -6,19 +6,21 @@ import pytest
 import torch
 
 from scq.data.tokens import TokenDataset, TokenWriter
+from scq.engine.accelerators import make_accelerator
 from scq.engine.config import load_config
 from scq.engine.errors import UserError
-from scq.engine.loop import make_accelerator
+from scq.engine.loop import Trained
+from scq.engine.run import run
 from scq.engine.tracking import read_metrics
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 from scq.stage2_prior.masking import SCHEDULES, mask_share, mask_tokens
-from scq.stage2_prior.train import (
+from scq.stage2_prior.prior_stage import (
     PriorExperiment,
+    PriorStage,
     PriorTask,
     _LossOfPrior,
     build_prior,
     masked_cross_entropy,
-    open_stream,
-    train_prior,
 )
 from scq.stage2_prior.transformer import MaskedTransformer
 
@@ -67,13 +69,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path, monk
         found.append({name: p.grad.clone() for name, p in module.named_parameters()})
         return torch.zeros(())
 
-    monkeypatch.setattr("stage2_prior.train.optimizer_step", record)
+    monkeypatch.setattr("scq.engine.stage.optimizer_step", record)
     tokens, losses = write_stripes(tmp_path / "tokens"), []
     for parts in (1, 4):
         config = stripes_config(tokens, tmp_path, f"training.accumulate={parts}", f"masking.weighting={weighting}")
         accelerator = make_accelerator(config.training)
-        stream = open_stream(config, accelerator)
-        terms = PriorTask(config, accelerator, stream.dataset, None).training_step(next(iter(stream)), 0)
+        stage = PriorStage(config, stripes_tokenizer())
+        batch = next(iter(stage.open_stream(accelerator)))
+        terms = stage.build(accelerator).training_step(batch, 0)
         losses.append(float(terms["loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     whole, accumulated = found
@@ -97,7 +100,7 @@ def test_every_image_alike_is_the_likelihood_bound() -> None:
 def test_corruption_changes_only_what_is_shown(tmp_path: Path) -> None:
     tokens = TokenDataset(write_stripes(tmp_path / "tokens"))
     config = stripes_config(tmp_path / "tokens", tmp_path / "run", "masking.corrupted_share=0.5")
-    loss = _LossOfPrior(build_prior(config, tokens, None), config, compiled=False)
+    loss = _LossOfPrior(build_prior(config, tokens, torch.zeros(16, 3)), config, compiled=False)
     shown = torch.randint(0, 16, (200, 16))
     mask = torch.rand(200, 16) < 0.5
     hidden = torch.where(mask, 16, shown)
@@ -106,7 +109,7 @@ def test_corruption_changes_only_what_is_shown(tmp_path: Path) -> None:
     changed = (corrupted != hidden)[~mask].float().mean()
     assert changed == pytest.approx(0.5 * 15 / 16, abs=0.04), "of sixteen codes, one is the right one by chance"
     with pytest.raises(UserError, match=r"corrupted_share is 1.0; it must be in \[0, 1\)"):
-        train_prior(stripes_config(tmp_path / "tokens", tmp_path / "r", "masking.corrupted_share=1.0"), "stripes")
+        train_prior(stripes_config(tmp_path / "tokens", tmp_path / "r", "masking.corrupted_share=1.0"))
 
 
 @pytest.mark.parametrize(("tied", "positions"), [(True, "learned"), (False, "rotary")])
@@ -182,16 +185,15 @@ def test_weights_decay_and_tables_do_not(tmp_path: Path) -> None:
 def test_shares_beyond_their_range_are_named(tmp_path: Path, setting: str) -> None:
     tokens = write_stripes(tmp_path / "tokens")
     with pytest.raises(UserError, match=rf"masking.{setting.replace('=', ' is ')}; it must be in \[0, 1\)"):
-        train_prior(stripes_config(tokens, tmp_path / "run", f"masking.{setting}"), "stripes")
+        train_prior(stripes_config(tokens, tmp_path / "run", f"masking.{setting}"))
 
 
-def test_code_features_need_the_tokenizer(tmp_path: Path) -> None:
+def test_a_prior_needs_its_tokenizer_and_is_told_its_codes(tmp_path: Path) -> None:
     tokens = write_stripes(tmp_path / "tokens")
-    settings = ["architecture.code_features=true", "training.steps=2"]
-    with pytest.raises(UserError, match="needs the tokenizer"):
-        train_prior(stripes_config(tokens, tmp_path / "run", *settings), "stripes")
-    trained = train_prior(stripes_config(tokens, tmp_path / "run", *settings), "stripes", torch.randn(16, 3))
-    assert trained.averaged.codes.shape == (16, 3)
+    config = stripes_config(tokens, tmp_path / "run", "architecture.code_features=true", "training.steps=2")
+    with pytest.raises(UserError, match="tokenizer is empty"):
+        PriorStage(config)
+    assert train_prior(config).averaged.codes.shape == (16, 3)
 
 
 def test_a_class_conditional_prior_listens_to_the_class() -> None:
@@ -215,6 +217,17 @@ def write_stripes(folder: Path, fingerprint: str = "stripes", classes: int = 0) 
     return folder
 
 
+def stripes_tokenizer(fingerprint: str = "stripes") -> ImageTokenizer:
+    """An untrained tokenizer of the stripes' shape that passes for the one that wrote them."""
+    tokenizer = ImageTokenizer(8, (8,), latent_dim=3, codebook_size=16).eval()
+    tokenizer.fingerprint = lambda: fingerprint
+    return tokenizer
+
+
+def train_prior(config: PriorExperiment, fingerprint: str = "stripes") -> Trained:
+    return run(PriorStage(config, stripes_tokenizer(fingerprint)))
+
+
 def stripes_config(tokens: Path, out: Path, *overrides: str) -> PriorExperiment:
     return load_config(
         PriorExperiment,
@@ -234,7 +247,7 @@ def stripes_config(tokens: Path, out: Path, *overrides: str) -> PriorExperiment:
 
 def test_the_prior_learns_the_structure_of_its_tokens(tmp_path: Path) -> None:
     tokens = write_stripes(tmp_path / "tokens")
-    prior = train_prior(stripes_config(tokens, tmp_path / "run", "training.steps=600"), "stripes").averaged
+    prior = train_prior(stripes_config(tokens, tmp_path / "run", "training.steps=600")).averaged
     rows = torch.randint(0, 16, (200, 4, 1), generator=torch.Generator().manual_seed(1)).expand(200, 4, 4)
     one_of_each_row = torch.eye(4, dtype=torch.bool)
     shown = torch.where(one_of_each_row, rows, prior.mask_token).flatten(1)
@@ -251,21 +264,21 @@ def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 def test_a_class_conditional_prior_needs_classes(tmp_path: Path) -> None:
     tokens = write_stripes(tmp_path / "tokens")
     with pytest.raises(UserError, match="no classes"):
-        train_prior(stripes_config(tokens, tmp_path / "run", "architecture.class_conditional=true"), "stripes")
+        train_prior(stripes_config(tokens, tmp_path / "run", "architecture.class_conditional=true"))
 
 
 def test_held_out_labels_must_mean_what_those_of_training_mean(tmp_path: Path) -> None:
     settings = ["architecture.class_conditional=true", "training.steps=2"]
     tokens, other = (write_stripes(tmp_path / str(count), classes=count) for count in (3, 2))
     with pytest.raises(UserError, match=r"3 holds 3 classes and .*2 2"):
-        train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={other}"), "stripes")
-    train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={tokens}"), "stripes")
+        train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={other}"))
+    train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={tokens}"))
 
 
 def test_validation_is_a_bound_in_bits_and_keeps_the_best(tmp_path: Path) -> None:
     tokens = write_stripes(tmp_path / "tokens")
     settings = ["training.steps=300", "training.checkpoint_every=100", f"data.validation={tokens}"]
-    trained = train_prior(stripes_config(tokens, tmp_path / "run", *settings), "stripes")
+    trained = train_prior(stripes_config(tokens, tmp_path / "run", *settings))
     scored = [row for row in read_metrics(tmp_path / "run") if "bits_per_token" in row]
     assert all(row["bits_per_image"] == pytest.approx(16 * row["bits_per_token"]) for row in scored)
     assert all(0 < row["bits_per_token_error"] < row["bits_per_token"] for row in scored)
@@ -276,7 +289,7 @@ def test_validation_is_a_bound_in_bits_and_keeps_the_best(tmp_path: Path) -> Non
     other = write_stripes(tmp_path / "other", fingerprint="another")
     settings[-1] = f"data.validation={other}"
     with pytest.raises(UserError, match=r"other was written by tokenizer another"):
-        train_prior(stripes_config(tokens, tmp_path / "again", *settings), "stripes")
+        train_prior(stripes_config(tokens, tmp_path / "again", *settings))
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])

@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from scq.data.stream import iterate_once
+from scq.engine.accelerators import make_accelerator
 from scq.engine.config import load_config
 from scq.engine.errors import UserError
-from scq.engine.loop import make_accelerator
+from scq.engine.loop import Trained
+from scq.engine.randomness import standard_normal
+from scq.engine.run import run
 from scq.engine.tracking import read_metrics
 from scq.sampling.pipeline import SoftConvexPipeline
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float
-from scq.stage2_prior.refiner import ConvexRefiner, standard_normal
-from scq.stage2_prior.train_refiner import RefinerExperiment, RefinerTask, train_refiner
+from scq.stage2_prior.model import Model
+from scq.stage2_prior.refiner import ConvexRefiner
+from scq.stage2_prior.refiner_stage import RefinerExperiment, RefinerStage, RefinerTask
 from scq.stage2_prior.transformer import MaskedTransformer
 
 
@@ -106,6 +110,12 @@ def tokenizer(name: str = "scq") -> ImageTokenizer:
     model = ImageTokenizer(32, (16, 32), quantizer_name=name, codebook_size=32, latent_dim=4)
     model.train()(torch.rand(16, 3, 32, 32) * 2 - 1)
     return model.eval()
+
+
+def train_refiner(
+    config: RefinerExperiment, tokenizer: ImageTokenizer, prior: MaskedTransformer | None = None
+) -> Trained:
+    return run(RefinerStage(config, tokenizer, None if prior is None else Model(tokenizer, prior)))
 
 
 def config(emoji: dict[str, Path], out: Path, *overrides: str) -> RefinerExperiment:

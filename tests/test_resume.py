@@ -109,15 +109,16 @@ def test_two_processes_train_what_one_would(emoji: dict[str, Path], tmp_path: Pa
 GRADIENTS = """
 import sys
 import torch
-import scq.stage1_tokenizer.train as stage
+import scq.engine.stage
 from scq.engine.config import load_config
-from scq.engine.loop import make_accelerator
+from scq.engine.accelerators import make_accelerator
 from scq.engine.processes import leave_processes
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage
 
 out, path, *settings = sys.argv[1:]
-config = load_config(stage.TokenizerExperiment, path, settings)
-accelerator = make_accelerator(config.training)
-stream = stage.open_stream(config.data, config.training, config.architecture.image_size, accelerator)
+stage = TokenizerStage(load_config(TokenizerExperiment, path, settings))
+accelerator = make_accelerator(stage.config.training)
+stream = stage.open_stream(accelerator)
 found = []
 
 
@@ -127,8 +128,8 @@ def keep(module, *_):
     return torch.zeros(())
 
 
-stage.optimizer_step = keep
-task = stage.TokenizerTask(config, accelerator, torch.zeros(1))
+scq.engine.stage.optimizer_step = keep
+task = stage.build(accelerator)
 task.training_step(next(iter(stream)), 0)
 if accelerator.is_main_process:
     torch.save({"gradients": found, "buffers": dict(task.modules["model"].named_buffers())}, out)

@@ -5,8 +5,10 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from scq.sampling.samplers import SAMPLERS, SamplerSettings, Step, guided, halton_order
+from scq.sampling.samplers import SAMPLERS, GuidedPrior, Step, halton_order
+from scq.stage2_prior import scheduler
 from scq.stage2_prior.masking import SCHEDULES
+from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
 MASK = 6
@@ -21,11 +23,22 @@ def uneven(tokens: torch.Tensor, progress: float = 0.0) -> torch.Tensor:
 
 
 def sample(name: str, predict=uneven, seeds=5, side: int = 4, start=None, callback=None, **settings) -> torch.Tensor:
+    """Grids and what the callback sees as rows of tokens (B, L), which the tests compare."""
     seeds = torch.arange(seeds) if isinstance(seeds, int) else seeds
-    if start is None:
-        start = torch.full((len(seeds), side * side), MASK)
-    settings = SamplerSettings(**{"steps": 4, **settings})
-    return SAMPLERS[name](predict, start, seeds, MASK, (side, side), settings, callback)
+    start = torch.full((len(seeds), side * side), MASK) if start is None else start
+    settings = UnmaskingScheduler(**{"steps": 4, **settings})
+    network = GuidedPrior(lambda tokens, labels: predict(tokens), MASK)
+
+    def flat(step: Step) -> None:
+        assert step.tokens.shape == (len(seeds), side, side)
+        callback(step._replace(tokens=step.tokens.flatten(1)))
+
+    grids = start.view(-1, side, side)
+    return SAMPLERS[name](network, grids, seeds, settings, None if callback is None else flat).flatten(1)
+
+
+def test_every_sampler_that_can_be_asked_for_is_there() -> None:
+    assert tuple(SAMPLERS) == scheduler.SAMPLERS
 
 
 @pytest.mark.parametrize("name", FOR_GOOD)
@@ -175,7 +188,7 @@ def test_without_noise_the_surest_places_come_first() -> None:
     seen: list[Step] = []
     for filtered in ({}, {"top_k": 1}, {"top_p": 0.05}):  # one code is left, and is as sure as it was
         sample(
-            "maskgit", lambda tokens, progress: logits, seeds=1, side=2, choice_temperature=0, schedule="uniform",
+            "maskgit", lambda tokens: logits, seeds=1, side=2, choice_temperature=0, schedule="uniform",
             callback=seen.append, **filtered,
         )  # fmt: skip
         assert (seen[0].tokens[0] != MASK).nonzero().flatten().tolist() == [3]
@@ -207,10 +220,14 @@ def test_guidance_moves_away_from_the_unconditional() -> None:
     tokens = torch.full((2, 4), prior.mask_token)
     labels = torch.tensor([0, 2])
     conditional, unconditional = prior(tokens, labels), prior(tokens)
-    assert torch.equal(guided(prior, labels, 0.0, 3)(tokens, 0.0), conditional)
+
+    def guided(scale: float, schedule: str = "constant") -> GuidedPrior:
+        return GuidedPrior(prior, prior.mask_token, labels, 3, scale, schedule)
+
+    assert torch.equal(guided(0.0)(tokens, 0.0), conditional)
     expected = 3 * conditional - 2 * unconditional
-    torch.testing.assert_close(guided(prior, labels, 2.0, 3)(tokens, 0.5), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(guided(2.0)(tokens, 0.5), expected, rtol=0, atol=1e-5)
     expected = 2 * conditional - unconditional
-    torch.testing.assert_close(guided(prior, labels, 2.0, 3, "linear")(tokens, 0.5), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(guided(2.0, "linear")(tokens, 0.5), expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="guidance schedule 'cubic'"):
-        guided(prior, labels, 2.0, 3, "cubic")
+        guided(2.0, "cubic")

@@ -7,17 +7,18 @@ import pytest
 import torch
 from helpers import SEVERAL, launcher
 from safetensors.torch import load_file
-from test_prior import write_stripes
+from test_prior import train_prior, write_stripes
 
 from scq.engine.config import load_config
 from scq.engine.errors import UserError
-from scq.stage2_prior.train import PriorExperiment, train_prior
+from scq.stage2_prior.prior_stage import PriorExperiment
 
 PROGRAM = """
 import sys
+from test_prior import train_prior
 from scq.engine.config import load_config
-from scq.stage2_prior.train import PriorExperiment, train_prior
-train_prior(load_config(PriorExperiment, None, sys.argv[1:]), "stripes")
+from scq.stage2_prior.prior_stage import PriorExperiment
+train_prior(load_config(PriorExperiment, None, sys.argv[1:]))
 """
 SETTINGS = ["architecture.width=32", "architecture.depth=2", "architecture.heads=2", "training.batch_size=16"]
 SETTINGS += ["architecture.code_features=false", "training.precision=fp32", "training.images_every=0"]
@@ -28,8 +29,13 @@ def train(folder: Path, out: str, steps: int, *more: str) -> dict[str, dict[str,
     """Train in two processes; the newest checkpoint's weights and averages."""
     (folder / "program.py").write_text(PROGRAM)
     settings = [*SETTINGS, f"data.train={folder / 'tokens'}", f"out={folder / out}", f"training.steps={steps}", *more]
+    environment = {**SEVERAL, "PYTHONPATH": str(Path(__file__).parent)}
     result = subprocess.run(
-        [*launcher(2), str(folder / "program.py"), *settings], capture_output=True, text=True, timeout=300, env=SEVERAL
+        [*launcher(2), str(folder / "program.py"), *settings],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     newest = sorted((folder / out / "checkpoints").glob("step_*"))[-1]
@@ -57,4 +63,4 @@ def test_one_process_has_nothing_to_divide(tmp_path: Path) -> None:
         PriorExperiment, None, [*SETTINGS, f"data.train={tmp_path / 'tokens'}", f"out={tmp_path / 'run'}", "shard=true"]
     )
     with pytest.raises(UserError, match="among several processes"):
-        train_prior(config, "stripes")
+        train_prior(config)

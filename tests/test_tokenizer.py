@@ -8,20 +8,15 @@ import torch
 from torchvision.models import vgg16
 
 from scq.data.stream import iterate_once
+from scq.engine.accelerators import make_accelerator
 from scq.engine.config import CONFIG_ROOT, load_config
 from scq.engine.errors import UserError
-from scq.engine.loop import make_accelerator
+from scq.engine.run import dry_run, run
 from scq.engine.tracking import read_metrics
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from scq.stage1_tokenizer.losses import LossConfig, PerceptualLoss
-from scq.stage1_tokenizer.train import (
-    TokenizerExperiment,
-    TokenizerTask,
-    build_tokenizer,
-    estimate_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from scq.stage1_tokenizer.model_folder import load_tokenizer
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage, TokenizerTask, build_tokenizer
 from scq.stage1_tokenizer.write_tokens import write_tokens
 from scq.stage2_prior.refiner import ConvexRefiner
 
@@ -121,7 +116,7 @@ def test_training_lowers_the_error_and_tokens_fit_the_codebook(emoji: dict[str, 
         + ["quantizer.codebook_size=64", "architecture.channels=[16,32]", "training.ema_decay=0.9"],
     )
     images = to_float(next(iterate_once(emoji["test"], 64)).images)
-    trained = train_tokenizer(config).averaged
+    trained = run(TokenizerStage(config)).averaged
     encoding = trained.encode(images)
     variance = images.var()
     soft, dominant = trained.decode(encoding.z_q), trained.decode_indices(encoding.indices)
@@ -237,7 +232,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(emoji: dict[str, Pat
         module.zero_grad()
         return torch.zeros(())
 
-    monkeypatch.setattr("scq.stage1_tokenizer.train.optimizer_step", record)
+    monkeypatch.setattr("scq.engine.stage.optimizer_step", record)
     loss = LossConfig(**FULL_GAME | {"adaptive_max": 0.0, "lecam": 0.0, "discriminator_norm": "group"})
     _, whole = one_step(emoji, loss)
     _, parts = one_step(emoji, loss, accumulate=4)
@@ -255,13 +250,14 @@ def test_a_dry_run_estimates_and_writes_nothing(emoji: dict[str, Path], tmp_path
     settings = [f"out={tmp_path / 'run'}", f"data.train={emoji['train']}", "training.batch_size=32"]
     path = CONFIG_ROOT / "quickstart" / "tokenizer_vqgan.yaml"
     config = load_config(TokenizerExperiment, path, settings)
-    lines = "\n".join(estimate_tokenizer(config))
+    lines = "\n".join(dry_run(TokenizerStage(config)))
     size = sum(p.numel() for p in build_tokenizer(config).parameters())
     assert f"model {size / 1e6:.1f}M" in lines
     assert "3,616 images, 113 steps per epoch" in lines
     assert "activations of 32 images" in lines
     settings[1] = f"data.train={tmp_path / 'none'}"
-    assert "training set not at hand" in "\n".join(estimate_tokenizer(load_config(TokenizerExperiment, path, settings)))
+    without_data = TokenizerStage(load_config(TokenizerExperiment, path, settings))
+    assert "training set not at hand" in "\n".join(dry_run(without_data))
     assert not any(tmp_path.iterdir())
 
 
@@ -279,7 +275,7 @@ def test_the_best_checkpoint_is_kept_and_exported(emoji: dict[str, Path], tmp_pa
         seen.append(tokenizer.fingerprint())
         return next(scores)
 
-    trained = train_tokenizer(config, measure)
+    trained = run(TokenizerStage(config, measure))
     assert trained.best.name == "step_00000004"
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
     assert load_tokenizer(tmp_path / "best").fingerprint() == seen[1]

@@ -3,17 +3,16 @@
 from pathlib import Path
 
 import pytest
-from test_prior import stripes_config, write_stripes
+from test_prior import stripes_config, train_prior, write_stripes
 
 from scq.engine.errors import UserError
 from scq.engine.tracking import read_metrics
-from scq.stage2_prior.train import train_prior
 
 
 def train(tmp_path: Path, out: str, steps: int, tracker: str) -> None:
     settings = [f"training.steps={steps}", f"training.tracker={tracker}", "training.log_every=1"]
     settings += ["training.checkpoint_every=2", "optimizer.schedule=constant"]
-    train_prior(stripes_config(tmp_path / "tokens", tmp_path / out, *settings), "stripes")
+    train_prior(stripes_config(tmp_path / "tokens", tmp_path / out, *settings))
 
 
 def test_tensorboard_shows_what_the_log_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

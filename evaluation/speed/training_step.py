@@ -12,8 +12,8 @@ import torch
 
 from scq.data.stream import ImageStream
 from scq.engine.config import load_config
-from scq.engine.loop import make_accelerator
-from scq.stage1_tokenizer.train import TokenizerExperiment, TokenizerTask
+from scq.engine.accelerators import make_accelerator
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerTask
 
 
 def benchmark_step(

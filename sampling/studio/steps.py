@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from scq.engine.fingerprint import fingerprint
 from scq.sampling.images import enlarge, to_pictures
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
-from scq.sampling.samplers import SAMPLERS
+from scq.stage2_prior.scheduler import SAMPLERS
 
 MODEL_QUEUE = "model"  # everything that runs the network waits in one line, first come, first served
 BATCH = 16  # images drawn together; a cancelled drawing stops within a step of one batch
@@ -79,8 +79,7 @@ def chosen_settings(pipeline: SoftConvexPipeline, names: list[str], values: tupl
 
 def fingerprints(pipeline: SoftConvexPipeline) -> dict[str, str]:
     """Which weights draw here, by the names of the pipeline's networks."""
-    networks = {"tokenizer": pipeline.tokenizer, "prior": pipeline.prior, "refiner": pipeline.refiner}
-    return {name: fingerprint(network) for name, network in networks.items() if network is not None}
+    return {name: fingerprint(network) for name, network in pipeline.as_model().networks().items()}
 
 
 def checked_seed(seed: float | None) -> int:

@@ -1,35 +1,38 @@
-"""Train a prior over the dominant codes of a tokenizer: ``scq train prior --config FILE``."""
+"""The prior as a stage: ``scq train prior --config FILE``, or ``run(PriorStage(config))``."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from timm.models.eva import EvaBlock
-from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
 from scq.data.tokens import TokenBatch, TokenDataset, TokenStream
-from scq.engine.config import LoopConfig, OptimizerConfig
-from scq.engine.dry_run import PROBED_IMAGES, estimate
+from scq.engine.config import LoopConfig, OptimizerConfig, git_revision
 from scq.engine.errors import UserError
-from scq.engine.loop import Trained, make_accelerator, train
-from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
+from scq.engine.measurements import Measured, TrainedFor
+from scq.engine.optimizers import create_optimizer
 from scq.engine.processes import rank_and_world_size, sum_across_processes
-from scq.engine.progress import say
 from scq.engine.randomness import image_uniform
 from scq.engine.sharding import shard
-from scq.engine.tracking import RunFolder
+from scq.engine.stage import PROBED_IMAGES, Probe, Stage, Task, Terms
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer
+from scq.stage1_tokenizer.model_folder import load_tokenizer, tokenizer_measured
 from scq.stage2_prior.likelihood import likelihood_bound
 from scq.stage2_prior.masking import loss_weight, mask_share, mask_tokens, masked_count
-from scq.stage2_prior.transformer import MaskedTransformer
+from scq.stage2_prior.model import Model
+from scq.stage2_prior.model_folder import save_model
+from scq.stage2_prior.transformer import MaskedTransformer, PriorArchitectureConfig
 
 SCORED_IMAGES = 2000  # held-out images that validation takes
+Draw = Callable[[ImageTokenizer, MaskedTransformer], Image.Image]
 
 
 @dataclass
@@ -39,27 +42,11 @@ class TokenDataConfig:
 
 
 @dataclass
-class PriorArchitectureConfig:
-    """See MaskedTransformer."""
-
-    width: int = 192
-    depth: int = 6
-    heads: int = 6
-    dropout: float = 0.0
-    class_conditional: bool = False
-    tied: bool = True
-    positions: str = "learned"  # learned | rotary
-    code_features: bool = True  # begin with embeddings in which codes that lie close together are alike
-
-
-@dataclass
 class MaskingConfig:
     schedule: str = "cosine"  # cosine | uniform | arccos | exp: how much of an image a training step hides
     weighting: str = "tokens"  # tokens | images: what counts alike in the loss, every masked token or every image
     label_smoothing: float = 0.1
-    corrupted_share: float = (
-        0.0  # of the tokens shown, replaced by random codes, so that a prior bears its own mistakes
-    )
+    corrupted_share: float = 0.0  # of the shown tokens, replaced by random codes: a prior meets its own mistakes
     class_dropout: float = 0.1  # share of images trained without their class, for classifier-free guidance
 
 
@@ -77,11 +64,16 @@ class PriorExperiment:
     training: LoopConfig = field(default_factory=LoopConfig)
 
 
-def build_prior(config: PriorExperiment, tokens: TokenDataset, codes: torch.Tensor | None) -> MaskedTransformer:
-    """The untrained prior for these tokens, whose codes (K, F) it is told about where the config says so."""
+def build_prior(config: PriorExperiment, tokens: TokenDataset, codes: Tensor) -> MaskedTransformer:
+    """The untrained prior for these tokens.
+
+    Args:
+        codes: (K, F), the tokenizer's; the prior is told about them where the config says so.
+
+    Raises:
+        UserError: the config does not describe a prior for these tokens.
+    """
     architecture = config.architecture
-    if architecture.code_features and codes is None:
-        raise UserError("architecture.code_features=true needs the tokenizer, whose codes they are: set tokenizer=")
     if architecture.class_conditional and not tokens.num_classes:
         raise UserError(f"architecture.class_conditional=true, but {config.data.train} holds no classes")
     if architecture.width % architecture.heads:
@@ -117,12 +109,13 @@ def _check_masking(masking: MaskingConfig) -> None:
             raise UserError(f"masking.{name} is {getattr(masking, name)}; it must be in [0, 1)")
 
 
-class PriorTask:
-    """One training step of the prior (the loop is engine.loop.train).
+class PriorTask(Task):
+    """One training step of the prior.
 
     Args:
-        codes: (K, F), the tokenizer's; None where config.architecture.code_features is off.
-        draw: makes a picture of samples from the averaged prior, for the run folder.
+        tokens: of the training set, for the prior's shape.
+        codes: (K, F), the tokenizer's.
+        draw: makes a picture of samples from the averaged prior.
         held_out: tokens for `score`; None for no score.
     """
 
@@ -133,38 +126,34 @@ class PriorTask:
         config: PriorExperiment,
         accelerator: Accelerator,
         tokens: TokenDataset,
-        codes: torch.Tensor | None,
+        codes: Tensor,
         draw: Callable[[MaskedTransformer], Image.Image] | None = None,
         held_out: TokenDataset | None = None,
     ):
-        self.config, self.accelerator, self.draw, self.held_out = config, accelerator, draw, held_out
-        torch.manual_seed(config.training.seed)  # the same initial weights in every process
-        prior = build_prior(config, tokens, codes).to(accelerator.device)
-        if config.training.gradient_checkpointing:
-            prior.enable_gradient_checkpointing()
         _check_masking(config.masking)
-        self.average = ModelEmaV3(prior, decay=config.training.ema_decay, use_warmup=True)
+        super().__init__(config, accelerator, lambda: build_prior(config, tokens, codes))
+        self.draw, self.held_out = draw, held_out
+        prior = self.modules["model"]
         if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
             prior.attend_by_products()
-        self.modules: dict[str, nn.Module] = {"model": prior}
         loss = _LossOfPrior(prior, config, compiled=config.training.compile)
         self.prior = shard(loss, EvaBlock) if config.shard else accelerator.prepare(loss)
         tables = ("token_embedding", "code_embedding", "position_embedding", "class_embedding")
         self.optimizers = {"prior": accelerator.prepare(create_optimizer(prior, config.optimizer, exclude=tables))}
 
-    def training_step(self, batch: TokenBatch, step: int) -> dict[str, torch.Tensor]:
-        device, terms = self.accelerator.device, []
-        whole = (batch.indices.to(device).flatten(1), batch.labels.to(device), batch.positions.to(device))
-        parts = in_parts(whole, self.config.training)
+    def training_step(self, batch: TokenBatch, step: int) -> Terms:
+        device = self.accelerator.device
+        codes, labels, positions = (each.to(device) for each in batch)
+        codes = codes.flatten(1)  # (B, L)
+        parts = self.in_parts((codes, labels, positions))
+        share = self._share_of_weight(positions, codes.shape[1]) / len(parts)
+
+        def loss_of_part(part: tuple[Tensor, ...]) -> tuple[Tensor, Terms]:
+            loss, accuracy = self.prior(*part, share)
+            return loss, {"loss": loss, "accuracy": accuracy}
+
         self.prior.train()
-        share = self._share_of_weight(whole[2], whole[0].shape[1]) / len(parts)
-        for part in micro_batches(self.accelerator, self.prior, parts):
-            with self.accelerator.autocast():
-                loss, accuracy = self.prior(*part, share)
-            self.accelerator.backward(loss / len(parts))
-            terms.append({"loss": loss, "accuracy": accuracy})
-        norm = optimizer_step(self.prior, self.optimizers["prior"], self.accelerator, self.config.optimizer.clip_norm)
-        return {**mean_terms(terms), "gradient_norm": norm}
+        return self.optimize("prior", self.prior, parts, loss_of_part)
 
     def _share_of_weight(self, positions: torch.Tensor, length: int) -> torch.Tensor:
         """The weight of all masked tokens of this step, divided by the processes. Every part of the batch is divided by
@@ -255,64 +244,71 @@ def masked_cross_entropy(
     return (losses * weights).sum() / total, (hidden.argmax(1) == wanted).float().mean().detach()
 
 
-def train_prior(
-    config: PriorExperiment,
-    fingerprint: str,
-    codes: torch.Tensor | None = None,
-    draw: Callable[[MaskedTransformer], Image.Image] | None = None,
-) -> Trained:
-    """Train, or go on with, the prior of ``config``. The caller exports it together with its tokenizer.
+class PriorStage(Stage):
+    """Trains a masked transformer over a tokenizer's dominant codes, and exports both as one model.
 
     Args:
-        fingerprint: of the tokenizer that will decode what this prior draws.
-        codes, draw: see PriorTask.
+        tokenizer: whose codes the tokens are; None: the one in the folder ``config.tokenizer``.
+        draw: makes a picture of samples for the run folder, as `sampling.pipeline.sample_sheet` does; None for none.
 
     Raises:
-        UserError, DataError: the config or the tokens are unfit, the tokens are another tokenizer's, or training
-            diverged.
+        UserError: no tokenizer is named, or none is there.
     """
-    if not config.out:
-        raise UserError("out is empty: say where the run goes, for example out=runs/prior")
-    accelerator = make_accelerator(config.training)
-    stream = open_stream(config, accelerator)
-    held_out = TokenDataset(config.data.validation) if config.data.validation else None
-    for path, tokens in ((config.data.train, stream.dataset), (config.data.validation, held_out)):
-        if tokens is not None and tokens.fingerprint != fingerprint:
+
+    name = "prior"
+
+    def __init__(self, config: PriorExperiment, tokenizer: ImageTokenizer | None = None, draw: Draw | None = None):
+        if tokenizer is None and not config.tokenizer:
+            raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
+        self.config, self.draw = config, draw
+        self.tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
+
+    def open_stream(self, accelerator: Accelerator) -> TokenStream:
+        config = self.config
+        stream = TokenStream(
+            config.data.train,
+            batch_size=config.training.batch_size,
+            seed=config.training.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self._refuse_foreign_tokens(config.data.train, stream.dataset)
+        held_out = self._held_out()
+        if held_out is not None:
+            self._refuse_foreign_tokens(config.data.validation, held_out)
+            if config.architecture.class_conditional and held_out.num_classes != stream.num_classes:
+                raise UserError(
+                    f"{config.data.train} holds {stream.num_classes} classes and {config.data.validation} "
+                    f"{held_out.num_classes}, so that labels differ in meaning: pack both with the same class folders, "
+                    "or set architecture.class_conditional=false"
+                )
+        return stream
+
+    def probe(self, accelerator: Accelerator) -> Probe:
+        stream = self.open_stream(accelerator)
+        return Probe(TokenBatch(*(field[:PROBED_IMAGES] for field in next(iter(stream)))), stream.num_images)
+
+    def build(self, accelerator: Accelerator, probe: Probe | None = None) -> PriorTask:
+        tokens, codes = TokenDataset(self.config.data.train), self.tokenizer.codes()
+        if probe is not None:
+            return PriorTask(self.config, accelerator, tokens, codes)
+        draw = None if self.draw is None else (lambda prior: self.draw(self.tokenizer, prior))
+        return PriorTask(self.config, accelerator, tokens, codes, draw, self._held_out())
+
+    def export(self, averaged: MaskedTransformer, folder: Path, steps: int) -> None:
+        trained = TrainedFor(steps, steps * self.config.training.batch_size)
+        known = tokenizer_measured(self.config.tokenizer) if self.config.tokenizer else Measured()
+        facts = dataclasses.replace(known.training, revision=git_revision(), prior=trained, refiner=None)
+        save_model(Model(self.tokenizer, averaged), folder, Measured(training=facts, license=known.license))
+
+    def _held_out(self) -> TokenDataset | None:
+        return TokenDataset(self.config.data.validation) if self.config.data.validation else None
+
+    def _refuse_foreign_tokens(self, path: str, tokens: TokenDataset) -> None:
+        """UserError unless the tokens are this tokenizer's."""
+        fingerprint = self.tokenizer.fingerprint()
+        if tokens.fingerprint != fingerprint:
             raise UserError(
-                f"{path} was written by tokenizer {tokens.fingerprint}, but {config.tokenizer} is tokenizer "
+                f"{path} was written by tokenizer {tokens.fingerprint}, but {self.config.tokenizer} is tokenizer "
                 f"{fingerprint}; run `scq tokenize` with it again"
             )
-    labelled = config.architecture.class_conditional and held_out is not None
-    if labelled and held_out.num_classes != stream.num_classes:
-        raise UserError(
-            f"{config.data.train} holds {stream.num_classes} classes and {config.data.validation} "
-            f"{held_out.num_classes}, so that labels differ in meaning: pack both with the same class folders, or set "
-            "architecture.class_conditional=false"
-        )
-    task = PriorTask(config, accelerator, stream.dataset, codes, draw, held_out)
-    run = RunFolder(config.out, config, accelerator)
-    if run.is_main:
-        size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
-        say(f"prior: {size:.1f}M parameters, {stream.num_images} token grids, {run.path}")
-    return train(task, stream, config.training, config.optimizer, run, accelerator, "train prior")
-
-
-def estimate_prior(config: PriorExperiment, codes: torch.Tensor | None = None) -> list[str]:
-    """What `train_prior` would take, see `engine.dry_run.estimate`; writes nothing, but needs the tokens."""
-    accelerator = make_accelerator(config.training)
-    stream = open_stream(config, accelerator)
-    single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
-    task = PriorTask(single, accelerator, stream.dataset, codes)
-    probe = TokenBatch(*(field[:PROBED_IMAGES] for field in next(iter(stream))))
-    return estimate(task, probe, len(probe.indices), stream.num_images, config.training, accelerator)
-
-
-def open_stream(config: PriorExperiment, accelerator: Accelerator) -> TokenStream:
-    """This process's share of the tokens."""
-    return TokenStream(
-        config.data.train,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )

@@ -1,4 +1,4 @@
-"""Train a refiner for a frozen tokenizer: ``scq train refiner --config FILE``."""
+"""The refiner as a stage: ``scq train refiner --config FILE``, or ``run(RefinerStage(config))``."""
 
 from __future__ import annotations
 
@@ -6,40 +6,31 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from scq.data.stream import Batch, ImageStream
-from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig
-from scq.engine.dry_run import estimate
+from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig, git_revision
 from scq.engine.errors import UserError
-from scq.engine.fingerprint import fingerprint
-from scq.engine.loop import Trained, make_accelerator, train
-from scq.engine.optimizers import create_optimizer, in_parts, mean_terms, micro_batches, optimizer_step
+from scq.engine.measurements import Measured, TrainedFor
+from scq.engine.optimizers import create_optimizer
 from scq.engine.pictures import picture_grid
-from scq.engine.progress import say
 from scq.engine.randomness import image_gumbel, image_uniform, standard_normal
-from scq.engine.tracking import RunFolder
+from scq.engine.stage import Probe, Task, Terms
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from scq.stage1_tokenizer.train import open_stream, probe_images
-from scq.stage2_prior.refiner import ConvexRefiner
+from scq.stage1_tokenizer.model_folder import load_tokenizer, save_network
+from scq.stage1_tokenizer.stage import PICTURED_IMAGES, ImageStage
+from scq.stage2_prior.model import Model
+from scq.stage2_prior.model_folder import open_model, save_model
+from scq.stage2_prior.refiner import ConvexRefiner, RefinerArchitectureConfig
 from scq.stage2_prior.transformer import MaskedTransformer
 
 MEASURED_IMAGES = 512  # from which the spread of latents around their codes is taken, and on which a refiner is scored
-
-
-@dataclass
-class RefinerArchitectureConfig:
-    """See ConvexRefiner."""
-
-    kind: str = "regression"  # regression | flow
-    width: int = 192
-    depth: int = 8
 
 
 @dataclass
@@ -48,10 +39,8 @@ class RefinerExperiment:
 
     out: str = ""  # the run folder
     tokenizer: str = ""  # stays as it is
-    prior: str = ""  # with resampled_share: draws the codes that stand for a prior's choices
-    resampled_share: float = (
-        0.0  # of an image's codes, at most, replaced by the prior's guesses; each image its own share
-    )
+    prior: str = ""  # a model with that tokenizer and a prior: exported with the refiner, and what resamples codes
+    resampled_share: float = 0.0  # at most this share of an image's codes is drawn anew by the prior
     # Of the squared error of what the decoder makes of refined latents, beside that of the latents. A regression has no
     # other aim than the image; a flow must match the latents' distribution, and is trained on latents alone.
     pixel_weight: float = 0.0
@@ -61,13 +50,14 @@ class RefinerExperiment:
     training: LoopConfig = field(default_factory=LoopConfig)
 
 
-class RefinerTask:
-    """One training step of the refiner (the loop is engine.loop.train).
+class RefinerTask(Task):
+    """One training step of the refiner.
 
     Args:
-        tokenizer: frozen.
-        prior: see RefinerExperiment.resampled_share; None for real codes only.
-        held_out: real images, for pictures and `score`.
+        tokenizer: stays as it is.
+        prior: draws codes anew (see RefinerExperiment.resampled_share); None for real codes only.
+        measured: (n, 3, H, W) uint8 images from which the spread of latents around their codes is taken.
+        held_out: (n, 3, H, W) uint8 images for pictures and `score`.
     """
 
     def __init__(
@@ -79,36 +69,33 @@ class RefinerTask:
         measured: Tensor,
         held_out: Tensor,
     ):
-        self.config, self.accelerator = config, accelerator
+        frozen = {"tokenizer": tokenizer} | ({} if prior is None else {"prior": prior})
+        for network in frozen.values():
+            network.to(accelerator.device).eval().requires_grad_(False)
+        self.tokenizer, self.prior, self.held_out = tokenizer, prior, held_out
+
+        def make() -> ConvexRefiner:
+            refiner = build_refiner(config, tokenizer).to(accelerator.device)
+            refiner.describe(tokenizer.codes(), self._spread(measured, accelerator.device))
+            return refiner
+
+        super().__init__(config, accelerator, make)
+        self.frozen = frozen
         pixels = config.architecture.kind == "regression" and config.pixel_weight > 0
         self.score_name = "held_out_mse" if pixels else "unexplained_share"  # as the loss has it
-        self.tokenizer = tokenizer.to(accelerator.device).eval().requires_grad_(False)
-        self.prior = None if prior is None else prior.to(accelerator.device).eval().requires_grad_(False)
-        self.held_out = held_out
-        torch.manual_seed(config.training.seed)  # the same initial weights in every process
-        refiner = build_refiner(config, tokenizer).to(accelerator.device)
-        refiner.describe(*self._around_codes(measured))
-        self.average = ModelEmaV3(refiner, decay=config.training.ema_decay, use_warmup=True)
-        self.modules: dict[str, nn.Module] = {"model": refiner}
-        loss = _LossOfRefiner(refiner, config, self.tokenizer.decode)
-        self.refiner = accelerator.prepare(loss)
-        self.optimizers = {
-            "refiner": accelerator.prepare(create_optimizer(refiner, config.optimizer, exclude=("embedding",)))
-        }
+        refiner = self.modules["model"]
+        self.refiner = accelerator.prepare(_LossOfRefiner(refiner, config, tokenizer.decode))
+        optimizer = create_optimizer(refiner, config.optimizer, exclude=("embedding",))
+        self.optimizers = {"refiner": accelerator.prepare(optimizer)}
 
-    def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        terms = []
-        parts = in_parts(self._pairs(batch), self.config.training)
+    def training_step(self, batch: Batch, step: int) -> Terms:
+        def loss_of_part(part: tuple[Tensor, ...]) -> tuple[Tensor, Terms]:
+            loss, terms = self.refiner(*part)
+            return loss, {"loss": loss, **terms}
+
+        parts = self.in_parts(self._pairs(batch))
         self.refiner.train()
-        for part in micro_batches(self.accelerator, self.refiner, parts):
-            with self.accelerator.autocast():
-                loss, found = self.refiner(*part)
-            self.accelerator.backward(loss / len(parts))
-            terms.append({"loss": loss, **found})
-        norm = optimizer_step(
-            self.refiner, self.optimizers["refiner"], self.accelerator, self.config.optimizer.clip_norm
-        )
-        return {**mean_terms(terms), "gradient_norm": norm}
+        return self.optimize("refiner", self.refiner, parts, loss_of_part)
 
     @torch.no_grad()
     def score(self, averaged: ConvexRefiner) -> dict[str, float]:
@@ -131,7 +118,7 @@ class RefinerTask:
     @torch.no_grad()
     def picture(self, averaged: ConvexRefiner) -> Image.Image:
         """Rows of originals, and what is decoded from dominant codes, refined codes, and z_q."""
-        images = self.held_out[:12].to(self.accelerator.device)
+        images = self.held_out[:PICTURED_IMAGES].to(self.accelerator.device)
         found = self.tokenizer.encode(to_float(images))
         refined = averaged.refine(found.indices, torch.arange(len(images), device=images.device))
         decoded = [self.tokenizer.decode_indices(found.indices)]
@@ -157,17 +144,16 @@ class RefinerTask:
         return torch.where(hidden, drawn, codes).view_as(found.indices), found.z_q, images, positions
 
     @torch.no_grad()
-    def _around_codes(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokenizer's codes (K, F), and the standard deviation (F,) of latents around them."""
-        quantizer, device = self.tokenizer.quantizer, self.accelerator.device
-        codes, differences = self.tokenizer.codes(), []
+    def _spread(self, images: Tensor, device: torch.device) -> Tensor:
+        """The standard deviation (F,) of latents around their codes."""
+        differences = []
         for part in images.split(64):
             found = self.tokenizer.encode(to_float(part.to(device)))
-            differences.append(found.z_q - quantizer.lookup(found.indices))
+            differences.append(found.z_q - self.tokenizer.quantizer.lookup(found.indices))
         spread = torch.cat(differences).square().mean((0, 2, 3)).sqrt()
         if not bool((spread > 0).all()):
-            raise UserError(f"{self.config.tokenizer} decodes its codes alone: there is nothing to refine")
-        return codes, spread
+            raise UserError("this tokenizer decodes its codes alone: there is nothing to refine")
+        return spread
 
 
 class _LossOfRefiner(nn.Module):
@@ -211,60 +197,74 @@ def build_refiner(config: RefinerExperiment, tokenizer: ImageTokenizer) -> Conve
         raise UserError(f"architecture: {error}") from error
 
 
-def train_refiner(
-    config: RefinerExperiment, tokenizer: ImageTokenizer, prior: MaskedTransformer | None = None
-) -> Trained:
-    """Train, or go on with, the refiner of ``config``. The caller exports it together with tokenizer and prior.
+class RefinerStage(ImageStage):
+    """Trains a refiner for a frozen tokenizer, and exports it with the model that it refines.
+
+    Where the config names no prior, the refiner is exported alone.
+
+    Args:
+        tokenizer: None: the one in the folder ``config.tokenizer``.
+        model: the tokenizer, its prior and what else draws; None: the one in the folder ``config.prior``, if any.
 
     Raises:
-        UserError, DataError: the config or the shards are unfit, the tokenizer has nothing to refine, the run was
-            begun with another tokenizer or prior, or training diverged.
+        UserError: no tokenizer is named, one of both cannot be loaded, or a setting is out of its range.
     """
-    if not config.out:
-        raise UserError("out is empty: say where the run goes, for example out=runs/refiner")
-    _check(config, prior)
-    accelerator = make_accelerator(config.training)
-    stream = open_stream(config.data, config.training, tokenizer.config.image_size, accelerator)
-    if config.resampled_share > 0 and prior.config.num_classes not in (0, stream.num_classes):
-        raise UserError(
-            f"the prior {config.prior} knows {prior.config.num_classes} classes, but {config.data.train} holds "
-            f"{stream.num_classes}"
-        )
-    measured = _images(config.data.train)
-    held_out = _images(config.data.validation or config.data.train)
-    task = RefinerTask(config, accelerator, tokenizer, prior, measured, held_out)
-    run = RunFolder(config.out, config, accelerator)
-    if run.is_main:
-        size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
-        say(f"refiner {config.architecture.kind}: {size:.1f}M parameters, {stream.num_images} images, {run.path}")
-    title = f"train refiner {config.architecture.kind}"
-    frozen = {"tokenizer": tokenizer.fingerprint()}
-    if config.resampled_share > 0:  # else the prior has no say in what the refiner learns
-        frozen["prior"] = fingerprint(prior)
-    return train(task, stream, config.training, config.optimizer, run, accelerator, title, frozen)
 
+    name = "refiner"
 
-def _check(config: RefinerExperiment, prior: MaskedTransformer | None) -> None:
-    if not 0 <= config.resampled_share <= 1:
-        raise UserError(f"resampled_share is {config.resampled_share}; it must be in [0, 1]")
-    if config.resampled_share > 0 and prior is None:
-        raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
-    if config.pixel_weight < 0:
-        raise UserError(f"pixel_weight is {config.pixel_weight}; it must be at least 0")
+    def __init__(self, config: RefinerExperiment, tokenizer: ImageTokenizer | None = None, model: Model | None = None):
+        if tokenizer is None and not config.tokenizer:
+            raise UserError("tokenizer is empty: name the tokenizer's folder, for example tokenizer=runs/tokenizer")
+        self.config, self.known = config, Measured()
+        self.tokenizer = load_tokenizer(config.tokenizer) if tokenizer is None else tokenizer
+        self.model = model
+        if model is None and config.prior:
+            self.model, self.known = open_model(config.prior)
+        if not 0 <= config.resampled_share <= 1:
+            raise UserError(f"resampled_share is {config.resampled_share}; it must be in [0, 1]")
+        if config.resampled_share > 0 and self.model is None:
+            raise UserError("resampled_share needs a prior: set prior= to the folder that `scq train prior` wrote")
+        if config.pixel_weight < 0:
+            raise UserError(f"pixel_weight is {config.pixel_weight}; it must be at least 0")
 
+    @property
+    def title(self) -> str:
+        return f"refiner {self.config.architecture.kind}"
 
-def estimate_refiner(
-    config: RefinerExperiment, tokenizer: ImageTokenizer, prior: MaskedTransformer | None = None
-) -> list[str]:
-    """What `train_refiner` would take, see `engine.dry_run.estimate`; writes nothing, and needs no shards."""
-    _check(config, prior)
-    accelerator = make_accelerator(config.training)
-    probe, images = probe_images(config.data, config.training, tokenizer.config.image_size, accelerator)
-    single = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=1))
-    used = prior if config.resampled_share > 0 else None
-    task = RefinerTask(single, accelerator, tokenizer, used, probe.images, probe.images)
-    frozen = {"tokenizer": tokenizer} | ({} if used is None else {"prior": used})
-    return estimate(task, probe, len(probe.images), images, config.training, accelerator, frozen)
+    @property
+    def image_size(self) -> int:
+        return self.tokenizer.config.image_size
+
+    @property
+    def prior(self) -> MaskedTransformer | None:
+        """The prior that draws codes anew; without ``resampled_share`` it has no say in what the refiner learns."""
+        return self.model.prior if self.model is not None and self.config.resampled_share > 0 else None
+
+    def open_stream(self, accelerator: Accelerator) -> ImageStream:
+        stream = super().open_stream(accelerator)
+        if self.prior is not None and self.prior.config.num_classes not in (0, stream.num_classes):
+            raise UserError(
+                f"the prior {self.config.prior} knows {self.prior.config.num_classes} classes, but "
+                f"{self.config.data.train} holds {stream.num_classes}"
+            )
+        return stream
+
+    def build(self, accelerator: Accelerator, probe: Probe | None = None) -> RefinerTask:
+        if probe is not None:
+            images = probe.batch.images
+            return RefinerTask(self.config, accelerator, self.tokenizer, self.prior, images, images)
+        data = self.config.data
+        measured, held_out = _images(data.train), _images(data.validation or data.train)
+        return RefinerTask(self.config, accelerator, self.tokenizer, self.prior, measured, held_out)
+
+    def export(self, averaged: ConvexRefiner, folder: Path, steps: int) -> None:
+        if self.model is None:
+            save_network(averaged, folder)
+            return
+        trained = TrainedFor(steps, steps * self.config.training.batch_size)
+        facts = dataclasses.replace(self.known.training, revision=git_revision(), refiner=trained)
+        refined = dataclasses.replace(self.model, tokenizer=self.tokenizer, refiner=averaged)
+        save_model(refined, folder, Measured(training=facts, license=self.known.license))
 
 
 def _images(shards: str) -> Tensor:

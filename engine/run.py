@@ -1,0 +1,71 @@
+"""One life cycle for every stage: open, build, train or go on, export.
+
+run(TokenizerStage(config))        # from the command line, from Python, and from a benchmark alike
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+from safetensors.torch import load_model
+
+from scq.engine.accelerators import make_accelerator
+from scq.engine.dry_run import estimate
+from scq.engine.errors import UserError
+from scq.engine.loop import Loop, Trained
+from scq.engine.progress import say
+from scq.engine.stage import Stage
+from scq.engine.tracking import RunFolder
+
+
+def run(stage: Stage) -> Trained:
+    """Train a stage, or go on with it, and export it to ``out/model``, its best checkpoint to ``out/best``.
+
+    Every process of a job must call it.
+
+    Raises:
+        UserError: the config does not fit the data, ``out`` holds another run or one that another process trains, or
+            training diverged.
+        DataError: the data is missing or damaged, or not what the run was begun with.
+    """
+    config = stage.config
+    if not config.out:
+        raise UserError(f"out is empty: say where the run goes, for example out=runs/{stage.name}")
+    accelerator = make_accelerator(config.training)
+    stream = stage.open_stream(accelerator)
+    task = stage.build(accelerator)
+    folder = RunFolder(config.out, config, accelerator)
+    if folder.is_main:
+        size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
+        say(f"{stage.title}: {size:.1f}M parameters, {stream.num_images} {stream.unit}, {folder.path}")
+        say(stream.order_description)
+    trained = Loop(task, stream, folder, f"train {stage.title}").run()
+    if folder.is_main:
+        stage.export(trained.averaged, folder.path / "model", trained.steps)
+        if trained.best is not None:
+            best = copy.deepcopy(trained.averaged)
+            load_model(best, str(trained.best / "ema.safetensors"))
+            stage.export(best, folder.path / "best", _step_of(trained.best))
+    accelerator.wait_for_everyone()
+    return trained
+
+
+def dry_run(stage: Stage) -> list[str]:
+    """What `run` would take, as lines for a person (see `engine.dry_run.estimate`); writes nothing.
+
+    Raises:
+        UserError, DataError: as `run`.
+    """
+    training = stage.config.training
+    accelerator = make_accelerator(training)
+    probe = stage.probe(accelerator)
+    single = copy.copy(stage)  # the probe is too small to be divided
+    single.config = dataclasses.replace(stage.config, training=dataclasses.replace(training, accumulate=1))
+    task = single.build(accelerator, probe)
+    return estimate(task, probe, training, accelerator, stage.heaviest_step())
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))

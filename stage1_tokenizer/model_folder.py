@@ -1,0 +1,77 @@
+"""Networks as folders: saved whole, beside what is known of them; a tokenizer found and loaded wherever it lies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers.models.modeling_utils import ModelMixin
+
+from scq.engine.errors import UserError
+from scq.engine.files import replaced_model, write_json
+from scq.engine.measurements import Measured, from_plain, to_plain
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer
+
+# What the project saves. A new model may take the place of any of them, and of nothing else.
+MODEL_CLASSES = frozenset(["ImageTokenizer", "MaskedTransformer", "ConvexRefiner", "SoftConvexPipeline"])
+MEASURED = "measured.json"
+
+
+def save_network(network: ModelMixin, folder: Path, measured: Measured | None = None) -> None:
+    """Save one network so that ``folder`` is never seen half-written.
+
+    Raises:
+        UserError: ``folder`` holds anything but a model.
+    """
+    with replaced_model(folder, MODEL_CLASSES) as fresh:
+        network.save_pretrained(fresh)
+        if measured is not None:
+            write_json(fresh / MEASURED, to_plain(measured))
+
+
+def read_measured(folder: Path) -> Measured:
+    """What is known of the model in ``folder``; nothing where nobody wrote it down.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / MEASURED
+    if not path.is_file():
+        return Measured()
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return from_plain(Measured, plain, str(path))
+
+
+def find_tokenizer(path: Path | str) -> Path:
+    """The folder with a tokenizer's weights in ``path``: an exported one, a pipeline's folder, or a run's.
+
+    Raises:
+        UserError: nothing there is a tokenizer.
+    """
+    path = Path(path)
+    for folder in (path, path / "tokenizer", path / "model", path / "model" / "tokenizer"):
+        if (folder / "diffusion_pytorch_model.safetensors").is_file():
+            return folder
+    raise UserError(f"no tokenizer in {path}: expected a folder that `scq train tokenizer` or `scq train prior` wrote")
+
+
+def load_tokenizer(path: Path | str) -> ImageTokenizer:
+    """The tokenizer in ``path`` (see `find_tokenizer`), in eval mode.
+
+    Raises:
+        UserError: nothing there is a tokenizer, or it cannot be loaded.
+    """
+    folder = find_tokenizer(path)
+    try:
+        return ImageTokenizer.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{folder} cannot be loaded as a tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def tokenizer_measured(path: Path | str) -> Measured:
+    """What is known of the tokenizer in ``path``: written beside it, or beside the pipeline that it is a part of."""
+    folder = find_tokenizer(path)
+    return read_measured(folder if (folder / MEASURED).is_file() else folder.parent)

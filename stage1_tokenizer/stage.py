@@ -1,0 +1,250 @@
+"""The tokenizer as a stage: ``scq train tokenizer --config FILE``, or ``run(TokenizerStage(config))``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from scq.data.shards import MANIFEST
+from scq.data.stream import Batch, ImageStream, iterate_once
+from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig, git_revision
+from scq.engine.errors import UserError
+from scq.engine.measurements import Measured, TrainedFor, TrainingFacts
+from scq.engine.optimizers import create_optimizer
+from scq.engine.pictures import picture_grid
+from scq.engine.randomness import image_uniform
+from scq.engine.stage import PROBED_IMAGES, Probe, Stage, Task, Terms
+from scq.stage1_tokenizer.autoencoder import ArchitectureConfig, ImageTokenizer, QuantizerConfig, to_float, to_uint8
+from scq.stage1_tokenizer.losses import LossConfig, TokenizerLoss
+from scq.stage1_tokenizer.model_folder import save_network
+from scq.stage1_tokenizer.robustness import NeighbourSwap, RobustnessConfig, swapped_share
+
+PICTURED_IMAGES = 12  # in a run's pictures
+
+
+@dataclass
+class ScoreConfig:
+    images: int = 0  # of data.validation, for the rFID of every checkpoint; the best is exported to best/. 0 for none
+    inception_weights: str = ""  # as --inception-weights of scq evaluate
+
+
+@dataclass
+class TokenizerExperiment:
+    """Everything that decides a tokenizer."""
+
+    out: str = ""  # the run folder
+    data: DataConfig = field(default_factory=DataConfig)
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: LoopConfig = field(default_factory=LoopConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+
+
+def build_tokenizer(config: TokenizerExperiment) -> ImageTokenizer:
+    try:
+        return ImageTokenizer(
+            **vars(config.architecture),
+            codebook_size=config.quantizer.codebook_size,
+            quantizer_name=config.quantizer.name,
+            quantizer_options=config.quantizer.options,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the config does not describe a tokenizer: {error}") from error
+
+
+class _Part(NamedTuple):
+    """Images of one micro-batch, and each one's own randomness."""
+
+    images: torch.Tensor  # (b, 3, H, W) in [-1, 1]
+    quantizer: torch.Tensor  # (b,)
+    augmentation: torch.Tensor  # (b, 7)
+    swap: torch.Tensor  # (b, 2, h, w)
+
+
+class TokenizerTask(Task):
+    """One training step of autoencoder and discriminator.
+
+    Args:
+        pictured: (n, 3, H, W) uint8 images for the run's pictures.
+        measure: scores averaged weights, lower is better; None for no score.
+    """
+
+    score_name = "rfid"
+
+    def __init__(
+        self,
+        config: TokenizerExperiment,
+        accelerator: Accelerator,
+        pictured: Tensor,
+        measure: Callable[[ImageTokenizer], float] | None = None,
+    ):
+        swapped_share(0, config.robustness)  # refuses what is out of range now rather than at the first step
+        super().__init__(config, accelerator, lambda: build_tokenizer(config))
+        self.pictured, self.measure = pictured, measure
+        tokenizer, parts = self.modules["model"], config.training.accumulate
+        tokenizer.quantizer.parts_per_step = parts
+        self.losses = TokenizerLoss(config.loss, parts, config.architecture.image_size).to(accelerator.device)
+        self.modules |= self.losses.stateful
+        self.frozen = {} if self.losses.perceptual is None else {"VGG16": self.losses.perceptual}
+        discriminator = self.losses.discriminator
+        self.optimizers = {"autoencoder": create_optimizer(tokenizer, config.optimizer, exclude=("quantizer",))}
+        if discriminator is not None:
+            self.optimizers["discriminator"] = create_optimizer(discriminator, config.optimizer)
+        self.tokenizer = accelerator.prepare(_compiled(tokenizer) if config.training.compile else tokenizer)
+        self.discriminator = accelerator.prepare(discriminator) if discriminator is not None else None
+        for name, optimizer in self.optimizers.items():
+            self.optimizers[name] = accelerator.prepare(optimizer)
+
+    def training_step(self, batch: Batch, step: int) -> Terms:
+        parts, reconstructions = self._parts(batch), []
+        share, neighbours = swapped_share(step, self.config.robustness), self.config.robustness.neighbours
+
+        def loss_of_autoencoder(part: _Part) -> tuple[Tensor, Terms]:
+            swap = NeighbourSwap(share, neighbours, part.swap) if share > 0 else None
+            reconstruction, quantized = self.tokenizer(part.images, part.quantizer, swap)
+            reconstructions.append(reconstruction.detach())
+            last_layer = self.modules["model"].last_layer
+            loss, terms = self.losses.generator(part.images, reconstruction, last_layer, step, part.augmentation)
+            loss = loss + quantized.loss
+            return loss, {"loss": loss, **terms, "quantizer": quantized.loss, **quantized.stats}
+
+        def loss_of_discriminator(pair: tuple[_Part, Tensor]) -> tuple[Tensor, Terms]:
+            part, reconstruction = pair
+            return self.losses.discriminate(self.discriminator, part.images, reconstruction, step, part.augmentation)
+
+        self.tokenizer.train()
+        terms = self.optimize("autoencoder", self.tokenizer, parts, loss_of_autoencoder)
+        if self.losses.trains_discriminator(step):
+            pairs = list(zip(parts, reconstructions, strict=True))
+            found = self.optimize("discriminator", self.discriminator, pairs, loss_of_discriminator)
+            terms = {**terms, **found, "gradient_norm": terms["gradient_norm"]}  # the autoencoder's is logged
+        return terms
+
+    def _parts(self, batch: Batch) -> list[_Part]:
+        """A process's share of a batch, divided into micro-batches."""
+        seed, device = self.config.training.seed, self.accelerator.device
+        positions = batch.positions.to(device)
+        whole = _Part(
+            to_float(batch.images.to(device, non_blocking=True)),
+            image_uniform(positions, seed=seed, purpose="quantizer"),
+            image_uniform(positions, 7, seed=seed, purpose="augmentation"),
+            image_uniform(positions, 2, *self.modules["model"].grid, seed=seed, purpose="neighbour swap"),
+        )
+        return [_Part(*part) for part in self.in_parts(whole)]
+
+    @torch.no_grad()
+    def picture(self, averaged: ImageTokenizer) -> Image.Image:
+        """Rows of originals, reconstructions from z_q, and reconstructions from the dominant codes alone."""
+        images = self.pictured.to(averaged.device)
+        encoding = averaged.encode(to_float(images))
+        rows = [images, to_uint8(averaged.decode(encoding.z_q))]
+        if averaged.quantizer.has_codes:
+            rows.append(to_uint8(averaged.decode_indices(encoding.indices)))
+        return picture_grid(torch.cat(rows).cpu(), columns=len(images))
+
+    def score(self, averaged: ImageTokenizer) -> dict[str, float] | None:
+        return None if self.measure is None else {self.score_name: self.measure(averaged)}
+
+
+def _compiled(tokenizer: ImageTokenizer) -> nn.Module:
+    """``tokenizer`` with encoder and decoder compiled at their first use."""
+    # A compiled backward pass may overwrite what was saved for it, and refuses to be run twice; VQGAN's adaptive weight
+    # runs the decoder's three times a step. The setting is read whenever something is compiled, hence global.
+    torch._functorch.config.donated_buffer = False
+    # Quantizers and swaps choose shapes and branches by the data, which splits a graph into dozens that are compiled
+    # again and again; and SCQ's solver on a CPU is numba's, which torch's tracer trips over.
+    tokenizer.quantize = torch.compiler.disable(tokenizer.quantize)
+    return torch.compile(tokenizer)
+
+
+class ImageStage(Stage):
+    """A stage that trains on images of one size, those of ``config.data``."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+
+    def open_stream(self, accelerator: Accelerator) -> ImageStream:
+        data, training = self.config.data, self.config.training
+        stream = ImageStream(
+            data.train,
+            batch_size=training.batch_size,
+            seed=training.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            workers=data.workers,
+            flip=data.flip,
+            shuffle="blocks" if data.shuffle == "blocks" else True,
+            cache=data.cache or None,
+        )
+        if stream.image_size != self.image_size:
+            raise UserError(
+                f"{data.train} holds images of {stream.image_size} pixels, architecture.image_size is "
+                f"{self.image_size}; pack the images again with --size, or change the config"
+            )
+        return stream
+
+    def probe(self, accelerator: Accelerator) -> Probe:
+        """Noise, where the shards are not at hand."""
+        if (Path(self.config.data.train) / MANIFEST).is_file():
+            stream = self.open_stream(accelerator)
+            return Probe(Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream)))), stream.num_images)
+        pixels = torch.randint(0, 256, (PROBED_IMAGES, 3, self.image_size, self.image_size), dtype=torch.uint8)
+        return Probe(Batch(pixels, torch.zeros(PROBED_IMAGES, dtype=torch.int64), torch.arange(PROBED_IMAGES)), None)
+
+
+class TokenizerStage(ImageStage):
+    """Trains an autoencoder around a quantizer, and exports it.
+
+    Args:
+        score: of averaged weights, at every checkpoint of the main process, lower is better: the best checkpoint is
+            exported, too. None for no score.
+    """
+
+    name = "tokenizer"
+
+    def __init__(self, config: TokenizerExperiment, score: Callable[[ImageTokenizer], float] | None = None):
+        self.config, self.score = config, score
+        self.dataset: str | None = None  # its name, known when the stream was opened
+
+    @property
+    def title(self) -> str:
+        return f"tokenizer {self.config.quantizer.name}"
+
+    @property
+    def image_size(self) -> int:
+        return self.config.architecture.image_size
+
+    def open_stream(self, accelerator: Accelerator) -> ImageStream:
+        stream = super().open_stream(accelerator)
+        source = stream.manifest["source"]
+        self.dataset = source.get("name") or source["format"]  # older packs have no name
+        return stream
+
+    def build(self, accelerator: Accelerator, probe: Probe | None = None) -> TokenizerTask:
+        if probe is not None:
+            return TokenizerTask(self.config, accelerator, probe.batch.images)
+        shown = self.config.data.validation or self.config.data.train
+        pictured = next(iterate_once(shown, batch_size=PICTURED_IMAGES)).images
+        return TokenizerTask(self.config, accelerator, pictured, self.score)
+
+    def export(self, averaged: ImageTokenizer, folder: Path, steps: int) -> None:
+        trained = TrainedFor(steps, steps * self.config.training.batch_size)
+        facts = TrainingFacts(dataset=self.dataset, revision=git_revision(), tokenizer=trained)
+        save_network(averaged, folder, Measured(training=facts))
+
+    def heaviest_step(self) -> int:
+        last, loss = super().heaviest_step(), self.config.loss
+        return last - last % loss.r1_every if loss.r1 > 0 else last

@@ -1,0 +1,79 @@
+"""A whole model as a folder: both stages' networks, the settings of sampling, what was measured, and a card.
+
+It is the folder of a diffusers pipeline. Its ``model_index.json`` names classes as ``scq`` exports them, so that a
+published model does not hang on the names of our modules.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scq.engine.errors import UserError
+from scq.engine.files import replaced_model, write_file, write_json
+from scq.engine.measurements import Measured, to_plain
+from scq.stage1_tokenizer.model_folder import MEASURED, MODEL_CLASSES, load_tokenizer, read_measured
+from scq.stage2_prior.model import Model
+from scq.stage2_prior.model_card import model_card
+from scq.stage2_prior.refiner import ConvexRefiner
+from scq.stage2_prior.scheduler import UnmaskingScheduler
+from scq.stage2_prior.transformer import MaskedTransformer
+
+INDEX = "model_index.json"
+_LOCAL = {"local_files_only": True, "use_safetensors": True}  # nothing is looked for elsewhere, nothing is unpickled
+
+
+def save_model(model: Model, folder: Path | str, measured: Measured) -> None:
+    """Write every component, the index, and the card; the folder appears when it is complete.
+
+    Raises:
+        UserError: the folder holds anything but a model.
+    """
+    with replaced_model(folder, MODEL_CLASSES) as fresh:
+        for name, network in model.networks().items():
+            network.register_to_config(_name_or_path="")  # a path of this machine, which a copy would carry on
+            network.save_pretrained(fresh / name)
+        model.scheduler.save_pretrained(fresh / "scheduler")
+        write_json(fresh / INDEX, model.index(), indent=2)
+        write_card(model, fresh, measured)
+
+
+def write_card(model: Model, folder: Path, measured: Measured) -> None:
+    """Write README.md, and the numbers that are in it, to a model's folder."""
+    write_json(folder / MEASURED, to_plain(measured))
+    write_file(folder / "README.md", model_card(model, measured))
+
+
+def model_root(folder: Path) -> Path | None:
+    """Where in a run's or a model's folder a whole model lies; None where there is none."""
+    return next((root for root in (folder, folder / "model") if (root / INDEX).is_file()), None)
+
+
+def load_model(root: Path) -> tuple[Model, Measured]:
+    """The model in ``root``, and what is known of it.
+
+    Raises:
+        UserError: a part of it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(root / "tokenizer")
+    try:
+        prior = MaskedTransformer.from_pretrained(root / "prior", **_LOCAL).eval()
+        refiner = ConvexRefiner.from_pretrained(root / "refiner", **_LOCAL) if (root / "refiner").is_dir() else None
+        scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{root} cannot be loaded: {reason}") from error
+    return Model(tokenizer, prior, refiner, scheduler), read_measured(root)
+
+
+def open_model(folder: Path | str) -> tuple[Model, Measured]:
+    """The model in a model's or a run's folder (see `model_root`), and what is known of it.
+
+    Raises:
+        UserError: there is none, or a part of it cannot be loaded.
+    """
+    root = model_root(Path(folder))
+    if root is None:
+        raise UserError(
+            f"no model in {folder}: expected a folder that `scq train prior` or `scq quickstart` wrote (with {INDEX})"
+        )
+    return load_model(root)
