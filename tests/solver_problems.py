@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from scq.stage1_tokenizer.solver import batched
 from scq.stage1_tokenizer.solver import solve as convex_solver
 
 
@@ -19,7 +20,7 @@ def one_thread():
 def path(request, monkeypatch):
     """Both ways to the exact solution, row by row in compiled code and all rows at once, face every oracle."""
     if request.param == "tensors":
-        monkeypatch.setattr(convex_solver, "_runs_natively", lambda z: False)
+        monkeypatch.setattr(convex_solver, "_implementation", lambda z: batched)
 
 
 def make(n, f, k, *, seed=0, dtype=torch.float64, scale=1.0):

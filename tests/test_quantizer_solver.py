@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from solver_problems import make, one_thread, path  # noqa: F401  the last two are fixtures for every test
 
-from scq.stage1_tokenizer.quantizers import soft_convex_solve
-from scq.stage1_tokenizer.solver.simplex import simplex_threshold
+from scq.stage1_tokenizer.solver import soft_convex_solve
+from scq.stage1_tokenizer.solver.relaxed import simplex_threshold
 
 
 def slsqp(z, codes, reg):

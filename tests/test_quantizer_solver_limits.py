@@ -9,9 +9,9 @@ import torch
 from solver_problems import make, one_thread, path  # noqa: F401  the last two are fixtures for every test
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scq.stage1_tokenizer.quantizers import soft_convex_solve
-from scq.stage1_tokenizer.solver.codebook import Codebook
-from scq.stage1_tokenizer.solver.simplex import solve_positive_definite
+from scq.stage1_tokenizer.solver import soft_convex_solve
+from scq.stage1_tokenizer.solver.batched import solve_positive_definite
+from scq.stage1_tokenizer.solver.codebook import nearest_codes
 
 
 class LargestTensor(TorchDispatchMode):
@@ -40,8 +40,7 @@ def test_ties_go_to_the_first_code():
     doubled = codes.repeat(4, 1)
     solution = soft_convex_solve(codes, doubled, 1.0)
     assert torch.equal(solution.nearest, torch.arange(40))
-    book = Codebook(doubled)
-    assert torch.equal(book.nearest(codes - book.centre), torch.arange(40))
+    assert torch.equal(nearest_codes(codes, doubled), torch.arange(40))
 
 
 def test_positive_definite_systems():
@@ -114,7 +113,7 @@ def test_solving_leaves_torchs_number_of_threads_alone():
     """numba starts OpenMP's threads, which are torch's, and sets their number: in several processes far too many."""
     code = (
         "import torch; torch.set_num_threads(1)\n"
-        "from stage1_tokenizer.quantizers import soft_convex_solve\n"
+        "from scq import soft_convex_solve\n"
         "soft_convex_solve(torch.randn(300, 4), torch.randn(8, 4), 0.3)\n"
         "assert torch.get_num_threads() == 1, torch.get_num_threads()"
     )

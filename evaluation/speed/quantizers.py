@@ -1,29 +1,30 @@
 """How long quantizers take, side by side: what `scq benchmark speed` runs.
 
-Every arm gets the same latents and the same trained-like codebook, does what a training step asks of a quantizer
-(nearest codes, z_q, codebook and commitment terms, backward) and takes its turn in every repeat, so that whatever else
-the machine does hits all arms alike.
+Every arm gets the same latents and the same codebook, both like those of a trained model, and does what a training step
+asks of a quantizer: nearest codes, z_q, codebook and commitment terms, backward. Every repeat runs every arm once, so
+that whatever else the machine does affects all arms alike.
 """
 
-import json
 import platform
 import statistics
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scq.engine.files import atomic_write, write_json
 from scq.stage1_tokenizer.quantizers.kmeans import kmeans
-from scq.stage1_tokenizer.solver.codebook import Codebook
-from scq.stage1_tokenizer.solver.solve import METHODS, soft_convex_solve
+from scq.stage1_tokenizer.solver import METHODS, soft_convex_solve
+from scq.stage1_tokenizer.solver.codebook import nearest_codes
 
 BASELINE = "plain VQ"
-# (N latents, F channels, K codes); the first one is the cell that the project's targets are stated for.
+# (N latents, F channels, K codes); the project's targets are stated for the first of them.
 CELLS = (
     (16384, 8, 1024),
     (4096, 8, 1024),
@@ -94,7 +95,7 @@ def benchmark_speed(
 
 
 def trained_like(n: int, f: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Latents (n, f) in 64 clusters of different shapes, and k codes that k-means placed on more of the same."""
+    """Latents (n, f) in 64 clusters of different shapes, and codes (k, f) by k-means over more latents like them."""
     generator = torch.Generator().manual_seed(seed)
     centres = 2 * torch.randn(64, f, generator=generator)
     shapes = torch.randn(64, f, f, generator=generator) / f**0.5
@@ -109,8 +110,7 @@ def trained_like(n: int, f: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]
 
 
 def _arms(z: Tensor, codebook: Tensor, rho: float) -> dict[str, Arm]:
-    book = Codebook(codebook)
-    reg = rho * (z - codebook[book.nearest(z - book.centre)]).square().sum(1).mean().item()
+    reg = rho * (z - codebook[nearest_codes(z, codebook)]).square().sum(1).mean().item()
 
     def terms(z: Tensor, nearest: Tensor) -> Tensor:
         return nnf.mse_loss(nearest, z.detach()) + _COMMITMENT * nnf.mse_loss(z, nearest.detach())
@@ -122,8 +122,7 @@ def _arms(z: Tensor, codebook: Tensor, rho: float) -> dict[str, Arm]:
 
     def blocked(z: Tensor, codebook: Tensor) -> Tensor:
         with torch.no_grad():
-            book = Codebook(codebook)
-            index = book.nearest(z - book.centre)
+            index = nearest_codes(z, codebook)  # (N,)
         nearest = codebook[index]
         return (z + (nearest - z).detach()).square().sum() + terms(z, nearest)
 
@@ -178,7 +177,7 @@ def _measure(cell: tuple[int, int, int], rho: float, repeats: int, device: torch
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations made and that are still alive; an allocator without a record."""
+    """Counts the bytes of all tensors that operations made and that are still alive, where no allocator counts them."""
 
     def __init__(self):
         super().__init__()
@@ -237,16 +236,12 @@ def _line(row: dict) -> str:
 
 
 def _write(result: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "speed.json.partial"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(folder / "speed.json")
-    picture = folder / "speed.partial.png"
-    _plot(result["rows"], picture)
-    picture.replace(folder / "speed.png")
+    write_json(folder / "speed.json", result)
+    with atomic_write(folder / "speed.png") as file:
+        _plot(result["rows"], file)
 
 
-def _plot(rows: list[dict], path: Path) -> None:
+def _plot(rows: list[dict], file: IO[bytes]) -> None:
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     cells = list(dict.fromkeys((row["n"], row["f"], row["k"]) for row in rows))
@@ -256,10 +251,10 @@ def _plot(rows: list[dict], path: Path) -> None:
     axes = figure.subplots()
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
-        places = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(cells))]
-        axes.bar(places, [ratio[(*cell, arm)] for cell in cells], width, label=arm)
+        centres = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(cells))]
+        axes.bar(centres, [ratio[(*cell, arm)] for cell in cells], width, label=arm)
     axes.axhline(1, color="black", linewidth=1)
     axes.set_xticks(range(len(cells)), [f"N={n}\nF={f}, K={k}" for n, f, k in cells])
     axes.set_ylabel(f"time / {BASELINE}")
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(file, format="png", dpi=120)

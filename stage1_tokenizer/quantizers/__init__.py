@@ -1,4 +1,4 @@
-"""Quantizers: latents in, quantized latents and dominant codes out. Usable alone."""
+"""Quantizers: latents in, quantized latents and dominant codes out. They can be used without the rest of scq."""
 
 from scq.stage1_tokenizer.quantizers.interface import Mixture, Quantized, Quantizer, create_quantizer, quantizer_names
 from scq.stage1_tokenizer.quantizers.library import (
@@ -9,11 +9,9 @@ from scq.stage1_tokenizer.quantizers.library import (
 )
 from scq.stage1_tokenizer.quantizers.soft_convex import SoftConvexQuantizer
 from scq.stage1_tokenizer.quantizers.vq import NoQuantizer, VectorQuantizer
-from scq.stage1_tokenizer.solver.solve import ConvexSolution, soft_convex_solve
 
 __all__ = [
     "AveragedVectorQuantizer",
-    "ConvexSolution",
     "FiniteScalarQuantizer",
     "LinearVectorQuantizer",
     "Mixture",
@@ -25,5 +23,4 @@ __all__ = [
     "VectorQuantizer",
     "create_quantizer",
     "quantizer_names",
-    "soft_convex_solve",
 ]

@@ -1,4 +1,4 @@
-"""What every quantizer is: latents in, quantized latents and dominant codes out."""
+"""What every quantizer is, latents in and quantized latents and dominant codes out, and what all of them share."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from scq.engine.errors import require_finite
 
 
 class Quantized(NamedTuple):
@@ -115,13 +117,14 @@ def check_codebook_shape(codebook_size: int, dim: int) -> None:
 
 
 def check_latents(z: Tensor, dim: int) -> None:
-    """Raise ValueError unless z is (B, dim, h, w), floating and not empty."""
+    """Raise ValueError unless z is (B, dim, h, w), floating and not empty, and all of it is finite."""
     if z.ndim != 4 or z.shape[1] != dim:
         raise ValueError(f"z must be (B, {dim}, h, w), not {tuple(z.shape)}")
     if not z.is_floating_point():
         raise ValueError(f"z must be floating point, not {z.dtype}")
     if z.numel() == 0:
         raise ValueError(f"z is empty: its shape is {tuple(z.shape)}")
+    require_finite("z", z)
 
 
 def check_indices(indices: Tensor, codebook_size: int) -> None:
@@ -131,3 +134,29 @@ def check_indices(indices: Tensor, codebook_size: int) -> None:
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= codebook_size):
         low, high = int(indices.min()), int(indices.max())
         raise ValueError(f"indices must be in [0, {codebook_size}), but span [{low}, {high}]")
+
+
+def flatten_latents(z: Tensor) -> Tensor:
+    """(B, F, h, w) -> (B h w, F) float32."""
+    return z.float().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def unflatten_latents(rows: Tensor, z: Tensor) -> Tensor:
+    """(B h w, F) -> (B, F, h, w) shaped as z."""
+    batch, _, height, width = z.shape
+    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def count_codes(index: Tensor, codebook_size: int) -> Tensor:
+    """(K,) float32, how often each code occurs in index (N,)."""
+    return torch.bincount(index, minlength=codebook_size).float()
+
+
+def usage_of(counts: Tensor) -> dict[str, Tensor]:
+    """Statistics of code counts (K,): the share of codes in use, and the perplexity.
+
+    The perplexity is exp of the entropy: the number of codes that a uniform use would amount to.
+    """
+    share = counts / counts.sum().clamp_min(1)
+    entropy = -torch.special.xlogy(share, share).sum()
+    return {"usage": (counts > 0).float().mean(), "perplexity": torch.exp(entropy)}

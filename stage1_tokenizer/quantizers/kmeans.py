@@ -1,9 +1,9 @@
-"""Where codes start and how dead ones return: k-means over all processes' latents."""
+"""How codes are placed: k-means at the start, and rows drawn at random, which also revive dead codes."""
 
 import torch
 from torch import Tensor
 
-from scq.stage1_tokenizer.solver.codebook import Codebook
+from scq.stage1_tokenizer.solver.codebook import nearest_codes
 
 
 def draw_rows(rows: Tensor, count: int, seed: int, share: Tensor | None = None) -> Tensor:
@@ -33,8 +33,7 @@ def kmeans_step(codes: Tensor, counts: Tensor, rows: Tensor) -> tuple[Tensor, Te
     Returns:
         The new codes and counts.
     """
-    book = Codebook(codes)
-    nearest = book.nearest(rows - book.centre)
+    nearest = nearest_codes(rows, codes)  # (n,)
     new_counts = counts + torch.bincount(nearest, minlength=len(codes)).to(counts.dtype)
     total = (codes * counts.unsqueeze(1)).index_add_(0, nearest, rows)
     return torch.where(new_counts.unsqueeze(1) > 0, total / new_counts.clamp_min(1).unsqueeze(1), codes), new_counts
@@ -44,7 +43,7 @@ def kmeans(rows: Tensor, size: int, *, steps: int = 10, seed: int = 0) -> tuple[
     """Lloyd's k-means from ``size`` drawn rows.
 
     Args:
-        rows: (n, F) latents. With fewer rows than codes, codes repeat rows, set apart by a thousandth of their spread.
+        rows: (n, F) latents. With fewer rows than codes, codes repeat rows, plus noise of a thousandth of their spread.
 
     Returns:
         Codes (size, F) and the number of rows nearest to each (size,).

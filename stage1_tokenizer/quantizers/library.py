@@ -1,6 +1,6 @@
-"""The strongest hard quantizers to stand beside, as `vector-quantize-pytorch` implements them, behind our interface.
+"""The strongest hard quantizers to compare with, as `vector-quantize-pytorch` implements them, behind our interface.
 
-Their training rules are the library's; ours are the float32 arithmetic, the checks, and the statistics.
+The training rules are the library's. The float32 arithmetic, the checks and the statistics are ours.
 """
 
 from math import prod
@@ -15,10 +15,12 @@ from scq.stage1_tokenizer.quantizers.interface import (
     check_codebook_shape,
     check_indices,
     check_latents,
+    count_codes,
+    flatten_latents,
     register_quantizer,
+    unflatten_latents,
+    usage_of,
 )
-from scq.stage1_tokenizer.quantizers.vq import flatten_latents, perplexity, unflatten_latents
-from scq.stage1_tokenizer.solver.solve import check_finite
 
 # Levels per channel, Mentzer et al. (arXiv 2309.15505), table 1; 64 and 512, which it lacks, are powers of 8.
 _FSQ_LEVELS = {
@@ -41,19 +43,14 @@ class LibraryQuantizer(Quantizer):
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)
-        check_finite("z", z)
         with torch.autocast(z.device.type, enabled=False):
             rows = flatten_latents(z)  # (N, F)
             z_q, index, loss = self._quantize(rows.unsqueeze(0))
             index = index.reshape(-1).long()  # (N,)
             # A straight-through output is its code only up to rounding, so not in eval mode.
-            z_q = z_q[0] if self.training else self._codes(index)
-            counts = torch.bincount(index, minlength=self.codebook_size).float()
-            stats = {
-                "usage": (counts > 0).float().mean(),
-                "perplexity": perplexity(counts),
-                "hard_error": (rows - z_q).detach().square().sum(1).mean(),
-            }
+            z_q = z_q[0] if self.training else self._codes(index)  # (N, F)
+            stats = usage_of(count_codes(index, self.codebook_size))
+            stats["hard_error"] = (rows - z_q).detach().square().sum(1).mean()
         indices = index.view(z.shape[0], *z.shape[2:])
         return Quantized(unflatten_latents(z_q, z), indices, loss.float().sum(), stats)
 
@@ -211,6 +208,6 @@ class ResidualVectorQuantizer(LibraryQuantizer):
 
 
 def _nearly_square(number: int) -> list[int]:
-    """Two factors, the larger first, as near to each other as can be."""
+    """Two factors, the larger first, as near to each other as possible."""
     small = next(factor for factor in range(int(number**0.5), 0, -1) if number % factor == 0)
     return [number // small, small]

@@ -1,7 +1,8 @@
 """The soft convex quantizer as a layer: a drop-in for a vector quantizer in a VQGAN.
 
-Gautam et al., "Soft Convex Quantization" (arXiv 2310.03004), with what training it needs beside the solver: a lambda
-that follows the latents' scale, VQ's terms on the nearest code, and dominant dropout (docs/quantizer.md says why).
+The method is that of Gautam et al., "Soft Convex Quantization" (arXiv 2310.03004). Besides the solver, training needs a
+lambda that follows the scale of the latents, VQ's terms on the nearest code, and dominant dropout; docs/quantizer.md
+says why.
 """
 
 import torch
@@ -16,17 +17,20 @@ from scq.stage1_tokenizer.quantizers.interface import (
     check_codebook_shape,
     check_indices,
     check_latents,
+    count_codes,
+    flatten_latents,
     register_quantizer,
+    unflatten_latents,
+    usage_of,
 )
 from scq.stage1_tokenizer.quantizers.kmeans import draw_rows, kmeans, kmeans_step
-from scq.stage1_tokenizer.quantizers.vq import flatten_latents, perplexity, unflatten_latents
-from scq.stage1_tokenizer.solver.codebook import Codebook
-from scq.stage1_tokenizer.solver.solve import METHODS, ConvexSolution, check_finite, soft_convex_solve
+from scq.stage1_tokenizer.solver import METHODS, ConvexSolution, soft_convex_solve
+from scq.stage1_tokenizer.solver.codebook import nearest_codes
 
 
 @register_quantizer("scq")
 class SoftConvexQuantizer(Quantizer):
-    """Every latent becomes the convex combination of codes that eq. (1) of docs/quantizer.md asks for.
+    """Every latent becomes a convex combination of codes, z_q of eq. (1) in docs/quantizer.md.
 
     ``forward`` returns the combinations z_q and, as indices, the codes of largest weight. In eval mode it is
     deterministic, changes no buffer and always returns the soft z_q.
@@ -57,18 +61,18 @@ class SoftConvexQuantizer(Quantizer):
             method: "exact", "local" or "relaxed", see `soft_convex_solve`.
             neighbours: codes per latent that "local" looks at.
             rho: lambda as a multiple of the running mean of the squared distance to the nearest code, > 0.
-            rho_end: if given, rho moves geometrically to this value over ``rho_steps`` training steps; as it does, the
-                straight-through gradient is blended in, because dz_q/dz vanishes when lambda grows.
-            rho_steps: length of that move, >= 1 with ``rho_end``. Here and below a step is an optimizer's: see
+            rho_end: if given, rho moves geometrically to this value over ``rho_steps`` training steps. On the way the
+                straight-through gradient is blended in, because dz_q/dz vanishes as lambda grows.
+            rho_steps: length of that move, >= 1 with ``rho_end``. Here and below a step is an optimizer step: see
                 `Quantizer.parts_per_step`.
-            dominant_dropout: share of images, in [0, 1], decoded from dominant codes alone in training, so that they
-                learn to stand alone: a prior can emit nothing else.
+            dominant_dropout: share of images, in [0, 1], that training decodes from their dominant codes alone. The
+                decoder needs to learn that, because a prior can emit nothing else.
             commitment: weight of |z - sg(nearest code)|^2, >= 0.
             codebook_weight: weight of |sg(z) - nearest code|^2, >= 0.
-            kmeans_batches: the first training steps over whose batches codes are placed by k-means; 0: random codes.
+            kmeans_batches: how many training steps, from the first, set the codes by k-means; 0: random codes.
             revive: replace codes that dominated no latent over a whole window by latents far from their codes.
-            projection_dim: if given, latents are projected to this many channels and codes and latents are
-                l2-normalised; z_q is projected back.
+            projection_dim: if given, latents are projected to this many channels, latents and codes are l2-normalised,
+                and z_q is projected back.
             momentum: of the running mean of the nearest distance from step to step, in [0, 1).
             window: images over which usage and perplexity are counted in training, >= 1.
         """
@@ -100,24 +104,30 @@ class SoftConvexQuantizer(Quantizer):
         self.down = None if projection_dim is None else nn.Linear(dim, inner)
         self.up = None if projection_dim is None else nn.Linear(inner, dim)
         self.codebook = nn.Parameter(torch.randn(codebook_size, inner) / inner**0.5)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training steps seen
-        # Parts seen of the step under way. Checkpoints are written between steps, so it need not be saved.
+        self.steps: Tensor  # () int64, training steps seen
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        # () int64, parts seen of the present step. Checkpoints are written between steps, so it need not be saved.
+        self.parts: Tensor
         self.register_buffer("parts", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("mean_distance", torch.zeros(()))  # running mean of min_k |z - c_k|^2; 0: none yet
+        self.mean_distance: Tensor  # (), running mean of min_k |z - c_k|^2; 0: none yet
+        self.register_buffer("mean_distance", torch.zeros(()))
+        self.kmeans_counts: Tensor  # (K,), latents behind each code in k-means
         self.register_buffer("kmeans_counts", torch.zeros(codebook_size))
-        self.register_buffer("counts", torch.zeros(codebook_size))  # dominant codes in the window being filled
-        self.register_buffer("last_counts", torch.zeros(codebook_size))  # in the last full window
-        self.register_buffer("images", torch.zeros((), dtype=torch.int64))  # in the window being filled
+        self.counts: Tensor  # (K,), dominant codes in the window being filled
+        self.register_buffer("counts", torch.zeros(codebook_size))
+        self.last_counts: Tensor  # (K,), in the last full window
+        self.register_buffer("last_counts", torch.zeros(codebook_size))
+        self.images: Tensor  # () int64, in the window being filled
+        self.register_buffer("images", torch.zeros((), dtype=torch.int64))
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         """See `Quantizer.forward`.
 
         Raises:
-            ValueError: z is misshapen or has an entry that is not finite (nothing has changed by then), or image_noise
-                is not (B,).
+            ValueError: z is misshapen or has an entry that is not finite, or image_noise is not (B,). Nothing has
+                changed by then.
         """
         check_latents(z, self.dim)
-        check_finite("z", z)
         if image_noise is not None and image_noise.shape != z.shape[:1]:
             raise ValueError(f"image_noise must be ({z.shape[0]},), one per image, not {tuple(image_noise.shape)}")
         with torch.autocast(z.device.type, enabled=False):
@@ -175,22 +185,23 @@ class SoftConvexQuantizer(Quantizer):
         return 0.0 if self.rho_end is None else min(1.0, int(self.steps) / self.rho_steps)
 
     def _rows(self, z: Tensor) -> Tensor:
+        """Latents z (B, F, h, w) as the solver takes them: (N, F), or (N, projection_dim) normalised."""
         rows = flatten_latents(z)
         return rows if self.down is None else nnf.normalize(self.down(rows), dim=1)
 
     def _codes(self) -> Tensor:
+        """(K, F) or (K, projection_dim) float32, likewise."""
         codes = self.codebook.float()
         return codes if self.down is None else nnf.normalize(codes, dim=1)
 
     @torch.no_grad()
     def _reg(self, rows: Tensor, codes: Tensor) -> Tensor:
-        """Lambda (): it lags one step behind, so that the nearest codes need not be found twice."""
+        """Lambda (), from the mean distance up to the last step, so that the nearest codes need not be found twice."""
         mean = self.mean_distance
         if not mean > 0:
-            book = Codebook(codes)
-            mean = (rows - codes[book.nearest(rows - book.centre)]).square().sum(1).mean()
+            mean = (rows - codes[nearest_codes(rows, codes)]).square().sum(1).mean()
             mean = sum_across_processes(mean) / sum_across_processes(torch.ones_like(mean)) if self.training else mean
-        # Latents that all sit on their codes still need a positive lambda; any will do, the solution is the code.
+        # Lambda must be positive even where all latents equal their codes; any will do, since the solution is the code.
         return (self.current_rho() * mean).clamp_min(torch.finfo(torch.float32).tiny * 1e6)
 
     def _harden(
@@ -206,16 +217,16 @@ class SoftConvexQuantizer(Quantizer):
         if image_noise is None:
             image_noise = torch.rand(shape[0], device=rows.device)
         hard = (image_noise.to(rows.device) < self.dominant_dropout).repeat_interleave(shape[2] * shape[3])
-        # The straight-through gradient goes to z, not through z_q: a dominant code alone is VQ, dz_q/dz would lose the
-        # directions that the support does not span, and dz_q/dc_k would move codes that were not decoded.
+        # The straight-through gradient goes to z, not through z_q: decoding a dominant code alone is VQ. dz_q/dz would
+        # lose the directions that the support does not span, and dz_q/dc_k would move codes that were not decoded.
         dominant = rows + (codes[solution.dominant] - rows).detach()
         return torch.where(hard.unsqueeze(1), dominant, z_q)
 
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> None:
-        """Before the codes enter the graph: k-means over the first batches, and a full window's revival of codes."""
+        """Change codes before they enter the graph: k-means over the first batches, revival when a window is full."""
         step, first_part = int(self.steps), self.parts_per_step == 1 or int(self.parts) == 0
-        # Between the parts of a step no code is replaced: their gradients are of the same codebook.
+        # Between the parts of a step no code is replaced, because their gradients are for one codebook.
         if first_part and int(self.images) >= self.window:
             if self.revive:
                 self._revive(rows)
@@ -235,7 +246,7 @@ class SoftConvexQuantizer(Quantizer):
     @torch.no_grad()
     def _record(self, rows: Tensor, hard_error: Tensor, dominant: Tensor, images: int) -> dict[str, Tensor]:
         """Advance the running statistics, the same in all processes."""
-        counts = torch.bincount(dominant, minlength=self.codebook_size).float()
+        counts = count_codes(dominant, self.codebook_size)
         here = torch.stack([hard_error * len(rows), hard_error.new_tensor(len(rows)), hard_error.new_tensor(images)])
         summed = sum_across_processes(torch.cat([here.double(), counts.double()]))
         mean = (summed[0] / summed[1]).float()
@@ -247,8 +258,7 @@ class SoftConvexQuantizer(Quantizer):
         self.parts += 1
         self.steps += self.parts // self.parts_per_step
         self.parts %= self.parts_per_step
-        seen = self.usage_counts()
-        return {"usage": (seen > 0).float().mean(), "perplexity": perplexity(seen)}
+        return usage_of(self.usage_counts())
 
     def _revive(self, rows: Tensor) -> None:
         """Move codes that dominated nothing in the window onto latents drawn by squared distance to their codes."""
@@ -257,19 +267,15 @@ class SoftConvexQuantizer(Quantizer):
             return
         everywhere = gather_rows(rows)
         codes = self._codes()
-        book = Codebook(codes)
-        distance = (everywhere - codes[book.nearest(everywhere - book.centre)]).square().sum(1)
+        distance = (everywhere - codes[nearest_codes(everywhere, codes)]).square().sum(1)  # (n,)
         codes = self.codebook.detach().clone()
         codes[dead] = draw_rows(everywhere, len(dead), int(self.steps), distance)
         self.codebook.copy_(same_everywhere(codes))
 
     @torch.no_grad()
     def _stats(self, rows: Tensor, nearest: Tensor, solution: ConvexSolution) -> dict[str, Tensor]:
-        """Statistics of this batch; `_record` replaces usage and perplexity by the window's in training."""
-        counts = torch.bincount(solution.dominant, minlength=self.codebook_size).float()
-        return {
-            "usage": (counts > 0).float().mean(),
-            "perplexity": perplexity(counts),
+        """Statistics of this batch. In training `_record` replaces usage and perplexity by those of the window."""
+        return usage_of(count_codes(solution.dominant, self.codebook_size)) | {
             "support_size": (solution.weights > 0).sum(1).float().mean(),
             "dominant_weight": solution.weights.amax(1).mean(),
             "dominant_is_nearest": (solution.dominant == solution.nearest).float().mean(),

@@ -1,4 +1,4 @@
-"""The quantizers that soft convex quantization stands beside: VQGAN's own, and none at all."""
+"""What soft convex quantization is compared with first: VQGAN's quantizer, and none at all."""
 
 import torch
 import torch.nn.functional as nnf
@@ -10,27 +10,13 @@ from scq.stage1_tokenizer.quantizers.interface import (
     check_codebook_shape,
     check_indices,
     check_latents,
+    count_codes,
+    flatten_latents,
     register_quantizer,
+    unflatten_latents,
+    usage_of,
 )
-from scq.stage1_tokenizer.solver.codebook import Codebook
-from scq.stage1_tokenizer.solver.solve import check_finite
-
-
-def flatten_latents(z: Tensor) -> Tensor:
-    """(B, F, h, w) -> (B h w, F) float32."""
-    return z.float().permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def unflatten_latents(rows: Tensor, z: Tensor) -> Tensor:
-    """(B h w, F) -> (B, F, h, w) shaped as z."""
-    batch, _, height, width = z.shape
-    return rows.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
-
-
-def perplexity(counts: Tensor) -> Tensor:
-    """exp of the entropy of code counts (K,): the number of codes that a uniform use would amount to."""
-    share = counts / counts.sum().clamp_min(1)
-    return torch.exp(-torch.special.xlogy(share, share).sum())
+from scq.stage1_tokenizer.solver.codebook import nearest_codes
 
 
 @register_quantizer("vq")
@@ -52,22 +38,16 @@ class VectorQuantizer(Quantizer):
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)
-        check_finite("z", z)
         with torch.autocast(z.device.type, enabled=False):
             rows, codebook = flatten_latents(z), self.codebook.float()  # (N, F), (K, F)
             with torch.no_grad():
-                book = Codebook(codebook)
-                index = book.nearest(rows - book.centre)  # (N,)
-            code = codebook[index]
+                index = nearest_codes(rows, codebook)  # (N,)
+            code = codebook[index]  # (N, F)
             loss = nnf.mse_loss(code, rows.detach()) + self.commitment * nnf.mse_loss(rows, code.detach())
             # Straight-through in training; rows + (code - rows) is the code only up to rounding, so not in eval mode.
             z_q = unflatten_latents(rows + (code - rows).detach() if self.training else code, z)
-            counts = torch.bincount(index, minlength=self.codebook_size).float()
-            stats = {
-                "usage": (counts > 0).float().mean(),
-                "perplexity": perplexity(counts),
-                "hard_error": (rows - code).detach().square().sum(1).mean(),
-            }
+            stats = usage_of(count_codes(index, self.codebook_size))
+            stats["hard_error"] = (rows - code).detach().square().sum(1).mean()
         return Quantized(z_q, index.view(z.shape[0], *z.shape[2:]), loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -88,7 +68,6 @@ class NoQuantizer(Quantizer):
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)
-        check_finite("z", z)
         indices = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.int64, device=z.device)
         return Quantized(z.float(), indices, z.new_zeros((), dtype=torch.float32), {})
 

@@ -1,4 +1,4 @@
-"""Problem (1) of docs/quantizer.md and its gradient: `soft_convex_solve` is the one entry."""
+"""Solve problem (1) of docs/quantizer.md, differentiably: `soft_convex_solve`."""
 
 from scq.stage1_tokenizer.solver.solve import METHODS, ConvexSolution, soft_convex_solve
 

@@ -1,6 +1,6 @@
-"""Passes over all K codes: the nearest code, good candidates, and proof that no code outside a working set is missing.
+"""Passes over all K codes: the nearest code, candidates for a support, and the price of every code.
 
-Rows are taken in chunks whose (chunk, K) block stays in the processor's cache, where a pass costs a tenth of what it
+Rows are taken in blocks whose (rows, K) scores stay in the processor's cache, where a pass costs a tenth of what it
 costs in memory. Nothing here sorts K columns.
 """
 
@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Entries of the one (chunk, K) block that is alive: 4 MB of float32 fit a core's cache; a GPU wants larger launches.
+# Entries of the one (rows, K) block that is alive: 4 MB of float32 fit a core's cache; a GPU wants larger launches.
 _BLOCK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
-# A maximum over lanes runs along contiguous memory; groups of lanes are how many candidates a pass can bring.
+# Entries of the codes gathered at once: they bound the memory of a chunk of rows, however many rows there are.
+_GATHER_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 28}
+# A maximum over lanes runs along contiguous memory. The number of groups is how many candidates a pass can bring.
 _LANES = 64
 _GROUPS = 2
 
@@ -20,7 +22,8 @@ class Codebook:
     """A codebook laid out for passes over all of its codes.
 
     Codes are centred on their mean, so that a codebook far from the origin keeps its digits, and padded to a multiple
-    of the number of lanes; lane j holds codes j, j + lanes, j + 2 lanes, ...
+    of the number of lanes: ``width`` columns in all. Lane j holds codes j, j + lanes, j + 2 lanes, ... in its slots
+    0, 1, 2, ...
     """
 
     def __init__(self, codes: Tensor):
@@ -30,64 +33,66 @@ class Codebook:
         self.codes = codes - self.centre  # (K, F)
         self.lanes = min(_LANES, self.size)
         self.groups = _GROUPS if self.lanes % _GROUPS == 0 else self.lanes
-        self.depth = -(-self.size // self.lanes)
+        self.depth = -(-self.size // self.lanes)  # slots in a lane
         width = self.lanes * self.depth
-        # (1, c_k), all zeros for padding: its price above the threshold is zero, so it never enters.
-        self.lifted = codes.new_zeros(width, 1 + self.dim)
-        self.lifted[: self.size, 0] = 1
-        self.lifted[: self.size, 1:] = self.codes
-        self.price_matrix = self.lifted.t().contiguous()  # (1 + F, width)
+        # (1, c_k), all zeros for padding: the price of padding above the threshold is zero, so it never enters.
+        lifted = codes.new_zeros(width, 1 + self.dim)
+        lifted[: self.size, 0] = 1
+        lifted[: self.size, 1:] = self.codes
+        self.lifted = lifted  # (width, 1 + F)
+        self.price_matrix = lifted.t().contiguous()  # (1 + F, width)
         # Finite, since packing bits into an infinity would make it a NaN.
         self.lowest = torch.finfo(codes.dtype).min / 4
-        self.half_norm = self.codes.square().sum(1) / 2
-        self.nearness_bias = codes.new_full((width,), self.lowest)
-        self.nearness_bias[: self.size] = -self.half_norm
-        # The place in the lane is packed into the lowest bits of a score; see `candidates`.
+        self.nearness_bias = codes.new_full((width,), self.lowest)  # (width,), -|c_k|^2 / 2
+        self.nearness_bias[: self.size] = -(self.codes.square().sum(1) / 2)
+        # The slot is packed into the lowest bits of a score; see `candidates`.
         self.integer = {4: torch.int32, 8: torch.int64}[codes.element_size()]
         self.clear = ~((1 << max(self.depth - 1, 0).bit_length()) - 1)
-        place = torch.arange(self.depth, device=codes.device, dtype=self.integer)
-        self.place = place.repeat_interleave(self.lanes)  # (width,)
-        self.first_lane = torch.arange(0, self.lanes, self.lanes // self.groups, device=codes.device)
-        entries = _BLOCK_ENTRIES.get(codes.device.type, _BLOCK_ENTRIES["cuda"])
-        self.rows_per_block = max(1, entries // width)
+        slots = torch.arange(self.depth, device=codes.device, dtype=self.integer)
+        self.slot = slots.repeat_interleave(self.lanes)  # (width,)
+        self.first_lane = torch.arange(0, self.lanes, self.lanes // self.groups, device=codes.device)  # (groups,)
+        self.rows_per_block = max(1, _entries(_BLOCK_ENTRIES, codes) // width)
 
     def blocks(self, n: int) -> Iterator[slice]:
-        """Slices of n rows whose (rows, K) block fits the budget."""
-        for start in range(0, n, self.rows_per_block):
-            yield slice(start, min(start + self.rows_per_block, n))
+        """Slices of n rows for passes over all codes: a (rows, K) block fits the cache."""
+        return _slices(n, self.rows_per_block)
+
+    def chunks(self, n: int, columns: int) -> Iterator[slice]:
+        """Slices of n rows small enough to gather ``columns`` codes for each of their rows."""
+        return _slices(n, max(1, _entries(_GATHER_ENTRIES, self.codes) // (columns * self.dim)))
 
     def nearness(self, z: Tensor) -> Tensor:
         """(n, width) scores z.c_k - |c_k|^2 / 2 of centred latents (n, F): the largest is the nearest code."""
         return torch.addmm(self.nearness_bias, z, self.price_matrix[1:])
 
     def argmax(self, block: Tensor) -> Tensor:
-        """(n,) first index of each row's largest score: best of each contiguous group, then within that group.
+        """(n,) first index of each row's largest score: the best of each contiguous part, then within that part.
 
         The plain argmax keeps an index per entry and costs four times as much on a CPU.
         """
         n = len(block)
         parts = block.view(n, self.lanes, self.depth)
-        part = parts.amax(2).argmax(1)
-        inside = parts[torch.arange(n, device=block.device), part].argmax(1)
+        part = parts.amax(2).argmax(1)  # (n,)
+        inside = parts[torch.arange(n, device=block.device), part].argmax(1)  # (n,)
         return part * self.depth + inside
 
     def candidates(self, block: Tensor) -> tuple[Tensor, Tensor]:
-        """The best codes of a block of scores, one from each of `groups` interleaved parts of the codebook.
+        """The best codes of a block of scores (n, width), one from each group of lanes. The block is overwritten.
 
-        The place of a code within its lane replaces the lowest bits of its score, so one vectorised maximum finds value
-        and index together, thirty times faster than a maximum that carries an index. Scores lose log2(K / lanes) of
-        their bits, which a choice of candidates can spare. The block is overwritten.
+        The slot of a code replaces the lowest bits of its score, so one vectorised maximum finds value and index
+        together, thirty times faster than a maximum that carries an index. Scores lose log2(K / lanes) of their bits,
+        which a choice of candidates can spare.
 
         Returns:
             Scores (n, groups), rounded as said, and their codes (n, groups), all different.
         """
         n = len(block)
-        block.view(self.integer).bitwise_and_(self.clear).bitwise_or_(self.place)
-        lanes = block.view(n, self.depth, self.lanes).amax(1)
-        score, member = lanes.view(n, self.groups, -1).max(2)
+        block.view(self.integer).bitwise_and_(self.clear).bitwise_or_(self.slot)
+        lanes = block.view(n, self.depth, self.lanes).amax(1)  # (n, lanes)
+        score, member = lanes.view(n, self.groups, -1).max(2)  # (n, groups)
         lane = member + self.first_lane
-        place = lanes.view(self.integer).gather(1, lane).bitwise_and_(~self.clear)
-        return score, place.long() * self.lanes + lane
+        slot = lanes.view(self.integer).gather(1, lane).bitwise_and_(~self.clear)
+        return score, slot.long() * self.lanes + lane
 
     def nearest(self, z: Tensor) -> Tensor:
         """(n,) index of the nearest code of centred latents (n, F), the first one where several tie."""
@@ -95,25 +100,46 @@ class Codebook:
 
     def around(self, anchor: Tensor, index: Tensor) -> Tensor:
         """(n, m, 1 + F) codes (1, c_k - c_anchor) of index (n, m) and anchor (n,)."""
-        origin = self.lifted[anchor]
+        origin = self.lifted[anchor]  # (n, 1 + F)
         origin[:, 0] = 0
         return self.lifted[index] - origin.unsqueeze(1)
 
     def to_global(self, anchor: Tensor, dual: Tensor) -> Tensor:
         """Dual variables (n, 1 + F) for codes around an anchor (n,), turned into those for the codes as stored."""
-        lead = dual[:, :1] - (self.codes[anchor] * dual[:, 1:]).sum(1, keepdim=True)
+        lead = dual[:, :1] - (self.codes[anchor] * dual[:, 1:]).sum(1, keepdim=True)  # (n, 1)
         return torch.cat([lead, dual[:, 1:]], 1)
 
     def prices(self, dual: Tensor) -> Tensor:
         """(n, width) block of c_k.y - tau at global dual variables (n, 1 + F), 0 for padding; e_k is not in it."""
         return dual @ self.price_matrix
 
+    def missing(self, working: Tensor, dual: Tensor) -> tuple[Tensor, Tensor]:
+        """Price all codes at global dual variables (n, 1 + F) and find the best ones outside the working sets (n, m).
+
+        Returns:
+            How far their prices are above tau (n, groups), and which codes they are (n, groups).
+        """
+        found = []
+        for rows in self.blocks(len(dual)):
+            block = self.prices(dual[rows]).scatter_(1, working[rows], self.lowest)
+            found.append(self.candidates(block))
+        excess, index = zip(*found, strict=True)
+        return torch.cat(excess), torch.cat(index)
+
+
+def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
+    """(n,) index of the nearest of the codes (K, F) to each row (n, F), the first one where several tie."""
+    book = Codebook(codes)
+    return book.nearest(rows - book.centre)
+
 
 def compact(index: Tensor, keep: Tensor, fill: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
     """Move the kept entries of each row to its front, in order, and cut the rows to the longest.
 
     Args:
-        index: (n, m) int64; keep: (n, m) bool; fill: (n,) what pads shorter rows of the index.
+        index: (n, m) int64.
+        keep: (n, m) bool.
+        fill: (n,) what pads shorter rows of the index.
         values: (n, m) tensors that go the same way, padded with zeros.
 
     Returns:
@@ -121,8 +147,17 @@ def compact(index: Tensor, keep: Tensor, fill: Tensor, *values: Tensor) -> tuple
     """
     count = keep.cumsum(1)
     width = int(count[:, -1].max())
-    position = torch.where(keep, count - 1, width)  # what is dropped lands in a column that is cut off
+    position = torch.where(keep, count - 1, width)  # (n, m); what is dropped lands in a column that is cut off
     out = [fill.unsqueeze(1).repeat(1, width + 1).scatter_(1, position, index)[:, :width]]
     for value in values:
         out.append(value.new_zeros(len(value), width + 1).scatter_(1, position, value)[:, :width])
     return tuple(out)
+
+
+def _entries(budget: dict[str, int], codes: Tensor) -> int:
+    return budget.get(codes.device.type, budget["cuda"])
+
+
+def _slices(n: int, step: int) -> Iterator[slice]:
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))

@@ -6,32 +6,32 @@ linear system of the support is
 
     (diag(lambda, .., lambda, 0) + sum of v_k v_k^T) x = (z - c_n, 1 - sum of e_k),    weights e_k + v_k.x,
 
-so that a code that enters or leaves changes the matrix by v_k v_k^T and its inverse by one rank-one update (Sherman and
-Morrison), whoever it is. What rounding adds up to on the way is taken out of the solution by a fresh factorisation.
+so any code that enters or leaves changes the matrix by v_k v_k^T, and its inverse by one rank-one update (Sherman and
+Morrison). Rounding errors add up on the way; a fresh factorisation takes them out of the solution.
 
-All compiled code is in this one file, because numba knows by the file of a function whether its cache is still good.
+All compiled code is in this one file, because numba tells by a function's file whether its cache is still good.
 """
 
 import numpy as np
 from numba import njit, prange
 
 ROWS_PER_PART = 128  # what a thread takes at a time
-_BLOCK = 64  # codes priced together; a lane is a place in a block, and the best code of a lane is a candidate
+_BLOCK = 64  # codes priced together; a lane is a position in a block, and the best code of a lane is a candidate
 _TOGETHER = 4  # coordinates whose products are summed in registers before the sum goes back to memory
 _ENTERING = 2  # codes that may enter a support after one pricing pass, one from each half of the lanes
 _LEAST_PIVOT = 1e-9  # of an update: below it the inverse is built again
 
-# No infinities are assumed away: padding has price -inf.
+# Not "ninf": padding has price -inf.
 _OPTIONS = {"cache": True, "error_model": "numpy", "fastmath": {"nnan", "nsz", "reassoc", "contract", "arcp"}}
 compiled = njit(nogil=True, **_OPTIONS)
-inlined = njit(nogil=True, inline="always", **_OPTIONS)  # a call counts every array's references up and down
+inlined = njit(nogil=True, inline="always", **_OPTIONS)  # a call would count every array's references up and down
 compiled_in_parallel = njit(nogil=True, parallel=True, **_OPTIONS)
 
 
 def in_blocks(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Codes (K, F) as (blocks, F / _TOGETHER, _TOGETHER, _BLOCK), and what is added to prices: 0, or -inf for padding.
 
-    A price is then a sum over neighbours in memory, a whole block at a time.
+    The prices of a whole block are then sums over neighbours in memory.
     """
     count, dim = codes.shape
     blocks, groups = -(-count // _BLOCK), -(-dim // _TOGETHER)
@@ -44,7 +44,18 @@ def in_blocks(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @compiled_in_parallel
 def solve_all(z, codes, nearest, reg, blocks, bias, tol, max_iter, support, weights, sizes, residual, moves):
-    """All rows of (1) into support, weights, sizes, residual and moves; see `compiled.solve_rows`."""
+    """Solve (1) for all rows.
+
+    Args:
+        z: (N, F) latents and codes (K, F), centred alike; nearest (N,) int64; reg (N,) lambda.
+        blocks, bias: the codes as `in_blocks` lays them out.
+        tol: what the residual is asked to stay below, in units of weight.
+        max_iter: moves of a row's support at most.
+        support: (N, room) int64 and weights (N, room) to write to, padded with the nearest code and 0.
+        sizes: (N,) int64 to write to: columns in use.
+        residual: (N,) to write to: infinite where a support outgrew the room.
+        moves: (N,) int64 to write to: moves of each row's support.
+    """
     parts = -(-len(z) // ROWS_PER_PART)
     for part in prange(parts):
         first, last = _edges(part, parts, len(z))
@@ -55,7 +66,10 @@ def solve_all(z, codes, nearest, reg, blocks, bias, tol, max_iter, support, weig
 
 @compiled_in_parallel
 def gradient_all(grad, z, codes, nearest, reg, support, weights, grad_z, grad_codes, grad_reg):
-    """Eq. (3): into grad_z and grad_reg, and, part by part of the rows, added to grad_codes (parts, K, F)."""
+    """The gradient of eq. (3), from ``grad`` (N, F) and rows as solved.
+
+    Writes grad_z (N, F) and grad_reg (N,), and adds to grad_codes (parts, K, F), one part of the rows to each.
+    """
     parts = len(grad_codes)
     for part in prange(parts):
         first, last = _edges(part, parts, len(z))
@@ -64,7 +78,7 @@ def gradient_all(grad, z, codes, nearest, reg, support, weights, grad_z, grad_co
 
 @compiled_in_parallel
 def combine_all(codes, support, weights, combined):
-    """Add weights @ codes[support] to ``combined``."""
+    """Add C^T p of weights (N, S) and support (N, S) to ``combined`` (N, F)."""
     for row in prange(len(support)):
         for s in range(support.shape[1]):
             weight = weights[row, s]
@@ -119,8 +133,8 @@ def _solve(z, codes, nearest, reg, blocks, bias, tol, max_iter, first, last, sup
                 if shift <= tol or shift > 0.5 * before:
                     break
                 continue  # what was priced was not accurate enough to prove anything
-            # Codes that enter together may block each other. Then the best one enters alone, which must gain weight; if
-            # that one cannot either, its excess is rounding.
+            # Codes that enter together may block each other. Then the best one enters alone and must gain weight; if it
+            # cannot, its excess is rounding.
             if entered > 0 and blocked == entered:
                 if entering == 1:
                     break
@@ -253,7 +267,7 @@ def _update(inverse, v, sign, weight, x, q):
 
 @inlined
 def _step_to_optimum(spread, members, size, anchor, x, share, wanted):
-    """Move the weights towards the support's optimum until one reaches zero: length of the step, and who did or -1."""
+    """Move the weights towards the support's optimum until one reaches zero: the step's length, and which or -1."""
     step, leaver = 1.0, -1
     for s in range(size):
         wanted[s] = _weight(spread[s], members[s] == anchor, x)
@@ -306,7 +320,7 @@ def _price(blocks, codes, anchor, members, size, minus_tau, y, entry, prices, be
 
 @compiled
 def _polish(spread, members, size, anchor, lam, farthest, right, x, rest, mean, matrix):
-    """Solve for what the updates left of the support's system, on a fresh factorisation; the most any price moves."""
+    """Take the error that updates left out of x, by a fresh factorisation; returns the most that any price moves."""
     dim = len(mean)
     _factorised_system(spread, size, lam, mean, matrix)
     missing = 1.0  # weight
@@ -383,13 +397,13 @@ def _substitute(factor, x):
 def _write(members, share, size, anchor, support, weights):
     """A row's members with the anchor first, then the rest, then padding; how many columns they take."""
     support[0], weights[0] = anchor, 0.0
-    place = 1
+    column = 1
     for s in range(size):
         if members[s] == anchor:
             weights[0] = share[s]
         else:
-            support[place], weights[place] = members[s], share[s]
-            place += 1
-    for s in range(place, len(support)):
+            support[column], weights[column] = members[s], share[s]
+            column += 1
+    for s in range(column, len(support)):
         support[s] = anchor
-    return place
+    return column

@@ -1,15 +1,14 @@
 """The published relaxation, eq. (4) of docs/quantizer.md: a ridge system without constraints, then one projection.
 
 From Gautam et al., "Soft Convex Quantization" (arXiv 2310.03004), reduced to an F x F system by the matrix inversion
-lemma. It is no solver of (1): the ridge correction spreads over all codes and the projection removes most of it.
+lemma. It does not solve (1): the ridge correction spreads over all codes and the projection removes most of it.
 """
 
 import torch
 from torch import Tensor
 
+from scq.stage1_tokenizer.solver.batched import SolvedRows, join
 from scq.stage1_tokenizer.solver.codebook import Codebook
-from scq.stage1_tokenizer.solver.simplex import simplex_threshold
-from scq.stage1_tokenizer.solver.working_set import WorkingSolution, stack
 
 
 class RidgeFactor:
@@ -17,7 +16,7 @@ class RidgeFactor:
 
     def __init__(self, codebook: Tensor, reg: Tensor):
         """codebook: (K, F) as given, not centred, since a shift of the codes changes the ridge term; reg: (n, 1)."""
-        values, self.vectors = torch.linalg.eigh(codebook.t() @ codebook)
+        values, self.vectors = torch.linalg.eigh(codebook.t() @ codebook)  # (F,), (F, F)
         self.scale = 1 / (values.clamp_min(0) + reg)  # (n, F)
 
     def solve(self, right: Tensor) -> Tensor:
@@ -25,51 +24,42 @@ class RidgeFactor:
         return ((right @ self.vectors) * self.scale) @ self.vectors.t()
 
 
-def solve_relaxed(book: Codebook, codebook: Tensor, z: Tensor, reg: Tensor) -> tuple[WorkingSolution, Tensor]:
-    """Eq. (4) for latents z (n, F), centred as ``book`` is; ``codebook`` are the codes as given, reg is (n, 1).
+def solve_relaxed(book: Codebook, codebook: Tensor, z: Tensor, reg: Tensor) -> SolvedRows:
+    """Eq. (4) for latents z (n, F), centred as ``book`` is; ``codebook`` (K, F) are the codes as given, reg is (n, 1).
 
-    Returns:
-        The solution, whose residual is against problem (1), and the nearest codes (n,).
+    The residual is against problem (1).
     """
     parts, nearests = [], book.nearest(z)
-    target = z - book.codes[nearests]
+    target = z - book.codes[nearests]  # (n, F)
     y = RidgeFactor(codebook, reg).solve(target)  # (n, F)
     for rows in book.blocks(len(z)):
         nearest = nearests[rows]
         # A shift of all codes shifts all prices of a row alike, which the projection ignores: centred codes will do.
-        block = book.prices(_dual(book, nearest, y[rows]))
+        block = book.prices(_dual(book, nearest, y[rows]))  # (n', width)
         block[torch.arange(len(block), device=z.device), nearest] += 1  # e
         # The threshold of some entries is never above that of all: the lanes' maxima, which are few, bring it close.
-        start = simplex_threshold(block.view(len(block), book.depth, book.lanes).amax(1))
+        start = simplex_threshold(block.view(len(block), book.depth, book.lanes).amax(1))  # (n', 1)
         above = (block - simplex_threshold(block, start)).clamp_min_(0)
-        support, weights = _entries(above, nearest)
-        differences = book.around(nearest, support)[:, :, 1:]  # (n, S, F)
-        left = target[rows] - (weights.unsqueeze(1) @ differences).squeeze(1)
+        support, weights = _entries(above, nearest)  # (n', S) each
+        differences = book.around(nearest, support)[:, :, 1:]  # (n', S, F)
+        left = target[rows] - (weights.unsqueeze(1) @ differences).squeeze(1)  # (n', F)
         residual = _violation(book, above, nearest, left / reg[rows])
-        parts.append(WorkingSolution(support, weights, residual, 0))
-    return stack(parts, nearests), nearests
+        parts.append(SolvedRows(support, weights, nearest, residual, 0))
+    return join(parts)
 
 
 def relaxed_gradient(
     grad: Tensor, codebook: Tensor, support: Tensor, weights: Tensor, nearest: Tensor, target: Tensor, reg: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of eq. (4) with e and the nearest code's index held constant.
-
-    Args:
-        grad: (n, F) with respect to z_q.
-        codebook: (K, F); support, weights: (n, S); nearest: (n,); target: (n, F) z minus its nearest code; reg: (n, 1).
-
-    Returns:
-        Gradients with respect to z (n, F), the codebook (K, F) and reg (n, 1).
-    """
+    """The gradient of eq. (4), with e and the nearest code's index held constant; see `batched.gradient_rows`."""
     ridge = RidgeFactor(codebook, reg)
-    y = ridge.solve(target)
-    used = (weights > 0).to(grad.dtype)
+    y = ridge.solve(target)  # (n, F)
+    used = (weights > 0).to(grad.dtype)  # (n, S)
     codes = codebook[support]  # (n, S, F)
-    gain = (codes @ grad.unsqueeze(-1)).squeeze(-1)
+    gain = (codes @ grad.unsqueeze(-1)).squeeze(-1)  # (n, S)
     # The projection's derivative subtracts the mean over the support.
     gain = (gain - (gain * used).sum(1, keepdim=True) / used.sum(1, keepdim=True)) * used  # (n, S)
-    grad_target = ridge.solve((gain.unsqueeze(1) @ codes).squeeze(1))
+    grad_target = ridge.solve((gain.unsqueeze(1) @ codes).squeeze(1))  # (n, F)
     per_code = weights.unsqueeze(-1) * grad.unsqueeze(1) + gain.unsqueeze(-1) * y.unsqueeze(1)  # (n, S, F)
     grad_codebook = torch.zeros_like(codebook).index_add_(0, support.flatten(), per_code.flatten(0, 1))
     grad_codebook.index_add_(0, nearest, -grad_target)
@@ -78,12 +68,39 @@ def relaxed_gradient(
     return grad_target, grad_codebook, -(grad_target * y).sum(1, keepdim=True)
 
 
+def simplex_threshold(v: Tensor, start: Tensor | None = None) -> Tensor:
+    """Threshold tau of the projection on the probability simplex: Proj(v) = max(v - tau, 0) sums to one.
+
+    Newton's method on the convex, decreasing, piecewise linear function sum(max(v - tau, 0)) - 1. From any start left
+    of the root it climbs monotonically and ends after finitely many steps, each a pass over ``v``: nothing is sorted.
+
+    Args:
+        v: (n, m) rows to project, finite.
+        start: (n, 1) thresholds known to be too small, or None for ``max(v) - 1``, which always is.
+
+    Returns:
+        (n, 1) thresholds.
+    """
+    tau = v.amax(1, keepdim=True) - 1 if start is None else start  # (n, 1)
+    noise = torch.finfo(v.dtype).eps
+    for _ in range(v.shape[1]):
+        above = (v - tau).clamp_min_(0)  # (n, m)
+        step = above.sum(1, keepdim=True) - 1  # (n, 1)
+        step /= above.sign_().sum(1, keepdim=True).clamp_min_(1)
+        # In the end rounding makes the step alternate around zero; the root is reached when no row moves right.
+        moved = torch.where(step > noise, tau + step, tau)
+        if torch.equal(moved, tau):
+            break
+        tau = moved
+    return tau
+
+
 def _entries(above: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (n, S) and weights (n, S) of the positive entries of a (n, K) block, padded with the nearest code."""
     row, code = above.nonzero(as_tuple=True)  # sorted by row, then by code
-    count = torch.bincount(row, minlength=len(above))
+    count = torch.bincount(row, minlength=len(above))  # (n,)
     column = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
-    support = nearest.unsqueeze(1).repeat(1, int(count.max()))
+    support = nearest.unsqueeze(1).repeat(1, int(count.max()))  # (n, S)
     weights = above.new_zeros(support.shape)
     support[row, column], weights[row, column] = code, above[row, code]
     return support, weights
@@ -101,5 +118,5 @@ def _violation(book: Codebook, weights: Tensor, nearest: Tensor, y: Tensor) -> T
 
 
 def _dual(book: Codebook, nearest: Tensor, y: Tensor) -> Tensor:
-    """Dual variables that price codes relative to the nearest one: c_k.y - c_n.y."""
+    """Dual variables (n, 1 + F) that price codes relative to the nearest one: c_k.y - c_n.y."""
     return book.to_global(nearest, torch.cat([torch.zeros_like(y[:, :1]), y], 1))

@@ -1,25 +1,30 @@
-"""Soft convex quantization as a function: solve problem (1) of docs/quantizer.md for many latents, differentiably.
+"""Soft convex quantization as a function: the best convex combination of codes for many latents, differentiably.
 
-The problem and the relaxation (4) are those of Gautam, Pryzant, Yang, Zhu and Sojoudi, "Soft Convex Quantization"
-(arXiv 2310.03004); the solver of (1), through its F-dimensional dual (2) and working sets, is this project's.
+For a latent z in R^F and a codebook C (K, F) with rows c_k, over the probability simplex D, with lambda > 0 and e the
+one-hot vector of the code nearest to z:
+
+    p* = argmin over p in D of  1/2 |z - C^T p|^2 + (lambda/2) |p - e|^2,        z_q = C^T p*                    (1)
+
+docs/quantizer.md derives the dual (2), the gradient (3) and the published relaxation (4). The problem and (4) are those
+of Gautam, Pryzant, Yang, Zhu and Sojoudi, "Soft Convex Quantization" (arXiv 2310.03004); the exact solver is this
+project's own. It has two implementations with the same functions: `compiled` on a CPU, `batched` everywhere else.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scq.engine.errors import NotFiniteError
-from scq.stage1_tokenizer.solver import compiled
-from scq.stage1_tokenizer.solver.active_set import solve_support
+import scq.stage1_tokenizer.solver.batched as batched
+import scq.stage1_tokenizer.solver.compiled as compiled
+from scq.engine.errors import require_finite
 from scq.stage1_tokenizer.solver.codebook import Codebook
-from scq.stage1_tokenizer.solver.local import solve_local
 from scq.stage1_tokenizer.solver.relaxed import relaxed_gradient, solve_relaxed
-from scq.stage1_tokenizer.solver.working_set import WorkingSolution, row_chunks, solve_exact, stack
 
 METHODS = ("exact", "local", "relaxed")
-# What a row's weights are asked to reach, in units of weight: well above rounding, well below what training notices.
+# What the residual is asked to stay below, in units of weight: well above rounding, well below what training notices.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -45,10 +50,10 @@ def soft_convex_solve(
     tol: float | None = None,
     max_iter: int = 100,
 ) -> ConvexSolution:
-    """Solve  min over p in the simplex of  1/2 |z - C^T p|^2 + reg/2 |p - e|^2,  e one-hot on the nearest code.
+    """Find the best convex combination of codes for each latent: z_q of eq. (1) of docs/quantizer.md.
 
-    Gradients reach z, codebook and reg by the optimality conditions, eq. (3) of docs/quantizer.md, with e held
-    constant; nothing is unrolled, and second derivatives are not offered.
+    Gradients reach z, codebook and reg by the optimality conditions, eq. (3), with e held constant. Nothing is
+    unrolled, and second derivatives are not offered.
 
     Args:
         z: (N, F) latents, float32 or float64; half precision is computed in float32.
@@ -73,110 +78,70 @@ def soft_convex_solve(
         dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
         z, codebook = z.to(dtype), codebook.to(dtype)
         reg = _check_reg(reg, z)  # (N, 1)
-        options = {"method": method, "neighbours": neighbours, "tol": tol or _TOLERANCE[dtype], "max_iter": max_iter}
-        z_q, weights, support, nearest, residual, iterations = _Solve.apply(z, codebook, reg, options)
-        top = weights.amax(1, keepdim=True)
-        dominant = torch.where(weights == top, support, codebook.shape[0]).amin(1)
+        z_q, weights, support, nearest, residual, iterations = ConvexProgram.apply(
+            z, codebook, reg, method, neighbours, tol or _TOLERANCE[dtype], max_iter
+        )
+        top = weights.amax(1, keepdim=True)  # (N, 1)
+        dominant = torch.where(weights == top, support, codebook.shape[0]).amin(1)  # (N,)
     return ConvexSolution(z_q, weights, support, nearest, dominant, residual, iterations)
 
 
-class _Solve(torch.autograd.Function):
+class ConvexProgram(torch.autograd.Function):
     """z_q of (1) with the backward of eq. (3), or of (4) for the relaxation."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, codebook: Tensor, reg: Tensor, options: dict):
+    def forward(ctx, z: Tensor, codebook: Tensor, reg: Tensor, method: str, neighbours: int, tol: float, max_iter: int):
+        """Arguments as for `soft_convex_solve`, checked, z (N, F) and codebook (K, F) of one dtype and reg (N, 1)."""
         book = Codebook(codebook)
-        solution, nearest = _solve(book, codebook, z - book.centre, reg, **options)
-        z_q = _combine(book, solution) + book.centre
-        ctx.save_for_backward(z, codebook, reg, solution.support, solution.weights, nearest)
-        ctx.method = options["method"]
-        ctx.mark_non_differentiable(solution.weights, solution.support, nearest, solution.residual)
-        return z_q, solution.weights, solution.support, nearest, solution.residual, solution.iterations
+        centred = z - book.centre  # (N, F)
+        implementation = _implementation(z)
+        if method == "relaxed":
+            solved = solve_relaxed(book, codebook, centred, reg)
+        elif method == "local":
+            solved = batched.solve_local(book, centred, reg, neighbours=neighbours, tol=tol, max_iter=max_iter)
+        else:
+            solved = implementation.solve_rows(book, centred, reg, tol=tol, max_iter=max_iter)
+            # Whole tensors of float64 change nothing where the rows were solved in them already, and MPS has none.
+            if not (implementation is batched and z.dtype == torch.float64) and z.device.type != "mps":
+                solved = _solve_missed_rows_again(solved, codebook, centred, reg, tol, max_iter)
+        z_q = implementation.combine_rows(book, solved.support, solved.weights) + book.centre
+        ctx.method = method
+        ctx.save_for_backward(z, codebook, reg, solved.support, solved.weights, solved.nearest)
+        ctx.mark_non_differentiable(solved.weights, solved.support, solved.nearest, solved.residual)
+        return z_q, solved.weights, solved.support, solved.nearest, solved.residual, solved.iterations
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, *_):
         z, codebook, reg, support, weights, nearest = ctx.saved_tensors
+        gradient = relaxed_gradient if ctx.method == "relaxed" else _implementation(z).gradient_rows
         with torch.autocast(z.device.type, enabled=False):
-            target = z - codebook[nearest]
-            if ctx.method == "relaxed":
-                return *relaxed_gradient(grad, codebook, support, weights, nearest, target, reg), None
-            return *_implicit_gradient(grad, codebook, support, weights, nearest, target, reg), None
+            gradients = gradient(grad, codebook, support, weights, nearest, z - codebook[nearest], reg)
+        return *gradients, None, None, None, None
 
 
-def _solve(
-    book: Codebook, codebook: Tensor, z: Tensor, reg: Tensor, *, method: str, neighbours: int, tol: float, max_iter: int
-) -> tuple[WorkingSolution, Tensor]:
-    if method == "relaxed":
-        return solve_relaxed(book, codebook, z, reg)
-    if method == "local":
-        return solve_local(book, z, reg, neighbours=neighbours, tol=tol, max_iter=max_iter)
-    natively = _runs_natively(z)
-    solution, nearest = (_solve_natively if natively else solve_exact)(book, z, reg, tol=tol, max_iter=max_iter)
-    missed = (solution.residual > tol).nonzero().squeeze(1)
-    if missed.numel() == 0 or (z.dtype == torch.float64 and not natively) or z.device.type == "mps":
-        return solution, nearest
-    # In compiled code a support outgrew its room (many duplicate codes), or else prices c_k.y of a far-away latent or a
-    # tiny reg are so large that float32 cannot tell weights apart in them.
-    double = Codebook(codebook.double())
-    far = (z + book.centre)[missed].double() - double.centre
-    again, nearest[missed] = solve_exact(double, far, reg[missed].double(), tol=tol, max_iter=max_iter)
-    everything = torch.arange(len(z), device=z.device)
-    return stack([solution, again], nearest, [everything, missed]), nearest
+def _implementation(z: Tensor) -> ModuleType:
+    """`compiled` or `batched`, whichever suits the latents z (N, F)."""
+    return compiled if z.device.type == "cpu" and z.shape[1] <= compiled.LARGEST_DIM else batched
 
 
-def _combine(book: Codebook, solution: WorkingSolution) -> Tensor:
-    """C^T p (N, F), centred as the codebook is."""
-    weights, support = solution.weights, solution.support
-    if _runs_natively(book.codes):
-        return compiled.combine_rows(book.codes.double(), support, weights.double()).to(weights.dtype)
-    z_q = weights.new_empty(len(weights), book.dim)
-    for rows in row_chunks(book, len(weights), support.shape[1]):
-        codes = book.codes[support[rows]]  # (n, S, F)
-        z_q[rows] = (weights[rows].unsqueeze(1) @ codes).squeeze(1)
-    return z_q
+def _solve_missed_rows_again(
+    solved: batched.SolvedRows, codebook: Tensor, centred: Tensor, reg: Tensor, tol: float, max_iter: int
+) -> batched.SolvedRows:
+    """Solve the rows that missed ``tol`` in whole tensors of float64; latents (N, F) centred, codebook (K, F) as given.
 
-
-def _runs_natively(z: Tensor) -> bool:
-    return z.device.type == "cpu" and z.shape[1] <= compiled.LARGEST_DIM
-
-
-def _solve_natively(
-    book: Codebook, z: Tensor, reg: Tensor, *, tol: float, max_iter: int
-) -> tuple[WorkingSolution, Tensor]:
-    """The exact solution row by row in compiled code, in float64 whatever the latents are."""
-    nearest = book.nearest(z)
-    support, weights, residual, moves = compiled.solve_rows(
-        z.double(), book.codes.double(), nearest, reg[:, 0].double(), tol=0.5 * tol, max_iter=max_iter
-    )
-    return WorkingSolution(support, weights.to(z.dtype), residual.to(z.dtype), moves), nearest
-
-
-def _implicit_gradient(
-    grad: Tensor, codebook: Tensor, support: Tensor, weights: Tensor, nearest: Tensor, target: Tensor, reg: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. (3): gradients with respect to z (N, F), the codebook (K, F) and reg (N, 1)."""
-    book = Codebook(codebook)
-    if _runs_natively(grad):
-        latents = target + book.codes[nearest]
-        double = [x.double() for x in (grad, latents, book.codes)]
-        found = compiled.gradient_rows(*double, nearest, reg[:, 0].double(), support, weights.double())
-        return found[0].to(grad.dtype), found[1].to(grad.dtype), found[2].to(grad.dtype).unsqueeze(1)
-    grad_z, grad_codebook, grad_reg = torch.empty_like(grad), torch.zeros_like(codebook), torch.empty_like(reg)
-    for rows in row_chunks(book, len(grad), support.shape[1]):
-        codes, p = book.around(nearest[rows], support[rows]), weights[rows]  # (n, S, 1 + F), (n, S)
-        used = p.sign()
-        right = torch.cat([torch.zeros_like(reg[rows]), grad[rows]], 1)
-        lifted = reg[rows] * solve_support(codes, used, reg[rows], right)  # (-m.u, u)
-        u = lifted[:, 1:]  # (n, F)
-        spread_u = (codes @ lifted.unsqueeze(-1)).squeeze(-1) * used  # (n, S), (c_k - m).u
-        y = (target[rows] - (p.unsqueeze(1) @ codes)[:, 0, 1:]) / reg[rows]
-        grad_z[rows] = grad[rows] - u
-        per_code = p.unsqueeze(-1) * u.unsqueeze(1) + spread_u.unsqueeze(-1) * y.unsqueeze(1)  # (n, S, F)
-        entries = used.flatten().nonzero().squeeze(1)  # two thirds are padding, not worth scattering
-        grad_codebook.index_add_(0, support[rows].flatten()[entries], per_code.flatten(0, 1)[entries])
-        grad_reg[rows] = -(grad_z[rows] * y).sum(1, keepdim=True)
-    return grad_z, grad_codebook, grad_reg
+    The compiled code misses it where a support outgrew its room (many duplicate codes). Either implementation misses it
+    where prices c_k.y, of a far-away latent or with a tiny reg, are so large that float32 cannot tell weights apart.
+    """
+    misses = solved.residual > tol  # (N,)
+    if not misses.any():
+        return solved
+    kept, missed = (~misses).nonzero().squeeze(1), misses.nonzero().squeeze(1)
+    book = Codebook(codebook.double())
+    far = (centred[missed] + codebook.mean(0)).double() - book.centre  # (n, F)
+    again = batched.solve_rows(book, far, reg[missed].double(), tol=tol, max_iter=max_iter)
+    rest = batched.SolvedRows(*(x[kept] for x in solved[:-1]), solved.iterations)
+    return batched.join([rest, again], [kept, missed])
 
 
 def _check(z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: int, tol: float | None) -> None:
@@ -186,7 +151,7 @@ def _check(z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: 
             raise ValueError(f"{name} must be a two-dimensional floating tensor, not {what}")
         if 0 in value.shape:
             raise ValueError(f"{name} is empty: its shape is {tuple(value.shape)}")
-        check_finite(name, value)
+        require_finite(name, value)
     if z.shape[1] != codebook.shape[1]:
         raise ValueError(f"codebook has {codebook.shape[1]} columns, but z has {z.shape[1]}: they must agree")
     if method not in METHODS:
@@ -198,21 +163,8 @@ def _check(z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: 
         raise ValueError(f"tol must be positive, not {tol!r}")
 
 
-def check_finite(name: str, value: Tensor) -> None:
-    """Raise NotFiniteError, a ValueError, naming the first entry of ``value`` that is NaN or infinite; one reduction
-    where all is well."""
-    if bool(torch.isfinite(value.detach().sum())):
-        return
-    bad = (~torch.isfinite(value.detach())).nonzero()
-    if len(bad):  # a finite tensor's sum may still overflow
-        where = tuple(bad[0].tolist())
-        raise NotFiniteError(
-            f"{name} has {len(bad)} entries that are not finite; the first is {name}{list(where)} = {value[where]}"
-        )
-
-
 def _check_reg(reg: float | Tensor, z: Tensor) -> Tensor:
-    """reg as a (N, 1) tensor of z's kind; ValueError unless all of it is positive and finite."""
+    """reg as a (N, 1) tensor of z's dtype and device; ValueError unless all of it is positive and finite."""
     if isinstance(reg, Tensor):
         if reg.ndim > 1 or (reg.ndim == 1 and len(reg) != len(z)):
             raise ValueError(f"reg must be a number or one per row, ({len(z)},), not {tuple(reg.shape)}")
