@@ -91,7 +91,6 @@ def add_app(commands: Any) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
-    from scq.engine.config import PACKAGE
     from scq.sampling.app import build_page, serve
     from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
     from scq.sampling.studio.results import find_reports
@@ -102,8 +101,16 @@ def _app(options: argparse.Namespace) -> None:
         if not find_reports([folder]):
             raise UserError(f"--results {folder} holds no report.md, nor does a folder in it")
     pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
-    page = build_page(pipeline, options.max_batch, [*options.results, PACKAGE / "docs" / "results"])
+    page = build_page(pipeline, options.max_batch, [*options.results, *default_results()])
     serve(page, options.host, options.port, auth=options.auth)
+
+
+def default_results() -> list[Path]:
+    """The folders of the project's own reports: a checkout has one, an installed package none."""
+    from scq.engine.config import PACKAGE
+
+    results = PACKAGE / "docs" / "results"
+    return [results] if results.is_dir() else []
 
 
 def _user_and_password(text: str) -> tuple[str, str]:
