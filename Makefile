@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 LINKS := $(addprefix build/src/scq/,$(ROOMS) __init__.py __main__.py py.typed)
 
-.PHONY: quickstart test test-all lint format docs clean
+.PHONY: quickstart test test-all lint format docs links clean
 
 quickstart: $(VENV)/.quickstart
 	$(RUN)/scq quickstart $(if $(OUT),--out $(OUT))
@@ -41,6 +41,8 @@ $(VENV)/.%: pyproject.toml | $(LINKS)
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --editable ".[$*]"
 	touch $@
+
+links: $(LINKS)
 
 $(LINKS): build/src/scq/%:
 	@mkdir -p $(@D)

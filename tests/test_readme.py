@@ -84,8 +84,3 @@ def _script(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path))
     module.__spec__.loader.exec_module(module)
     return module
-
-
-def test_the_api_page_is_that_of_the_docstrings() -> None:
-    page = _script("build_api").build()
-    assert (REPOSITORY / "docs" / "api.md").read_text() == page, "run: python docs/build_api.py"
