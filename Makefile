@@ -35,6 +35,7 @@ format: $(VENV)/.test
 # A site of the pages in docs/ and of the docstrings, to be opened from the disk: build/site/index.html.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
+	@echo "built: build/site/index.html"
 
 # One stamp for each set of extras, renewed when pyproject.toml changes. The test extras contain the quickstart's.
 $(VENV)/.%: pyproject.toml | $(LINKS)
