@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +97,13 @@ def _benchmark_quality(options: argparse.Namespace) -> None:
     from scq.evaluation.benchmark.run import run_benchmark
 
     results = run_benchmark(options.config, options.out, options.overrides)
-    print(f"{options.out / 'report.md'} ({results['seconds_in_all']:.0f} s)")
+    print(f"{options.out / 'report.md'} ({results.seconds_in_all:.0f} s)")
 
 
 def _benchmark_sampling(options: argparse.Namespace) -> None:
     import torch
 
-    from scq.engine.files import write_file
+    from scq.engine.files import write_json
     from scq.engine.progress import progress_bar
     from scq.evaluation.speed.sampling import benchmark_sampling, format_table
     from scq.sampling.pipeline import SoftConvexPipeline
@@ -122,7 +121,7 @@ def _benchmark_sampling(options: argparse.Namespace) -> None:
             progress=bar,
         )
     if options.out:
-        write_file(options.out, json.dumps(rows, indent=2) + "\n")
+        write_json(options.out, rows, indent=2)
     print("\n".join(format_table(rows)))
 
 
@@ -134,7 +133,7 @@ def _benchmark_tokenizers(options: argparse.Namespace) -> None:
 
 def _benchmark_step(options: argparse.Namespace) -> None:
     from scq.engine.progress import progress_bar
-    from scq.evaluation.speed.training_step import benchmark_step
+    from scq.evaluation.speed.training_step import benchmark_step, format_table
 
     with progress_bar("benchmark step") as bar:
         rows = benchmark_step(
@@ -145,13 +144,11 @@ def _benchmark_step(options: argparse.Namespace) -> None:
             repeats=options.repeats,
             progress=bar,
         )
-    for row in rows:
-        quartiles = f"{1e3 * row['low_s']:.1f} - {1e3 * row['high_s']:.1f}"
-        print(f"{row['config']:48} {1e3 * row['median_s']:8.1f} ms  ({quartiles})  {row['ratio']:.2f}x")
+    print("\n".join(format_table(rows)))
 
 
 def _benchmark_data(options: argparse.Namespace) -> None:
-    from scq.engine.files import write_file
+    from scq.engine.files import write_json
     from scq.engine.progress import progress_bar
     from scq.evaluation.speed.reading import benchmark_data, format_table
 
@@ -164,7 +161,7 @@ def _benchmark_data(options: argparse.Namespace) -> None:
             progress=bar,
         )
     if options.out:
-        write_file(options.out, json.dumps(result, indent=2) + "\n")
+        write_json(options.out, result, indent=2)
     print(format_table(result))
 
 
@@ -180,4 +177,5 @@ def _cell(text: str) -> tuple[int, int, int]:
     sizes = text.split(",")
     if len(sizes) != 3:
         raise argparse.ArgumentTypeError(f"{text!r} is not N,F,K, for example 16384,8,1024")
-    return tuple(positive(size) for size in sizes)
+    latents, channels, codes = map(positive, sizes)
+    return latents, channels, codes

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scq.cli.common import add_model, check_writable, command, natural, positive
-from scq.engine.errors import UserError
 
 
 def add_quickstart(commands: Any) -> None:
@@ -27,7 +24,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     from scq.evaluation.benchmark.run import quickstart
 
     results = quickstart(options.out)
-    print(f"{options.out / 'report.md'} ({results['seconds_in_all']:.0f} s)")
+    print(f"{options.out / 'report.md'} ({results.seconds_in_all:.0f} s)")
     print(f"now: scq app --model {options.out / 'model'}")
 
 
@@ -38,7 +35,7 @@ def add_evaluate(commands: Any) -> None:
         _evaluate,
         "measure a model on held-out images: reconstructions, codebook usage, FID and KID",
         "A tokenizer alone is measured without samples. For several processes or GPUs: accelerate launch --module "
-        "cli.main evaluate --model DIR ...; the numbers are the same.",
+        "scq evaluate --model DIR ...; the numbers are the same.",
     )
     add_model(parser, "a pipeline or a tokenizer")
     parser.add_argument("--data", required=True, help="shards the model was not trained on")
@@ -63,60 +60,20 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from scq.engine.files import write_file
-    from scq.engine.processes import join_processes, rank_and_world_size
-    from scq.engine.progress import progress_bar, say
-    from scq.evaluation.evaluate import Extras, Reference, evaluate
-    from scq.evaluation.metrics.dinov2 import load_transformer
-    from scq.evaluation.metrics.inception import load_inception
-    from scq.sampling.hub import is_hub_name, local_folder
-    from scq.sampling.pipeline import SoftConvexPipeline
-    from scq.stage1_tokenizer.losses import PerceptualLoss
-    from scq.stage1_tokenizer.model_folder import load_tokenizer
-    from scq.stage2_prior.model_card import with_numbers
-    from scq.stage2_prior.model_folder import model_root
+    from dataclasses import fields
 
-    if options.second_weights and not options.second_backbone:
-        raise UserError("--second-weights needs --second-backbone, the name of the network that they are of")
-    on = join_processes()
-    rank, processes = rank_and_world_size()
-    main = rank == 0
+    from scq.cli.common import say_once
+    from scq.engine.files import write_json
+    from scq.engine.measurements import to_plain
+    from scq.engine.processes import rank_and_world_size
+    from scq.evaluation.model import Evaluation, evaluate_model
+
     for file in filter(None, (options.out, options.cache)):
         check_writable(file)
-    if options.card and is_hub_name(str(options.model)):
-        raise UserError(f"--card writes into a model's folder, and {options.model} is on the hub; download it first")
-    reference = Reference(options.data, options.num_real)
-    folder = local_folder(options.model)
-    root = model_root(folder)
-    if options.card and root is None:
-        raise UserError(f"--card needs a model with both stages; {folder} holds none, and a tokenizer has no card")
-    if root is None and (options.train or options.second_backbone):
-        raise UserError(f"--train and --second-backbone are about samples, and {options.model} is a tokenizer alone")
-    pipeline = SoftConvexPipeline.from_pretrained(root, on) if root else None
-    training = Reference(options.train, options.neighbours) if options.train else None
-    tokenizer = pipeline.tokenizer if pipeline else load_tokenizer(folder).to(on)
-    network = load_inception(options.inception_weights, on)
-    second = load_transformer(options.second_backbone, options.second_weights, on) if options.second_backbone else None
-    extras = Extras(second, training, options.out.with_name(f"{options.out.stem}_neighbours.png"))
-    if main:
-        say(f"Inception: {network.description}")
-        if second is not None:
-            say(f"second backbone: {second.description}")
-        if processes > 1:
-            say(f"{processes} processes share the work")
-    draw = pipeline.stream if pipeline else None
-    refined: dict[str, Any] = {}
-    if pipeline and pipeline.refiner is not None:
-        refined = {"refiners": {"refined": pipeline.refiner}, "refiner_steps": pipeline.scheduler.refiner_steps}
-    bar = partial(progress_bar, quiet=not main)
-    perceptual = PerceptualLoss(options.lpips_weights).to(on) if options.lpips_weights else None
-    results = evaluate(
-        tokenizer, draw, reference, network, options.num_samples, options.cache, bar, extras,
-        perceptual=perceptual, weight_bits=options.weight_bits, **refined,
-    )  # fmt: skip
-    if main:
-        if options.card:
-            pipeline.measured = with_numbers(pipeline.measured, results)
-            pipeline.write_card(root)
-        write_file(options.out, json.dumps({"model": str(options.model), **results}, indent=2) + "\n")
-        print(options.out)
+    picture = options.out.with_name(f"{options.out.stem}_neighbours.png")
+    given = {**vars(options), "picture": picture}
+    found = evaluate_model(Evaluation(**{each.name: given[each.name] for each in fields(Evaluation)}))
+    if rank_and_world_size()[0] == 0:
+        numbers = {name: value for name, value in to_plain(found).items() if value}  # no facts of its training
+        write_json(options.out, {"model": str(options.model), **numbers}, indent=2)
+    say_once(options.out)

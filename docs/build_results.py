@@ -6,25 +6,24 @@ README.md, between ``<!-- results NAME -->`` and ``<!-- /results NAME -->``, and
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 from scq.evaluation.benchmark.report import render, summary_table
+from scq.evaluation.benchmark.results import BenchmarkResults, load_results
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).with_name("results")
 _BLOCK = re.compile(r"<!-- results (\S+) -->\n(.*?)<!-- /results \1 -->", re.S)
 
 
-def kept_runs(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+def kept_runs(folder: Path = RESULTS) -> dict[str, BenchmarkResults]:
     """The results of every kept run, by its folder's name."""
     files = [path for path in sorted(folder.glob("*/*.json")) if path.name in ("metrics.json", "results.json")]
-    return {path.parent.name: json.loads(path.read_text()) for path in files}
+    return {path.parent.name: load_results(BenchmarkResults, path) for path in files}
 
 
-def fill_blocks(text: str, runs: dict[str, dict[str, Any]]) -> str:
+def fill_blocks(text: str, runs: dict[str, BenchmarkResults]) -> str:
     """The page ``text`` with every block's table as the runs have it.
 
     Raises:

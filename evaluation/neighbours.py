@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from scq.engine.processes import gather_objects
+from scq.evaluation.metrics.distances import measuring_device, nearest_neighbors
 from scq.evaluation.metrics.features import FeatureSet
-from scq.evaluation.metrics.scores import measuring_device, nearest_neighbors
 from scq.evaluation.reference import Reference
 
 PICTURED_NEIGHBOURS = 12

@@ -10,8 +10,9 @@ import torch
 
 from scq.data.stream import Batch, ImageStream
 from scq.engine.errors import UserError
+from scq.engine.measurements import RealSet
 from scq.engine.processes import rank_and_world_size
-from scq.evaluation.metrics.features import FeatureSet, RealSet, cached_features, extract_features
+from scq.evaluation.metrics.features import FeatureSet, cached_features, extract_features
 from scq.evaluation.metrics.networks import FeatureNetwork
 
 Progress = Callable[[int, int], None]  # images done, images in all
@@ -24,7 +25,12 @@ class Reference:
     Args:
         shards: a folder that ``scq data pack`` wrote.
         count: number of images; 0 for all.
+        batch_size: images over all processes in a batch of `batches`; the images are the same for any.
         alone: this process reads all of them by itself, whatever others there are, and waits for none.
+
+    Attributes:
+        description: what must be equal for two numbers to be comparable.
+        processes: how many share the images.
 
     Raises:
         UserError: more images are asked for than the split holds.
@@ -48,11 +54,11 @@ class Reference:
             split=str(source["split"]),
             count=self.count,
             crop=f"{protocol['crop']} {protocol['size']}",
-            sha256=self.stream.state_dict()["fingerprint"],
+            sha256=self.stream.fingerprint,
         )
 
     def batches(self) -> Iterator[Batch]:
-        """This process's share."""
+        """This process's share of the images, in batches."""
         left = self.count - self.rank * self.batch_size // self.processes
         for batch in islice(self.stream.iterate(), -(-self.count // self.batch_size)):
             if left > 0:

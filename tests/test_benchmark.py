@@ -15,30 +15,41 @@ from PIL import Image
 from scq.data.stream import ImageStream
 from scq.data.tokens import TokenDataset
 from scq.engine.errors import UserError
-from scq.evaluation.benchmark.phases import Phases
-from scq.evaluation.benchmark.run import ArmConfig, _refiners, run_benchmark
-from scq.evaluation.evaluate import Reference
+from scq.evaluation.benchmark.config import ArmConfig
+from scq.evaluation.benchmark.results import BenchmarkResults, load_results
+from scq.evaluation.benchmark.run import run_benchmark
+from scq.evaluation.reference import Reference
 from scq.sampling.pipeline import SoftConvexPipeline
 
 
+def kept(run: Path) -> BenchmarkResults:
+    return load_results(BenchmarkResults, run / "results.json")
+
+
 def test_every_number_is_there(tiny_run: Path) -> None:
-    results = json.loads((tiny_run / "results.json").read_text())
-    assert list(results["arms"]) == ["scq", "vqgan"]
-    assert results["reference"]["split"] == "test"
-    for (arm,) in results["arms"].values():
-        for found in arm["samples"].values():
-            assert found["count"] == 24
-            assert found["fid_biased"]
-            assert {"fid", "kid", "kid_error", "precision", "recall"} <= found.keys()
+    results = kept(tiny_run)
+    assert list(results.arms) == ["scq", "vqgan"]
+    assert results.reference.split == "test"
+    for (arm,) in results.arms.values():
+        assert next(iter(arm.samples)) == "codes"
+        for found in arm.samples.values():
+            assert found.scores.count == 24
+            assert found.scores.fid_biased
+            assert found.scores.seconds_of is not None
+            assert found.scores.nearest_training_among == 40
         for source in ("z_q", "dominant"):
-            assert {"mse", "psnr", "ssim", "rfid", "rkid"} <= arm["tokenizer"][source].keys()
-        assert arm["codebook"]["train"]["images"] > arm["codebook"]["held_out"]["images"] > 0
-        assert 1 <= arm["codebook"]["train"]["perplexity"] <= 64
+            found = arm.reconstructions.ways[source]
+            assert found.count == 24
+            assert None not in (found.rfid, found.rkid)
+        assert arm.tokens.train.images > arm.tokens.held_out.images > 0
+        assert 1 <= arm.tokens.train.perplexity <= 64
+        assert arm.likelihood.images == 24
     # Only the soft quantizer hands its decoder more than codes.
-    vqgan, scq = (results["arms"][name][0]["tokenizer"] for name in ("vqgan", "scq"))
-    assert vqgan["z_q"] == vqgan["dominant"]
-    assert scq["z_q"]["mse"] != scq["dominant"]["mse"]
-    assert results["seconds_in_all"] == pytest.approx(sum(results["seconds"].values()), abs=0.1)
+    vqgan, scq = (results.arms[name][0].reconstructions for name in ("vqgan", "scq"))
+    assert (vqgan.soft, scq.soft) == (False, True)
+    assert vqgan.ways["z_q"] == vqgan.ways["dominant"]
+    assert scq.ways["z_q"].mse != scq.ways["dominant"].mse
+    assert results.seconds_in_all == pytest.approx(sum(results.seconds.values()), abs=0.1)
 
 
 def test_the_report_shows_its_pictures(tiny_run: Path) -> None:
@@ -53,11 +64,10 @@ def test_the_report_shows_its_pictures(tiny_run: Path) -> None:
 
 
 def test_a_second_run_reuses_every_phase(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    before = json.loads((tiny_run / "results.json").read_text())
+    before = kept(tiny_run)
     run_benchmark(tiny_run.parent / "benchmark.yaml", tiny_run)
-    assert capfd.readouterr().err.count("done before") == 16
-    after = json.loads((tiny_run / "results.json").read_text())
-    assert before["arms"] == after["arms"]
+    assert capfd.readouterr().err.count("done before") == len(before.seconds) == 23
+    assert kept(tiny_run) == before
 
 
 def test_a_run_folder_may_move(tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -66,12 +76,12 @@ def test_a_run_folder_may_move(tiny_run: Path, tmp_path: Path, capfd: pytest.Cap
     shutil.rmtree(moved / "phases")  # every phase runs again, from what its folder holds
     results = run_benchmark(write_tiny_benchmark(tmp_path), moved)
     assert "done before" not in capfd.readouterr().err
-    before = json.loads((tiny_run / "results.json").read_text())
-    for name, (arm,) in results["arms"].items():
-        known = before["arms"][name][0]
-        assert arm["tokenizer"]["fingerprint"] == known["tokenizer"]["fingerprint"]
-        for way, found in arm["samples"].items():
-            assert found["kid"] == pytest.approx(known["samples"][way]["kid"], rel=1e-4)
+    before = kept(tiny_run)
+    for name, (arm,) in results.arms.items():
+        known = before.arms[name][0]
+        assert arm.tokenizer.fingerprint == known.tokenizer.fingerprint
+        for way, found in arm.samples.items():
+            assert found.scores.kid == pytest.approx(known.samples[way].scores.kid, rel=1e-4)
 
 
 def test_the_exported_model_is_the_first_arms(tiny_run: Path) -> None:
@@ -89,13 +99,13 @@ def test_evaluate_gives_the_benchmarks_numbers(tiny_run: Path, tmp_path: Path) -
     )
     assert result.returncode == 0, result.stderr
     evaluated = json.loads(out.read_text())
-    (measured,) = json.loads((tiny_run / "results.json").read_text())["arms"]["scq"]
+    (measured,) = kept(tiny_run).arms["scq"]
     for way in ("z_q", "dominant"):
-        known = measured["tokenizer"][way]["mse"]
+        known = measured.reconstructions.ways[way].mse
         assert evaluated["reconstruction"][way]["mse"] == pytest.approx(known, rel=1e-4)
-    refined = measured["samples"]["regression"]
-    assert evaluated["reconstruction"]["refined"]["mse"] == pytest.approx(refined["reconstruction"]["mse"], rel=1e-4)
-    assert evaluated["samples"]["kid"] == pytest.approx(refined["kid"], rel=1e-3)
+    refined = measured.samples["regression"]
+    assert evaluated["reconstruction"]["refined"]["mse"] == pytest.approx(refined.reconstruction.mse, rel=1e-4)
+    assert evaluated["samples"]["kid"] == pytest.approx(refined.scores.kid, rel=1e-3)
 
 
 @pytest.mark.slow  # the gathering of features and counts is tested with two processes in test_metrics.py
@@ -154,27 +164,6 @@ def test_a_reference_is_a_fixed_part_of_its_split(emoji: dict[str, Path]) -> Non
     assert torch.equal(positions.sort().values, torch.arange(whole.count))
 
 
-def test_a_phase_runs_again_when_its_settings_change(tmp_path: Path) -> None:
-    calls = []
-
-    def work() -> dict:
-        calls.append(1)
-        return {"answer": len(calls)}
-
-    for settings, answer in (([1], 1), ([1], 1), ([2], 2)):
-        assert Phases(tmp_path, 1).run("phase", settings, work) == {"answer": answer}
-    kept = tmp_path / "phase.json"
-    kept.write_text(json.dumps({**json.loads(kept.read_text()), "machine": "another"}))
-    later = Phases(tmp_path, 2)
-    later.run("phase", [2], work)
-    later.run("next", [2], work)
-    assert later.machines["phase"] == "another", "a job that goes on elsewhere does not claim what it found"
-    assert "torch" in later.machines["next"]
-    with pytest.raises(RuntimeError):
-        Phases(tmp_path, 1).run("other", [1], lambda: (_ for _ in ()).throw(RuntimeError))
-    assert not (tmp_path / "other.json").exists()
-
-
 def test_results_of_other_weights_are_not_reused(
     tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -190,10 +179,9 @@ def test_results_of_other_weights_are_not_reused(
         *("scq regression refiner", "scq regression reconstructions", "scq regression samples"),
         *("scq steps=2", "scq steps=4 sampler=halton"),
     ]
-    before = json.loads((tiny_run / "results.json").read_text())["arms"]["scq"][0]["samples"]
-    after = results["arms"]["scq"][0]["samples"]
+    before, after = kept(tiny_run).arms["scq"][0].samples, results.arms["scq"][0].samples
     assert after["codes"] == before["codes"]
-    assert after["regression"]["refiner"]["fingerprint"] != before["regression"]["refiner"]["fingerprint"]
+    assert after["regression"].refiner.fingerprint != before["regression"].refiner.fingerprint
 
 
 def test_one_seed_of_every_arm_comes_before_the_second_of_any(tmp_path: Path, tiny_run: Path) -> None:
@@ -203,22 +191,22 @@ def test_one_seed_of_every_arm_comes_before_the_second_of_any(tmp_path: Path, ti
     config = write_tiny_benchmark(tmp_path)
     config.write_text(config.read_text().replace("refiners: [regression]", "refiners: [regression, flow], seeds: 2"))
     results = run_benchmark(config, out)
-    order = [name for name in results["seconds"] if name.endswith("tokenizer")]
+    order = [name for name in results.seconds if name.endswith("tokenizer")]
     assert order == ["scq tokenizer", "vqgan tokenizer", "scq_seed1 tokenizer"]
-    assert [len(runs) for runs in results["arms"].values()] == [2, 1]
+    assert [len(runs) for runs in results.arms.values()] == [2, 1]
     assert "2 seeds" in (out / "report.md").read_text()
-    first, second = results["arms"]["scq"]
-    assert list(first["samples"]) == ["codes", "regression", "flow"]
-    assert list(second["samples"]) == ["codes", "regression"], "what is beside the main comparison has one seed"
-    assert "z_q_2_bits" in first["tokenizer"]
-    assert "z_q_2_bits" not in second["tokenizer"]
+    first, second = results.arms["scq"]
+    assert list(first.samples) == ["codes", "regression", "flow"]
+    assert list(second.samples) == ["codes", "regression"], "what is beside the main comparison has one seed"
+    assert "z_q_2_bits" in first.reconstructions.ways
+    assert "z_q_2_bits" not in second.reconstructions.ways
 
 
 def test_refiners_may_be_trained_with_fewer_seeds() -> None:
     kinds = ["regression", "flow"]
-    assert [_refiners(ArmConfig(refiners=kinds, seeds=3), seed) for seed in range(3)] == [kinds, kinds[:1], kinds[:1]]
-    fewer = ArmConfig(refiners=kinds, seeds=3, refiner_seeds=2)
-    assert [_refiners(fewer, seed) for seed in range(3)] == [kinds, kinds[:1], []]
+    every, fewer = ArmConfig(refiners=kinds, seeds=3), ArmConfig(refiners=kinds, seeds=3, refiner_seeds=2)
+    assert [every.refiners_of(seed) for seed in range(3)] == [kinds, kinds[:1], kinds[:1]]
+    assert [fewer.refiners_of(seed) for seed in range(3)] == [kinds, kinds[:1], []]
 
 
 def test_an_arm_that_cannot_be_exported_does_not_come_first(tmp_path: Path, tiny_run: Path) -> None:
@@ -243,10 +231,11 @@ def test_a_benchmark_goes_on_where_only_its_phases_and_pictures_are(
         )
     )
     shutil.copytree(tiny_run / "shards", out / "shards")
-    shutil.copy(tiny_run / "reference.safetensors", out)
-    shutil.copy(tiny_run / "training.safetensors", out)
     results = run_benchmark(config, out)
-    assert re.findall(r"\] ([^:\n]*)$", capfd.readouterr().err, re.M) == ["none tokenizer"]
-    assert list(results["arms"]) == ["scq", "vqgan", "none"]
+    fresh = re.findall(r"\] ([^:\n]*)$", capfd.readouterr().err, re.M)
+    assert fresh == ["none tokenizer", "none reconstructions"]
+    assert list(results.arms) == ["scq", "vqgan", "none"]
+    assert results.arms["scq"] == kept(tiny_run).arms["scq"]
+    assert results.machines["scq prior"] == kept(tiny_run).machines["scq prior"]
     assert (out / "samples.png").read_bytes() == (tiny_run / "samples.png").read_bytes()
     assert not (out / "model").exists()

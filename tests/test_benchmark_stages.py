@@ -1,6 +1,5 @@
 """A benchmark goes on with stages that several processes trained beforehand, as docs/benchmark.md does for LSUN."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -10,8 +9,9 @@ import pytest
 from helpers import REPOSITORY, SEVERAL, launcher, write_tiny_benchmark
 
 from scq.engine.tracking import read_metrics
+from scq.evaluation.benchmark.results import BenchmarkResults, load_results
 from scq.evaluation.benchmark.run import run_benchmark
-from scq.stage1_tokenizer.train import load_tokenizer
+from scq.stage1_tokenizer.model_folder import load_tokenizer
 
 
 @pytest.mark.slow
@@ -20,8 +20,8 @@ def test_stages_that_two_processes_trained_are_reused(
 ) -> None:
     out = tmp_path / "run"
     shutil.copytree(tiny_run, out)
-    for known in ("pack", *(path.stem for path in (out / "phases").glob("scq*"))):
-        (out / "phases" / f"{known}.json").unlink()
+    for known in (out / "phases").glob("scq*"):
+        known.unlink()
     arm = out / "arms" / "scq"
     shutil.rmtree(arm)
     config, shards = write_tiny_benchmark(tmp_path), out / "shards"
@@ -44,13 +44,14 @@ def test_stages_that_two_processes_trained_are_reused(
     logs = [read_metrics(folder) for folder in folders]
     assert all(logs)
     fingerprint = load_tokenizer(arm / "tokenizer").fingerprint()
-    before = json.loads((tiny_run / "results.json").read_text())["arms"]["scq"][0]
+    before = load_results(BenchmarkResults, tiny_run / "results.json").arms["scq"][0]
 
     results = run_benchmark(config, out)
     assert [read_metrics(folder) for folder in folders] == logs, "a stage was trained again"
     assert "scq tokenizer" in re.findall(r"\] (scq[^:\n]*)$", capfd.readouterr().err, re.M)
-    found = results["arms"]["scq"][0]
-    assert found["tokenizer"]["fingerprint"] == fingerprint
-    assert found["codebook"]["train"]["images"] == before["codebook"]["train"]["images"]
-    assert found["samples"]["regression"]["count"] == 24
-    assert found["tokenizer"]["z_q"]["mse"] == pytest.approx(before["tokenizer"]["z_q"]["mse"], rel=0.05)
+    found = results.arms["scq"][0]
+    assert found.tokenizer.fingerprint == fingerprint
+    assert found.tokens.train.images == before.tokens.train.images
+    assert found.samples["regression"].scores.count == 24
+    mse = [each.reconstructions.ways["z_q"].mse for each in (found, before)]
+    assert mse[0] == pytest.approx(mse[1], rel=0.05)

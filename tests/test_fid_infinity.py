@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from scq.engine.errors import UserError
+from scq.evaluation.metrics.distances import fid
 from scq.evaluation.metrics.features import FeatureSet
 from scq.evaluation.metrics.fid_infinity import fid_infinity
-from scq.evaluation.metrics.scores import fid
 
 DIM = 24
 TRUTH = 24 * 0.1**2 + 24 * (1.2 - 1) ** 2  # N(0, 1) against N(0.1, 1.2^2) in each of 24 features

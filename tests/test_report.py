@@ -2,46 +2,59 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import REPOSITORY
 
-from scq.evaluation.benchmark.report import render, summary_table
+from scq.engine.errors import UserError
+from scq.engine.measurements import from_plain, to_plain
+from scq.evaluation.benchmark import report
+from scq.evaluation.benchmark.results import BenchmarkResults, ComparisonResults, load_results, save_results
 from scq.evaluation.benchmark.tables import Seeds, comparison, verdict, widest_range
 from scq.evaluation.benchmark.tokenizers import render as render_tokenizers
+
+QUICKSTART = REPOSITORY / "docs" / "results" / "quickstart" / "metrics.json"
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
     """The kept quickstart's results with round numbers where a test looks, which a newer run does not move; and with
-    refiners, rounded weights, an arm without quantizer, and two seeds of scq."""
-    results = json.loads((REPOSITORY / "docs" / "results" / "quickstart" / "metrics.json").read_text())
+    refiners, rounded weights, an arm without quantizer, and two seeds of scq. As plain values, for tests to change."""
+    results = json.loads(QUICKSTART.read_text())
     (scq,), (vqgan,) = results["arms"]["scq"], results["arms"]["vqgan"]
     for run, kid, fid, speed in ((scq, 0.145, 248.0, 300.0), (vqgan, 0.172, 260.0, 390.0)):
-        run["samples"]["codes"] |= {"kid": kid, "kid_error": 0.003, "fid": fid}
+        run["samples"]["codes"]["scores"] |= {"kid": kid, "kid_error": 0.003, "fid": fid}
         run["tokenizer"]["images_per_second"] = speed
-    scq["tokenizer"]["z_q"]["mse"], scq["tokenizer"]["dominant"]["mse"] = 0.016, 0.0175
-    scq["tokenizer"]["latents"]["dominant_weight"] = 0.81
-    vqgan["tokenizer"]["z_q"]["mse"] = vqgan["tokenizer"]["dominant"]["mse"] = 0.022
+    ways = scq["reconstructions"]["ways"]
+    ways["z_q"]["mse"], ways["dominant"]["mse"] = 0.016, 0.0175
+    scq["reconstructions"]["dominant_weight"] = 0.81
+    for each in vqgan["reconstructions"]["ways"].values():
+        each["mse"] = 0.022
     for width, bits, mse in ((4, 600.0, 0.0161), (2, 400.0, 0.0169)):
-        scq["tokenizer"][f"z_q_{width}_bits"] = scq["tokenizer"]["z_q"] | {"bits_per_image": bits, "mse": mse}
+        ways[f"z_q_{width}_bits"] = ways["z_q"] | {"bits_per_image": bits, "mse": mse}
     for kind, kid, fid in (("regression", 0.160, 200.0), ("flow", 0.178, 300.0)):
-        scq["samples"][kind] = scq["samples"]["codes"] | {
-            "kid": kid,
-            "fid": fid,
-            "refiner": {"parameters": 10, "steps": 20, "images_seen": 30},
-            "reconstruction": scq["tokenizer"]["dominant"] | {"mse": 0.0166},
+        counts = {"parameters": 10, "steps": 20, "images_seen": 30, "seconds": 1.0}
+        scq["samples"][kind] = {
+            "scores": scq["samples"]["codes"]["scores"] | {"kid": kid, "fid": fid},
+            "refiner": {"kind": kind, "fingerprint": "ab", **counts},
+            "reconstruction": ways["dominant"] | {"mse": 0.0166},
         }
     second = copy.deepcopy(scq)
-    second["samples"]["codes"]["fid"] += 2.0
-    ceiling = {"tokenizer": {"z_q": vqgan["tokenizer"]["z_q"], "codebook": None, "latents": {}} | _counts(vqgan)}
+    second["samples"]["codes"]["scores"]["fid"] += 2.0
+    only_latents = {"soft": False, "ways": {"z_q": vqgan["reconstructions"]["ways"]["z_q"]}}
+    ceiling = {"tokenizer": vqgan["tokenizer"], "reconstructions": only_latents}
     results["arms"] = {"scq": [scq, second], "vqgan": [vqgan], "none": [ceiling], "rvq2": []}
     return results
 
 
-def _counts(run: dict[str, Any]) -> dict[str, Any]:
-    return {key: run["tokenizer"][key] for key in ("parameters", "steps", "images_seen", "images_per_second")}
+def render(results: dict[str, Any]) -> str:
+    return report.render(from_plain(BenchmarkResults, results))
+
+
+def summary_table(results: dict[str, Any]) -> list[str]:
+    return report.summary_table(from_plain(BenchmarkResults, results))
 
 
 def table(lines: list[str], head: str) -> list[dict[str, str]]:
@@ -86,7 +99,8 @@ def test_a_comparison_is_a_share_and_a_verdict() -> None:
 
 def test_fid_at_infinity_is_an_interval_around_all_seeds(results: dict[str, Any]) -> None:
     for run, (low, high) in zip(results["arms"]["scq"], [(190.0, 200.0), (195.0, 210.0)], strict=True):
-        run["samples"]["codes"]["fid_infinity"] = {"value": 0.0, "low": low, "high": high}
+        found = {"value": 0.0, "low": low, "high": high, "counts": [], "fids": []}
+        run["samples"]["codes"]["scores"]["fid_infinity"] = found
     assert "| 190.0 - 210.0 |" in render(results)
 
 
@@ -140,8 +154,11 @@ def test_the_summary_names_the_rate_of_every_number(results: dict[str, Any]) -> 
 
 
 def test_a_comparison_of_tokenizers_has_the_same_rows(results: dict[str, Any]) -> None:
-    arms = {name: [run["tokenizer"] for run in runs] for name, runs in results["arms"].items()}
-    lines = render_tokenizers(arms)
+    arms = {
+        name: [{"tokenizer": run["tokenizer"], "reconstructions": run["reconstructions"]} for run in runs]
+        for name, runs in results["arms"].items()
+    }
+    lines = render_tokenizers(from_plain(ComparisonResults, {"arms": arms}))
     found = [row["decoded from"] for row in table(lines, "arm | decoded from")]
     assert found == ["dominant codes", "z_q, weights of 2 bits", "z_q, weights of 4 bits", "z_q", "codes", "latents"]
     training = {row["arm"]: row for row in table(lines, "arm | dominant is nearest")}
@@ -155,7 +172,7 @@ def test_a_comparison_of_tokenizers_has_the_same_rows(results: dict[str, Any]) -
 
 def test_the_report_says_among_how_many_images_it_looked(results: dict[str, Any]) -> None:
     assert "Memorised" not in render(results)
-    results["arms"]["scq"][0]["samples"]["codes"]["nearest_training_distance"] = 1.0
+    results["arms"]["scq"][0]["samples"]["codes"]["scores"]["nearest_training_distance"] = 1.0
     assert "nearest of the training images that were searched" in render(results)
     results["measure"] = {"neighbours": 5000}
     assert "nearest of 5,000 training images" in render(results)
@@ -169,3 +186,31 @@ def test_the_report_says_what_samples_are_measured_against(results: dict[str, An
 
 def test_an_unmeasured_arm_is_left_out(results: dict[str, Any]) -> None:
     assert "rvq2" not in render(results) + "\n".join(summary_table(results))
+
+
+def test_results_are_read_as_they_were_written(results: dict[str, Any], tmp_path: Path) -> None:
+    whole = from_plain(BenchmarkResults, results)
+    save_results(whole, tmp_path / "results.json")
+    assert load_results(BenchmarkResults, tmp_path / "results.json") == whole
+    kept = json.loads(QUICKSTART.read_text())
+    assert to_plain(load_results(BenchmarkResults, QUICKSTART)) == kept, "the kept file is what would be written"
+
+
+def test_a_field_of_another_shape_is_named(results: dict[str, Any], tmp_path: Path) -> None:
+    del results["arms"]["scq"][1]["tokenizer"]["steps"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(
+        UserError, match=r"results\.json cannot be read: arms\.scq\.1\.tokenizer\.steps: Field required"
+    ):
+        load_results(BenchmarkResults, path)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"results\.json cannot be read"):
+        load_results(BenchmarkResults, path)
+    with pytest.raises(UserError, match=r"nowhere\.json cannot be read"):
+        load_results(BenchmarkResults, tmp_path / "nowhere.json")
+
+
+def test_keys_of_other_versions_are_left_alone(results: dict[str, Any]) -> None:
+    results["arms"]["scq"][0]["tokenizer"]["colour"] = "blue"
+    assert from_plain(BenchmarkResults, results).arms["scq"][0].tokenizer.steps > 0

@@ -5,30 +5,35 @@ Soft latents never stand in the row of hard ones: theirs says what they cost wit
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from scq.evaluation.benchmark.tables import look, markdown_table, spread
-
-_ROUNDED = re.compile(r"z_q_(\d+)_bits")  # as `evaluation.evaluate.evaluate_reconstructions` names them
+from scq.engine.measurements import CodebookSummary, Reconstruction, SampleScores
+from scq.evaluation.benchmark.results import CODES, ArmResult
+from scq.evaluation.benchmark.tables import markdown_table, spread
+from scq.evaluation.reconstructions import rounded_bits
 
 
 class Decoded(NamedTuple):
-    """What one run's images, decoded in one way, come to."""
+    """What one run's images, decoded in one way, come to.
 
-    bits: float | None  # per image; None where the latents are continuous
-    reconstruction: dict[str, Any]  # mse, psnr, ...
-    codebook: dict[str, Any] | None = None  # its usage, beside the codes alone
-    samples: dict[str, Any] | None = None  # of a prior, which draws codes: nothing decoded from z_q has them
+    Attributes:
+        bits: per image; None where the latents are continuous.
+        codebook: its usage, beside the codes alone.
+        samples: of a prior, which draws codes: nothing decoded from z_q has them.
+    """
+
+    bits: float | None
+    reconstruction: Reconstruction
+    codebook: CodebookSummary | None = None
+    samples: SampleScores | None = None
 
 
-def ways_of_decoding(runs: list[dict[str, Any]]) -> dict[str, list[Decoded]]:
+def ways_of_decoding(runs: list[ArmResult]) -> dict[str, list[Decoded]]:
     """Everything that an arm's decoder was given, by name, of each seed that has it.
 
     Args:
-        runs: of one arm, one for each seed: ``tokenizer`` (a row of `benchmark.tokenizers`) and, where there is a
-            prior, ``samples``.
+        runs: of one arm, one for each seed.
     """
     ways: dict[str, list[Decoded]] = {}
     for run in runs:
@@ -37,24 +42,23 @@ def ways_of_decoding(runs: list[dict[str, Any]]) -> dict[str, list[Decoded]]:
     return ways
 
 
-def _ways_of_one(run: dict[str, Any]) -> dict[str, Decoded]:
-    row, samples = run["tokenizer"], run.get("samples", {})
-    if "dominant" not in row:  # no quantizer
-        return {"latents": Decoded(None, row["z_q"])}
-    rate = row["codebook"]["fixed_bits_per_image"]
-    soft = "dominant_weight" in row["latents"]
-    ways = {
-        "dominant codes" if soft else "codes": Decoded(rate, row["dominant"], row["codebook"], samples.get("codes"))
-    }
-    for kind, found in samples.items():
-        if "reconstruction" in found:
-            ways[f"codes, {kind} refiner"] = Decoded(rate, found["reconstruction"], samples=found)
-    if soft:
-        rounded = {int(name[1]): row[name[0]] for name in map(_ROUNDED.fullmatch, row) if name}
-        for width, found in sorted(rounded.items()):
+def _ways_of_one(run: ArmResult) -> dict[str, Decoded]:
+    found = run.reconstructions
+    if found.codebook is None:  # no quantizer
+        return {"latents": Decoded(None, found.ways["z_q"])}
+    rate = found.codebook.fixed_bits_per_image
+    plain = run.samples.get(CODES)
+    codes = Decoded(rate, found.ways["dominant"], found.codebook, None if plain is None else plain.scores)
+    ways = {"dominant codes" if found.soft else "codes": codes}
+    for kind, way in run.samples.items():
+        if way.reconstruction is not None:
+            ways[f"codes, {kind} refiner"] = Decoded(rate, way.reconstruction, samples=way.scores)
+    if found.soft:
+        rounded = {bits: each for name, each in found.ways.items() if (bits := rounded_bits(name)) is not None}
+        for width, each in sorted(rounded.items()):
             title = f"z_q, weights of {width} bit{'s' if width > 1 else ''}"
-            ways[title] = Decoded(found["bits_per_image"], found)
-        ways["z_q"] = Decoded(None, row["z_q"])
+            ways[title] = Decoded(each.bits_per_image, each)
+        ways["z_q"] = Decoded(None, found.ways["z_q"])
     return ways
 
 
@@ -64,58 +68,65 @@ def rate(decoded: list[Decoded]) -> str:
     return spread(bits, ".0f") if bits else "continuous"
 
 
-# (head, where in a Decoded, way into that, format); a column that no row has is left out.
-_COLUMNS = [
-    ("MSE", "reconstruction", "mse", ".5f"),
-    ("PSNR", "reconstruction", "psnr", ".2f"),
-    ("SSIM", "reconstruction", "ssim", ".3f"),
-    ("LPIPS", "reconstruction", "lpips", ".3f"),
-    ("rFID", "reconstruction", "rfid", ".1f"),
-    ("codes used", "codebook", "used_share", ".1%"),
-    ("perplexity", "codebook", "perplexity", ".0f"),
-    ("entropy, bits per image", "codebook", "bits_per_image", ".0f"),
+class Column(NamedTuple):
+    """A column of a table: its head, the number that a row shows in it, and how that is written."""
+
+    head: str
+    value: Callable[[Any], float | None]
+    form: str
+
+
+_OF_RECONSTRUCTIONS = [
+    Column("MSE", lambda each: each.reconstruction.mse, ".5f"),
+    Column("PSNR", lambda each: each.reconstruction.psnr, ".2f"),
+    Column("SSIM", lambda each: each.reconstruction.ssim, ".3f"),
+    Column("LPIPS", lambda each: each.reconstruction.lpips, ".3f"),
+    Column("rFID", lambda each: each.reconstruction.rfid, ".1f"),
+    Column("codes used", lambda each: each.codebook and each.codebook.used_share, ".1%"),
+    Column("perplexity", lambda each: each.codebook and each.codebook.perplexity, ".0f"),
+    Column("entropy, bits per image", lambda each: each.codebook and each.codebook.bits_per_image, ".0f"),
 ]
-# Of a tokenizer's row, whatever is decoded: (head, way into the row, format).
 _OF_TRAINING = [
-    ("dominant is nearest", ("latents", "dominant_is_nearest"), ".1%"),
-    ("dominant weight", ("latents", "dominant_weight"), ".2f"),
-    ("soft / hard latent error", ("latents", "soft_over_hard"), ".2f"),
-    ("images/s", ("images_per_second",), ".0f"),
+    Column("dominant is nearest", lambda run: run.reconstructions.dominant_is_nearest, ".1%"),
+    Column("dominant weight", lambda run: run.reconstructions.dominant_weight, ".2f"),
+    Column("soft / hard latent error", lambda run: run.tokenizer.soft_over_hard, ".2f"),
+    Column("images/s", lambda run: run.tokenizer.images_per_second, ".0f"),
 ]
 
 
-def reconstruction_table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Every arm's runs, see `ways_of_decoding`, as a Markdown table; of several seeds the mean and the range."""
+def reconstruction_table(arms: dict[str, list[ArmResult]]) -> list[str]:
+    """Every arm's reconstructions, see `ways_of_decoding`, as a Markdown table: of several seeds the mean and range.
+
+    Columns of numbers that nobody measured are left out.
+    """
     ways = {name: ways_of_decoding(runs) for name, runs in arms.items()}
-    every = [each for found in ways.values() for decoded in found.values() for each in decoded]
-    columns = [
-        (head, part, key, form)
-        for head, part, key, form in _COLUMNS
-        if any(look(getattr(each, part), key) is not None for each in every)
-    ]
+    columns = _filled(_OF_RECONSTRUCTIONS, [each for found in ways.values() for way in found.values() for each in way])
     return markdown_table(
-        ["arm", "decoded from", "bits per image", *(head for head, *_ in columns)],
+        ["arm", "decoded from", "bits per image", *(column.head for column in columns)],
         [
-            [with_seeds(name, decoded), way, rate(decoded)]
-            + [spread([look(getattr(each, part), key) for each in decoded], form) for _, part, key, form in columns]
+            [with_seeds(name, decoded), way, rate(decoded), *_cells(columns, decoded)]
             for name, found in ways.items()
             for way, decoded in found.items()
         ],
     )
 
 
-def training_table(arms: dict[str, list[dict[str, Any]]]) -> list[str]:
+def training_table(arms: dict[str, list[ArmResult]]) -> list[str]:
     """Speed of the tokenizers' training, and what became of their latents, as a Markdown table."""
-    rows = {name: [run["tokenizer"] for run in runs] for name, runs in arms.items()}
-    every = [row for each in rows.values() for row in each]
-    columns = [column for column in _OF_TRAINING if any(look(row, *column[1]) is not None for row in every)]
+    columns = _filled(_OF_TRAINING, [run for runs in arms.values() for run in runs])
     return markdown_table(
-        ["arm", *(head for head, _, _ in columns)],
-        [
-            [with_seeds(name, each)] + [spread([look(row, *way) for row in each], form) for _, way, form in columns]
-            for name, each in rows.items()
-        ],
+        ["arm", *(column.head for column in columns)],
+        [[with_seeds(name, runs), *_cells(columns, runs)] for name, runs in arms.items()],
     )
+
+
+def _filled(columns: list[Column], rows: Sequence[Any]) -> list[Column]:
+    """The columns in which some row has a number."""
+    return [column for column in columns if any(column.value(row) is not None for row in rows)]
+
+
+def _cells(columns: list[Column], seeds: Sequence[Any]) -> list[str]:
+    return [spread([column.value(each) for each in seeds], column.form) for column in columns]
 
 
 def with_seeds(name: str, measured: Sequence[Any]) -> str:

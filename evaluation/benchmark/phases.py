@@ -1,59 +1,140 @@
-"""Long jobs as phases that are done once: what is finished is reused, what was interrupted goes on."""
+"""Long jobs as phases that are done once: what is finished is reused, what was interrupted goes on.
+
+A phase is a name, its inputs, and the work that makes a result of them. Two rules make a stale result impossible. What
+identifies a phase is a function of its inputs and of nothing else. And the work is called with those inputs and with
+nothing else, so that what was not named cannot be used.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from scq.engine.files import write_file
-from scq.engine.loop import resolve_precision
+from scq.engine.accelerators import resolve_precision
+from scq.engine.files import write_json
+from scq.engine.measurements import from_plain, to_plain
 from scq.engine.progress import say
 
+Result = TypeVar("Result")
 
-class Phases:
-    """The phases of one job, each remembered in ``folder/NAME.json`` with its settings, result, seconds and machine.
 
-    Args:
-        total: how many phases the job has, for the person who waits.
+@dataclass(frozen=True, eq=False)
+class Phase(Generic[Result]):
+    """One part of a job.
 
     Attributes:
-        seconds, machines: how long each phase took, and on what (`this_machine`): a job may go on elsewhere.
+        name: for people, and for the file that remembers it.
+        work: called with the inputs by name, every phase among them replaced by its result.
+        inputs: everything that the result depends on. An input is a plain value, a dataclass, another phase, or
+            anything with an ``identity`` or a ``fingerprint`` (see `identity`).
+        result: the dataclass that ``work`` returns. Where it has ``seconds``, these replace the measured time, for a
+            training that was interrupted.
     """
 
-    def __init__(self, folder: Path, total: int):
-        self.folder, self.total, self.number = folder, total, 0
+    name: str
+    work: Callable[..., Result]
+    inputs: Mapping[str, Any]
+    result: type[Result]
+
+    @property
+    def earlier(self) -> list[Phase[Any]]:
+        """The phases among its inputs."""
+        return [value for value in self.inputs.values() if isinstance(value, Phase)]
+
+
+def identity(value: Any, results: Mapping[str, Any]) -> Any:
+    """What an input stands for, as plain values.
+
+    - A phase stands for its result.
+    - What has a ``fingerprint``, as results with weights do and feature networks, stands for that.
+    - What has an ``identity`` stands for that: a config, for what is left of it without the folders of this disk.
+    - A dataclass stands for its fields, and everything else for itself.
+
+    Args:
+        results: of the phases that are done, by name.
+    """
+    if isinstance(value, Phase):
+        return identity(results[value.name], results)
+    if hasattr(value, "fingerprint"):
+        return value.fingerprint
+    if hasattr(value, "identity"):
+        return identity(value.identity, results)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return json.loads(json.dumps(value))
+
+
+class Job:
+    """Phases in the order in which they run.
+
+    Args:
+        phases: all of them, each after those among its inputs.
+        folder: where each is remembered, in ``NAME.json``: its inputs, result, seconds and machine.
+
+    Attributes:
+        results: of the phases that are done, by name.
+        seconds, machines: how long each took, and on what (`this_machine`): a job may go on elsewhere.
+
+    Raises:
+        ValueError: two phases have one name, or one comes before an input of its.
+    """
+
+    def __init__(self, phases: Sequence[Phase[Any]], folder: Path):
+        self.phases, self.folder = list(phases), folder
+        self.results: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self.machines: dict[str, str] = {}
+        names: set[str] = set()
+        for phase in self.phases:
+            if phase.name in names or not names.issuperset(each.name for each in phase.earlier):
+                raise ValueError(f"phase {phase.name!r} comes twice, or before one of its inputs")
+            names.add(phase.name)
 
-    def run(self, name: str, settings: Any, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of ``work``, or what an earlier run with equal settings left.
+    def run(self, phase: Phase[Result]) -> Result:
+        """The result of a phase: of its work now, or of an earlier run with the same inputs.
 
-        Args:
-            settings: everything the result depends on, as plain values.
-            work: returns plain values; ``seconds`` among them replaces the measured time, for a phase that resumed.
+        Raises:
+            UserError: the file of an earlier run holds a result of another shape.
         """
-        self.number += 1
-        path = self.folder / f"{name.replace(' ', '_')}.json"
-        settings = json.loads(json.dumps(settings))
-        if path.is_file():
-            saved = json.loads(path.read_text())
-            if saved["settings"] == settings:
-                say(f"[{self.number}/{self.total}] {name}: done before ({saved['seconds']:.0f} s)")
-                self.seconds[name], self.machines[name] = saved["seconds"], saved.get("machine", "not recorded")
-                return saved["result"]
-        say(f"[{self.number}/{self.total}] {name}")
-        started = time.monotonic()
-        result = work()
-        seconds = round(result.pop("seconds", time.monotonic() - started), 2)
-        self.seconds[name], self.machines[name] = seconds, this_machine()
-        kept = {"settings": settings, "result": result, "seconds": seconds, "machine": self.machines[name]}
-        write_file(path, json.dumps(kept, indent=1))
+        path = self.folder / f"{phase.name.replace(' ', '_')}.json"
+        title = f"[{self.phases.index(phase) + 1}/{len(self.phases)}] {phase.name}"
+        inputs = {name: identity(value, self.results) for name, value in phase.inputs.items()}
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+        if saved.get("inputs") == inputs:
+            say(f"{title}: done before ({saved['seconds']:.0f} s)")
+            result = from_plain(phase.result, saved["result"], f"{path} (delete it to run the phase again)")
+            seconds, machine = saved["seconds"], saved["machine"]
+        else:
+            say(title)
+            result, seconds, machine = self._work(phase)
+            kept = {"inputs": inputs, "result": to_plain(result), "seconds": seconds, "machine": machine}
+            write_json(path, kept)
+        self.results[phase.name], self.seconds[phase.name], self.machines[phase.name] = result, seconds, machine
         return result
+
+    def found(self, phase: Phase[Result]) -> Result:
+        """The result of a phase that ran.
+
+        Raises:
+            KeyError: it did not run yet.
+        """
+        return self.results[phase.name]
+
+    def _work(self, phase: Phase[Result]) -> tuple[Result, float, str]:
+        given = {
+            name: self.results[value.name] if isinstance(value, Phase) else value
+            for name, value in phase.inputs.items()
+        }
+        started = time.monotonic()
+        result = phase.work(**given)
+        return result, round(getattr(result, "seconds", time.monotonic() - started), 2), this_machine()
 
 
 def this_machine() -> str:

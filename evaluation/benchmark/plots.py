@@ -14,20 +14,22 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from scq.engine.files import atomic_write
 from scq.engine.pictures import picture_grid
+from scq.evaluation.benchmark.results import ArmResult, Curve
+from scq.evaluation.pictures import TITLE_HEIGHT, stacked_rows, write_title
+from scq.evaluation.reconstructions import rounded_bits
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-TITLE_HEIGHT = 28
 SHEETS_IN_A_ROW = 3
 PICTURES = "pictures"  # folder of the arms' pictures, beside the report
 REFINER_MARKERS = {"regression": "s", "flow": "D"}  # around the dot of the codes that were refined
 _BESIDE = {"fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1.02, 1.0)}  # a legend that hides nothing
-Runs = dict[str, list[dict[str, Any]]]  # arm -> what evaluation.benchmark.arm found, one for each seed
+Runs = dict[str, list[ArmResult]]  # by the arm's name, one for each seed
 
 
 def save_images(path: Path, images: torch.Tensor) -> None:
@@ -50,7 +52,7 @@ def load_images(path: Path) -> torch.Tensor:
     return strip.unflatten(1, (-1, len(strip))).permute(1, 3, 0, 2).contiguous()
 
 
-def curve(rows: list[dict[str, float]], terms: Sequence[str], points: int = 100) -> dict[str, list[float]]:
+def curve(rows: list[dict[str, float]], terms: Sequence[str], points: int = 100) -> Curve:
     """Some terms of a training log, as columns of at most so many evenly spaced ones of its rows."""
     known = [row for row in rows if all(term in row for term in terms)]
     kept = known[:: max(1, -(-len(known) // points))]
@@ -60,9 +62,9 @@ def curve(rows: list[dict[str, float]], terms: Sequence[str], points: int = 100)
 def draw_samples(out: Path, arms: Runs) -> Image.Image:
     """Samples of every arm and every way of decoding, not chosen: the first ones of the seed."""
     sheets = [
-        (f"{arm}: {way}" if len(runs[0]["samples"]) > 1 else f"{arm}: samples", sheet)
+        (f"{arm}: {way}" if len(runs[0].samples) > 1 else f"{arm}: samples", sheet)
         for arm, runs in arms.items()
-        for way in runs[0].get("samples", ())
+        for way in runs[0].samples
         for sheet in [picture_grid(load_images(out / PICTURES / arm / f"samples_{way}.png"), columns=8)]
     ]
     width, height = max(s.width for _, s in sheets) + 24, max(s.height for _, s in sheets) + TITLE_HEIGHT
@@ -70,7 +72,7 @@ def draw_samples(out: Path, arms: Runs) -> Image.Image:
     picture = Image.new("RGB", (columns * width - 24, math.ceil(len(sheets) / columns) * height), "white")
     for number, (title, sheet) in enumerate(sheets):
         left, top = number % columns * width, number // columns * height
-        _write(picture, (left, top + 4), title)
+        write_title(picture, (left, top), title)
         picture.paste(sheet, (left, top + TITLE_HEIGHT))
     return picture
 
@@ -79,7 +81,7 @@ def draw_reconstructions(out: Path, arms: Runs) -> Image.Image:
     """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to."""
     rows: list[tuple[str, torch.Tensor]] = []
     for arm, runs in arms.items():
-        ways = 2 if "dominant" in runs[0]["tokenizer"] else 1
+        ways = 2 if "dominant" in runs[0].reconstructions.ways else 1
         original, soft, *dominant = load_images(out / PICTURES / arm / "reconstructions.png").chunk(1 + ways)
         if not rows:
             rows.append(("held-out originals", original))
@@ -94,7 +96,7 @@ def draw_neighbours(out: Path, arms: Runs) -> Image.Image | None:
     """Samples above the training images nearest to them; None where nobody looked."""
     rows: list[tuple[str, torch.Tensor]] = []
     for arm, runs in arms.items():
-        for way in runs[0].get("samples", ()):
+        for way in runs[0].samples:
             path = out / PICTURES / arm / f"neighbours_{way}.png"
             if path.is_file():
                 drawn, nearest = load_images(path).chunk(2)
@@ -104,14 +106,14 @@ def draw_neighbours(out: Path, arms: Runs) -> Image.Image | None:
 
 def draw_curves(arms: Runs, path: Path) -> None:
     """Training curves of both stages, one line for each arm."""
-    panels = [("tokenizer", "l2", "tokenizer: mean squared error"), ("tokenizer", "perplexity", "codebook perplexity")]
-    panels += [("prior", "loss", "prior: masked cross-entropy")]
+    panels = [("l2", "tokenizer: mean squared error"), ("perplexity", "codebook perplexity")]
+    panels += [("loss", "prior: masked cross-entropy")]
     figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.6))
     colours, shown = _colours(arms), {}
-    for axis, (stage, term, title) in zip(axes, panels, strict=True):
-        for arm, runs in arms.items():
-            columns = runs[0].get(stage, {}).get("curve", {})
-            if term in columns:
+    for axis, (term, title) in zip(axes, panels, strict=True):
+        for arm, (run, *_) in arms.items():
+            trained = [run.tokenizer] if run.prior is None else [run.tokenizer, run.prior]
+            for columns in (each.curve for each in trained if term in each.curve):
                 [shown[arm]] = axis.plot(columns["step"], columns[term], color=colours[arm])
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
@@ -124,21 +126,25 @@ def draw_rates(arms: Runs, path: Path) -> None:
     """rFID over bits per image: hard codes at their fixed rate, soft latents at that of their rounded weights."""
     figure, axis = plt.subplots(figsize=(8.5, 4.2))
     colours = _colours(arms)
-    for arm, runs in arms.items():
-        row, colour = runs[0]["tokenizer"], colours[arm]
-        if row.get("codebook") and "rfid" in row.get("dominant", {}):
-            bits = row["codebook"]["fixed_bits_per_image"]
-            axis.plot(bits, row["dominant"]["rfid"], "o", color=colour, label=f"{arm}: codes")
-        soft = [(each["bits_per_image"], each["rfid"]) for each in row.values() if _is_rounded(each)]
+    for arm, (run, *_) in arms.items():
+        found, colour = run.reconstructions, colours[arm]
+        soft = [
+            (each.bits_per_image, each.rfid)
+            for name, each in found.ways.items()
+            if rounded_bits(name) is not None and each.rfid is not None
+        ]
+        if found.codebook is not None and found.ways["dominant"].rfid is not None:
+            bits = found.codebook.fixed_bits_per_image
+            axis.plot(bits, found.ways["dominant"].rfid, "o", color=colour, label=f"{arm}: codes")
         if soft:
             points = zip(*sorted(soft), strict=True)
             axis.plot(*points, "^--", color=colour, label=f"{arm}: z_q, rounded weights")
-        for way, found in runs[0].get("samples", {}).items():
-            if "rfid" in found.get("reconstruction", {}):
-                rfid, marker = found["reconstruction"]["rfid"], REFINER_MARKERS[way]
+        for way, decoded in run.samples.items():
+            refined = decoded.reconstruction
+            if found.codebook is not None and refined is not None and refined.rfid is not None:
                 axis.plot(
-                    row["codebook"]["fixed_bits_per_image"], rfid, marker, color=colour, markerfacecolor="none",
-                    markersize=10, label=f"{arm}: codes, {way} refiner",
+                    found.codebook.fixed_bits_per_image, refined.rfid, REFINER_MARKERS[way], color=colour,
+                    markerfacecolor="none", markersize=10, label=f"{arm}: codes, {way} refiner",
                 )  # fmt: skip
     axis.set(xlabel="bits per image", ylabel="rFID")
     axis.legend(**_BESIDE)
@@ -150,11 +156,11 @@ def draw_sweep(arms: Runs, path: Path) -> None:
     """FID of samples over sampling steps, a line for all else equal; no picture where nobody measured."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for arm, runs in arms.items():
-        for settings, row in runs[0].get("sweep", {}).items():
+        for settings, swept in runs[0].sweep.items():
             named = dict(setting.split("=") for setting in settings.split())
             if steps := named.pop("steps", None):
                 rest = " ".join(f"{key}={value}" for key, value in named.items())
-                lines.setdefault(f"{arm}, {row['way']} {rest}".strip(), []).append((int(steps), row["fid"]))
+                lines.setdefault(f"{arm}, {swept.way} {rest}".strip(), []).append((int(steps), swept.scores.fid))
     if not lines:
         return
     figure, axis = plt.subplots(figsize=(7.5, 4.6))
@@ -171,25 +177,9 @@ def draw_sweep(arms: Runs, path: Path) -> None:
 
 def _colours(arms: Runs) -> dict[str, Any]:
     """A colour for each arm, the same in every plot."""
-    palette = [*plt.get_cmap("tab20").colors[::2], *plt.get_cmap("tab20").colors[1::2]]  # strong ones first
+    colours = plt.get_cmap("tab20")
+    palette = [colours(number) for number in (*range(0, 20, 2), *range(1, 20, 2))]  # strong ones first
     return {arm: palette[number % len(palette)] for number, arm in enumerate(arms)}
-
-
-def _is_rounded(found: Any) -> bool:
-    return isinstance(found, dict) and "bits_per_image" in found and "rfid" in found
-
-
-def stacked_rows(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:
-    """Rows of uint8 images (N, 3, H, W) below each other, each under its title."""
-    sheets = [(title, picture_grid(images, columns=len(images))) for title, images in rows]
-    height = sum(sheet.height + TITLE_HEIGHT for _, sheet in sheets)
-    picture = Image.new("RGB", (max(sheet.width for _, sheet in sheets), height), "white")
-    top = 0
-    for title, sheet in sheets:
-        _write(picture, (0, top + 4), title)
-        picture.paste(sheet, (0, top + TITLE_HEIGHT))
-        top += sheet.height + TITLE_HEIGHT
-    return picture
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
@@ -197,7 +187,3 @@ def _save(figure: plt.Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
-
-
-def _write(picture: Image.Image, place: tuple[int, int], text: str) -> None:
-    ImageDraw.Draw(picture).text(place, text, fill="black", font=ImageFont.load_default(size=16))

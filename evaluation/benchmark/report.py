@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from scq.engine.files import write_file
+from scq.engine.measurements import SampleScores
 from scq.evaluation.benchmark.decoded import (
     rate,
     reconstruction_table,
@@ -23,14 +23,15 @@ from scq.evaluation.benchmark.plots import (
     draw_sweep,
     save_picture,
 )
-from scq.evaluation.benchmark.tables import Seeds, comparison, look, markdown_table, spread, widest_range
+from scq.evaluation.benchmark.results import CODES, ArmResult, BenchmarkResults
+from scq.evaluation.benchmark.tables import Seeds, comparison, markdown_table, spread, widest_range
 
 
-def write_report(results: dict[str, Any], out: Path) -> None:
+def write_report(results: BenchmarkResults, out: Path) -> None:
     """Write report.md and its pictures to ``out``.
 
     Args:
-        results: what evaluation.benchmark.run.run_benchmark measured.
+        results: what `benchmark.run.run_benchmark` found so far.
         out: its folder; the arms' pictures are read from ``out/pictures``.
     """
     arms = _measured_arms(results)
@@ -48,20 +49,20 @@ def write_report(results: dict[str, Any], out: Path) -> None:
     write_file(out / "report.md", render(results))
 
 
-def render(results: dict[str, Any]) -> str:
+def render(results: BenchmarkResults) -> str:
     """The text of report.md."""
-    arms, reference, machines = _measured_arms(results), results["reference"], results["machines"]
+    arms, reference, machines = _measured_arms(results), results.reference, results.machines
     seeds = max(len(runs) for runs in arms.values())
-    drawn_against = results.get("sample_reference", reference)
+    against = results.sample_reference or reference
     lines = [
-        f"# {results['title']}",
+        f"# {results.title}",
         "",
-        f"Reference: {reference['count']} {reference['dataset']} images of the split '{reference['split']}', "
-        f"{reference['crop']} pixels, which no model was trained on. Features: {results['network']['weights']}; "
-        f"protocol: {results['network']['protocol']}."
+        f"Reference: {reference.count} {reference.dataset} images of the split '{reference.split}', "
+        f"{reference.crop} pixels, which no model was trained on. Features: {results.network.weights}; "
+        f"protocol: {results.network.protocol}."
         + (
-            f" Samples are measured against {drawn_against['count']:,} images of the split '{drawn_against['split']}'."
-            if drawn_against != reference
+            f" Samples are measured against {against.count:,} images of the split '{against.split}'."
+            if against != reference
             else ""
         )
         + (" Of several seeds: the mean, and the range in brackets." if seeds > 1 else ""),
@@ -93,10 +94,10 @@ def render(results: dict[str, Any]) -> str:
         *_of_several_machines(machines),
         "",
     ]
-    if any("sweep" in runs[0] for runs in arms.values()):
+    if any(runs[0].sweep for runs in arms.values()):
         lines += ["## Settings of sampling", *_sweep(arms), "", "![FID over sampling steps](sweep.png)", ""]
-    ways = [found for runs in arms.values() for found in runs[0].get("samples", {}).values()]
-    if any("nearest_training_distance" in found for found in ways):
+    ways = [found for runs in arms.values() for found in runs[0].samples.values()]
+    if any(found.scores.nearest_training_distance is not None for found in ways):
         lines += [
             "## Memorised?",
             f"Samples, and below each the nearest of {_searched(results)} in Inception features.",
@@ -110,10 +111,10 @@ def render(results: dict[str, Any]) -> str:
             "## Seconds",
             *markdown_table(
                 ["phase", "seconds", "on"],
-                [[name, f"{seconds:.0f}", machines[name]] for name, seconds in results["seconds"].items()],
+                [[name, f"{seconds:.0f}", machines[name]] for name, seconds in results.seconds.items()],
             ),
             "",
-            f"In all {results['seconds_in_all']:.0f} s, code at {results['revision']}.",
+            f"In all {results.seconds_in_all:.0f} s, code at {results.revision}.",
             "",
         ]
     )
@@ -125,82 +126,86 @@ def _of_several_machines(machines: dict[str, str]) -> list[str]:
     return ["", several] if len(on) > 1 else []
 
 
-def summary_table(results: dict[str, Any]) -> list[str]:
+def summary_table(results: BenchmarkResults) -> list[str]:
     """The few numbers that a README shows, one row for each arm and thing that is decoded."""
     rows = []
     for name, runs in _measured_arms(results).items():
         for way, decoded in ways_of_decoding(runs).items():
             samples = [each.samples for each in decoded if each.samples is not None]
-            single = f" ± {1e3 * samples[0]['kid_error']:.1f}" if len(samples) == 1 else ""
+            single = f" ± {1e3 * samples[0].kid_error:.1f}" if len(samples) == 1 else ""
             rows.append(
                 [
                     with_seeds(name, decoded),
                     way,
                     rate(decoded),
-                    spread([each.reconstruction["mse"] for each in decoded], ".4f"),
-                    spread([each.reconstruction.get("rfid") for each in decoded], ".1f"),
-                    spread([1e3 * found["kid"] for found in samples], ".1f") + single,
-                    spread([found["fid"] for found in samples], ".1f"),
+                    spread([each.reconstruction.mse for each in decoded], ".4f"),
+                    spread([each.reconstruction.rfid for each in decoded], ".1f"),
+                    spread([1e3 * found.kid for found in samples], ".1f") + single,
+                    spread([found.fid for found in samples], ".1f"),
                 ]
             )
     return markdown_table(["arm", "decoded from", "bits per image", "MSE", "rFID", "KID x 1000", "FID"], rows)
 
 
-def _measured_arms(results: dict[str, Any]) -> Runs:
+def _measured_arms(results: BenchmarkResults) -> Runs:
     """The arms of which at least one seed is there."""
-    return {name: runs for name, runs in results["arms"].items() if runs}
+    return {name: runs for name, runs in results.arms.items() if runs}
 
 
-def _searched(results: dict[str, Any]) -> str:
-    count = results.get("measure", {}).get("neighbours")
+def _searched(results: BenchmarkResults) -> str:
+    count = 0 if results.measure is None else results.measure.neighbours
     return f"{count:,} training images" if count else "the training images that were searched"
+
+
+Drawn = dict[tuple[str, str], list[SampleScores]]  # arm, way of decoding -> its samples, of each seed
 
 
 def _samples(arms: Runs) -> list[str]:
     """What was measured of samples, and how the first arm's stand beside the others'."""
-    drawn = _drawn(arms)
+    drawn: Drawn = {}
+    for arm, runs in arms.items():
+        for run in runs:
+            for way, found in run.samples.items():
+                drawn.setdefault((arm, way), []).append(found.scores)
     rows = [
-        [_of(arm, way), *(spread([scale * each[key] for each in found], form) for key, scale, form in _OF_SAMPLES)]
-        + [_at_infinity(found)]
-        + [spread([_refiner_share(run, way) for run in arms[arm]], ".1%"), found[0]["count"]]
+        [_of(arm, way)]
+        + [spread([scale * getattr(each, key) for each in found], form) for key, scale, form in _OF_SAMPLES]
+        + [_at_infinity(found), spread([_refiner_share(run, way) for run in arms[arm]], ".1%"), found[0].count]
         for (arm, way), found in drawn.items()
     ]
     first = next(iter(drawn.values()))[0]
-    fid = "FID (biased)" if first["fid_biased"] else "FID"
+    fid = "FID (biased)" if first.fid_biased else "FID"
     head = ["", "KID x 1000", "±", fid, "precision", "recall"]
     head += ["FID at infinity, 90%", "refiner's share of time", "samples"]
     return [
-        "KID leads; " + (first["fid_note"] or f"FID at {first['count']} samples") + ".",
+        "KID leads; " + (first.fid_note or f"FID at {first.count} samples") + ".",
         "",
         *markdown_table(head, rows),
         *_comparisons(arms, drawn),
     ]
 
 
-def _drawn(arms: Runs) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(arm, way of decoding) -> what was measured of its samples, of each seed."""
-    drawn: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for arm, runs in arms.items():
-        for run in runs:
-            for way, found in run.get("samples", {}).items():
-                drawn.setdefault((arm, way), []).append(found)
-    return drawn
+_OF_SAMPLES = [
+    ("kid", 1e3, ".1f"),
+    ("kid_error", 1e3, ".1f"),
+    ("fid", 1, ".1f"),
+    ("precision", 1, ".3f"),
+    ("recall", 1, ".3f"),
+]
 
 
 def _decoder(way: str) -> str:
-    return way if way == "codes" else f"{way} refiner"
+    return way if way == CODES else f"{way} refiner"
 
 
 def _of(arm: str, way: str) -> str:
-    return arm if way == "codes" else f"{arm}, {_decoder(way)}"
+    return arm if way == CODES else f"{arm}, {_decoder(way)}"
 
 
-def _comparisons(arms: Runs, drawn: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+def _comparisons(arms: Runs, drawn: Drawn) -> list[str]:
     """The first arm, and every other with a soft quantizer, beside all others."""
     first, *others = arms
-    soft = [
-        arm for arm in others if (arm, "codes") in drawn and "dominant_weight" in arms[arm][0]["tokenizer"]["latents"]
-    ]
+    soft = [arm for arm in others if (arm, CODES) in drawn and arms[arm][0].reconstructions.soft]
     if len({arm for arm, _ in drawn}) < 2:
         return []
     names = " and ".join(f"**{arm}**" for arm in (first, *soft))
@@ -214,68 +219,67 @@ def _comparisons(arms: Runs, drawn: dict[tuple[str, str], list[dict[str, Any]]])
     ]
 
 
-def _beside_the_others(drawn: dict[tuple[str, str], list[dict[str, Any]]], ours: str) -> list[str]:
+def _beside_the_others(drawn: Drawn, ours: str) -> list[str]:
     """Every way of decoding the arm ``ours`` beside every other arm: none is picked after the fact."""
     ways = {way: found for (arm, way), found in drawn.items() if arm == ours}
     others = {_of(arm, way): found for (arm, way), found in drawn.items() if arm != ours}
     lines = []
-    for key in ("kid", "fid"):
-        assumed = widest_range(_seeds(found, key) for found in drawn.values())
+    for key, seeds in (("KID", _kid), ("FID", _fid)):
+        assumed = widest_range(seeds(found) for found in drawn.values())
         rows = [
-            [_decoder(way), *(comparison(_seeds(mine, key), _seeds(found, key), assumed) for found in others.values())]
+            [_decoder(way), *(comparison(seeds(mine), seeds(found), assumed) for found in others.values())]
             for way, mine in ways.items()
         ]
-        lines += ["", *markdown_table([f"{ours}: {key.upper()} beside that of", *others], rows)]
+        lines += ["", *markdown_table([f"{ours}: {key} beside that of", *others], rows)]
     return lines
 
 
-def _seeds(found: list[dict[str, Any]], key: str) -> Seeds:
-    return Seeds([each[key] for each in found], max(each.get(f"{key}_error", 0.0) for each in found))
+def _kid(found: list[SampleScores]) -> Seeds:
+    return Seeds([each.kid for each in found], max(each.kid_error for each in found))
 
 
-def _at_infinity(found: list[dict[str, Any]]) -> str:
+def _fid(found: list[SampleScores]) -> Seeds:
+    return Seeds([each.fid for each in found])
+
+
+def _at_infinity(found: list[SampleScores]) -> str:
     """The interval of the extrapolation, of several seeds around all of theirs."""
-    intervals = [each["fid_infinity"] for each in found if "fid_infinity" in each]
+    intervals = [each.fid_infinity for each in found if each.fid_infinity is not None]
     if not intervals:
         return "-"
-    return f"{min(each['low'] for each in intervals):.1f} - {max(each['high'] for each in intervals):.1f}"
+    return f"{min(each.low for each in intervals):.1f} - {max(each.high for each in intervals):.1f}"
 
 
-_OF_SAMPLES = [
-    ("kid", 1e3, ".1f"),
-    ("kid_error", 1e3, ".1f"),
-    ("fid", 1, ".1f"),
-    ("precision", 1, ".3f"),
-    ("recall", 1, ".3f"),
-]
-
-
-def _refiner_share(run: dict[str, Any], way: str) -> float | None:
+def _refiner_share(run: ArmResult, way: str) -> float | None:
     """Of the time from nothing to images: what a refiner adds to decoding the same codes."""
-    if way == "codes" or way not in run.get("samples", {}):
+    if way == CODES or way not in run.samples:
         return None
-    plain, refined = run["samples"]["codes"]["seconds_of"], run["samples"][way]["seconds_of"]
-    return max(0.0, refined["decode"] - plain["decode"]) / (refined["prior"] + refined["decode"])
+    plain, refined = run.samples[CODES].scores.seconds_of, run.samples[way].scores.seconds_of
+    if plain is None or refined is None:
+        return None
+    return max(0.0, refined.decode - plain.decode) / (refined.prior + refined.decode)
 
 
 def _sweep(arms: Runs) -> list[str]:
-    rows = [
-        [name, row["way"], settings, f"{1e3 * row['kid']:.1f} ± {1e3 * row['kid_error']:.1f}", f"{row['fid']:.1f}"]
-        + [f"{row['precision']:.3f}", f"{row['recall']:.3f}", row["count"]]
-        for name, runs in arms.items()
-        for settings, row in runs[0].get("sweep", {}).items()
-    ]
+    rows = []
+    for name, runs in arms.items():
+        for settings, swept in runs[0].sweep.items():
+            found = swept.scores
+            kid = f"{1e3 * found.kid:.1f} ± {1e3 * found.kid_error:.1f}"
+            shares = [f"{found.precision:.3f}", f"{found.recall:.3f}"]
+            rows.append([name, swept.way, settings, kid, f"{found.fid:.1f}", *shares, found.count])
     return markdown_table(["", "decoded", "settings", "KID x 1000", "FID", "precision", "recall", "samples"], rows)
 
 
 def _codebook(arms: Runs) -> list[str]:
     rows = []
     for name, runs in arms.items():
-        usages = [run["codebook"] for run in runs if "codebook" in run]
-        for part in usages[0] if usages else ():
-            each = [usage[part] for usage in usages]
-            cells = [spread([usage[key] for usage in each], form) for key, form in _OF_CODEBOOK]
-            rows.append([name, part.replace("_", "-"), *cells, f"{each[0]['fixed_bits_per_image']:.0f}"])
+        counted = [run.tokens for run in runs if run.tokens is not None]
+        if not counted:
+            continue
+        for split, each in (("train", [c.train for c in counted]), ("held-out", [c.held_out for c in counted])):
+            cells = [spread([getattr(usage, key) for usage in each], form) for key, form in _OF_CODEBOOK]
+            rows.append([name, split, *cells, f"{each[0].fixed_bits_per_image:.0f}"])
     head = ["", "images", "codes used", "perplexity", "bits per token", "bits per image", "of"]
     return markdown_table(head, rows)
 
@@ -285,17 +289,13 @@ _OF_CODEBOOK = [("used_share", ".1%"), ("perplexity", ".0f"), ("bits_per_token",
 
 def _training(arms: Runs) -> list[str]:
     rows = []
-    for name, runs in arms.items():
-        parts = {"tokenizer": runs[0]["tokenizer"], "prior": runs[0].get("prior")}
-        parts |= {
-            f"{way} refiner": found["refiner"]
-            for way, found in runs[0].get("samples", {}).items()
-            if "refiner" in found
-        }
+    for name, (run, *_) in arms.items():
+        bound = run.likelihood and run.likelihood.bits_per_token
+        trained = [("tokenizer", run.tokenizer, None), ("prior", run.prior, bound)]
+        trained += [(f"{way} refiner", found.refiner, None) for way, found in run.samples.items()]
         rows += [
-            [name, part, f"{found['parameters']:,}", f"{found['steps']:,}", f"{found['images_seen']:,}"]
-            + [spread([look(found, "held_out_likelihood", "bits_per_token")], ".3f")]
-            for part, found in parts.items()
+            [name, part, f"{found.parameters:,}", f"{found.steps:,}", f"{found.images_seen:,}", spread([bits], ".3f")]
+            for part, found, bits in trained
             if found is not None
         ]
     return markdown_table(["", "", "parameters", "steps", "images seen", "held-out bits per token, at most"], rows)

@@ -22,13 +22,6 @@ def spread(values: Sequence[float | None], form: str) -> str:
     return mean if low == high else f"{mean} ({low} - {high})"
 
 
-def look(row: Any, *way: str) -> Any:
-    """``row[way[0]][way[1]]...``, None where it ends."""
-    for key in way:
-        row = None if row is None else row.get(key)
-    return row
-
-
 class Seeds(NamedTuple):
     """One number of an arm: what each seed gave, and how far it may be off in each direction."""
 

@@ -4,6 +4,8 @@ The Inception network was trained to tell ImageNet's classes apart, and FID with
 people do; with DINOv2 ViT-L/14 the ranking is theirs (Stein et al. 2023, arXiv 2306.04675, whose protocol this is).
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import timm
@@ -29,12 +31,18 @@ class TransformerFeatures(nn.Module):
     The learned positions are timm's resampling (bicubic, antialiased) of the trained grid to that of 224 pixels. Meta's
     code resamples DINOv2's slightly otherwise: values compare with each other, and only nearly with published ones.
 
+    Args:
+        model: with its weights, at the size that they were trained at.
+        name: timm's.
+        source: where the weights came from, in words for ``description``.
+
     Attributes: those of `evaluation.metrics.networks.FeatureNetwork`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: VisionTransformer, name: str, source: str):
-        """`model` with its weights, at the size that they were trained at; `name`: timm's; `source`: words for
-        `description`."""
         super().__init__()
         self.num_features = model.num_features
         # Of the weights as trained: how their positions are resampled is the protocol's.
@@ -54,7 +62,9 @@ class TransformerFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 RGB images (B, 3, H, W), 0..255, any size -> float32 (B, num_features).
 
-        Raises TypeError for another dtype and ValueError for another shape.
+        Raises:
+            TypeError: images of another dtype.
+            ValueError: images of another shape.
         """
         check_images(images)
         chunks = images.split(CHUNK.get(self.mean.device.type, CHUNK["cpu"]))
@@ -94,9 +104,10 @@ def load_transformer(
         model = _create(name, pretrained=True)
     except Exception as error:  # no network, no such weights: the hub's library and its transport raise what they like
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = timm.get_pretrained_cfg(name)
         raise UserError(
             f"timm's weights of {name} cannot be fetched: {first_line} On another machine, fetch model.safetensors of "
-            f"{timm.get_pretrained_cfg(name).hf_hub_id} on the Hugging Face hub, or Meta's own .pth, and name the file "
+            f"{known.hf_hub_id if known else name} on the Hugging Face hub, or Meta's own .pth, and name the file "
             "with --second-weights"
         ) from error
     return TransformerFeatures(model, name, "timm's pretrained weights").to(device)

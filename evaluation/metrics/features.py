@@ -5,8 +5,9 @@ tensor) and `.positions` (int64 (b,), each image's own number in the set), such 
 come from, a disk or a model, nothing here can tell.
 """
 
+from __future__ import annotations
+
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from scq.engine.errors import UserError
+from scq.engine.files import write_file
+from scq.engine.measurements import RealSet
 from scq.engine.processes import gather_objects, rank_and_world_size
 from scq.evaluation.metrics.networks import FeatureNetwork
 
@@ -45,11 +48,12 @@ class FeatureSet:
         return len(self.features)
 
     @staticmethod
-    def merge(parts: Sequence["FeatureSet"]) -> "FeatureSet":
-        """One set from the parts that several processes (or several sittings) extracted.
+    def merge(parts: Sequence[FeatureSet]) -> FeatureSet:
+        """One set from the parts that several processes, or several batches, gave.
 
-        Raises UserError when the parts are of different networks, or when two of them hold the same position: a sampler
-        that pads its last batch with images seen before would otherwise count them twice.
+        Raises:
+            UserError: the parts are of different networks, or two of them hold the same position. A sampler that pads
+                its last batch with images seen before would otherwise count them twice.
         """
         networks = {part.network for part in parts}
         if len(networks) != 1:
@@ -61,7 +65,7 @@ class FeatureSet:
             raise UserError(f"image {int(twice[0])} of {parts[0].name!r} is in two of the parts to be merged")
         return FeatureSet(features[order], positions, parts[0].name, parts[0].network)
 
-    def gather(self) -> "FeatureSet":
+    def gather(self) -> FeatureSet:
         """This set merged with those of all other processes, on every process; itself when there is only one.
 
         Every process must call it.
@@ -98,7 +102,11 @@ def extract_with_each(
         limit: stop after this many images; None: all. An endless iterator needs it.
         progress: called with the number of images after each batch.
 
-    Returns one set for each network. Raises UserError when there is no image.
+    Returns:
+        one set for each network.
+
+    Raises:
+        UserError: there is no image.
     """
     features: list[list[Tensor]] = [[] for _ in networks]
     positions, count = [], 0
@@ -122,25 +130,6 @@ def extract_with_each(
     ]
 
 
-@dataclass(frozen=True)
-class RealSet:
-    """Which images a reference is made of: what must be equal for two numbers to be comparable.
-
-    Attributes:
-        dataset: the name that the user knows it by.
-        split: "train", "val", ...
-        count: number of images.
-        crop: name of the crop and resize protocol, with the size in pixels ("center-bicubic 256").
-        sha256: of the dataset's manifest, "" when there is none.
-    """
-
-    dataset: str
-    split: str
-    count: int
-    crop: str
-    sha256: str = ""
-
-
 def cached_features(
     path: str | Path,
     real_set: RealSet,
@@ -149,12 +138,20 @@ def cached_features(
     progress: Callable[[int], None] | None = None,
     alone: bool = False,
 ) -> FeatureSet:
-    """The features of a real set, from the file `path`, which is written first when it is not there.
+    """The features of a real set, from the file ``path``, which is written first when it is not there.
 
-    The file is safetensors whose header says what it holds. With several processes `batches()` is each one's share,
-    every one must call this, and every one gets the whole set; but with `alone`, `batches()` is the whole set and the
-    others are not asked. Raises UserError when the file holds something else than
-    was asked for, naming each difference, and when there are not `real_set.count` images.
+    The file is safetensors whose header says what it holds. With several processes every one must call this, and every
+    one gets the whole set.
+
+    Args:
+        real_set: what ``batches`` gives, for the header.
+        batches: opens this process's share of the images.
+        progress: called with the number of images after each batch.
+        alone: ``batches`` gives the whole set, and no other process is asked.
+
+    Raises:
+        UserError: the file is damaged or holds something else than was asked for, and the message names each
+            difference; or there are not ``real_set.count`` images.
     """
     path = Path(path)
     asked = {**asdict(real_set), "network": network.fingerprint, "protocol": network.protocol}
@@ -168,11 +165,8 @@ def cached_features(
         )
     if rank_and_world_size()[0] > 0 and not alone:
         return features
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     tensors = {"features": features.features.contiguous(), "positions": features.positions.contiguous()}
-    save_file(tensors, unfinished, metadata={"real_set": json.dumps(asked)})
-    unfinished.replace(path)
+    write_file(path, save(tensors, metadata={"real_set": json.dumps(asked)}))
     return features
 
 

@@ -5,27 +5,17 @@ models can be wrong (Chong & Forsyth 2020, "Effectively Unbiased FID and Incepti
 straight line through FID over 1 / N, at several N, meets 1 / N = 0 at the value without that bias.
 """
 
+from __future__ import annotations
+
 import statistics
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scq.engine.errors import UserError
+from scq.engine.measurements import FrechetInfinity
+from scq.evaluation.metrics.distances import check_comparable
 from scq.evaluation.metrics.features import FeatureSet
-from scq.evaluation.metrics.scores import check_comparable
-
-
-class FrechetInfinity(NamedTuple):
-    """FID without the bias of finitely many generated images; that of finitely many real ones remains."""
-
-    value: float
-    low: float
-    high: float
-    """Ends of the bootstrap interval over the generated images (not over training anew)."""
-    counts: list[int]
-    fids: list[float]
-    """FID at each of `counts`, the points of the fitted line."""
 
 
 def fid_infinity(
@@ -38,11 +28,14 @@ def fid_infinity(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> FrechetInfinity:
-    """Least-squares line through FID over 1 / N for N from a tenth of the generated images (but more than there are
-    features) to all of them, taken at 1 / N = 0; the real statistics are those of the whole real set throughout.
+    """FID extrapolated to infinitely many generated images, with a bootstrap interval.
 
-    The interval is the basic bootstrap's: resampled images are drawn from the set itself, whose own FID, with no limit
-    of N, is the plain FID of the set, so the scatter of (extrapolated from resamples - plain) is that of
+    A least-squares line goes through FID over 1 / N, for N from a tenth of the generated images (but more than there
+    are features) to all of them. Its value at 1 / N = 0 is the answer. The real statistics are always those of the
+    whole real set.
+
+    The interval is the basic bootstrap's. Resampled images are drawn from the set itself, whose own FID without any
+    limit of N is the plain FID of the set. So the scatter of (extrapolated from resamples - plain) is that of
     (extrapolated - truth), and its mean is the line's bias, which is subtracted: FID bends over 1 / N, and a straight
     line ends too low. On Gaussians of 48 equal features that leaves an error of 0.2% with 12 times as many images as
     features, 1% with 5 times, and 12%, too high now, with 2.4 times (5,000 images of 2048 features).
@@ -51,14 +44,16 @@ def fid_infinity(
     twenty, for steadier ends, would take a minute and a half.
 
     Args:
+        real, fake: features (N, D) and (M, D) of one network.
         points: how many N.
         resamples: how many bootstrap sets.
         level: share of intervals that should hold the truth.
         seed: of the orders in which images are taken.
         device: where the linear algebra runs, in float64.
 
-    Raises UserError for sets of different networks, or fewer generated images than twice the features: below that their
-    covariance is singular and FID is no straight line over 1 / N.
+    Raises:
+        UserError: the sets are of different networks, or there are fewer than 2 (D + 1) generated images: with fewer
+            their covariance is singular and FID is no straight line over 1 / N.
     """
     num_features = real.features.shape[1]
     check_comparable(real, fake, at_least=2)

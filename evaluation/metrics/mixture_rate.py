@@ -16,18 +16,22 @@ from scq.stage1_tokenizer.quantizers import Mixture, Quantizer
 
 
 class RoundedMixture(NamedTuple):
+    """Latents whose weights were rounded, and what they cost."""
+
     z_q: Tensor  # (B, F, h, w) float32, of the rounded weights
     bits: Tensor  # (B,) float64, what each image's latents cost
 
 
 def round_mixture(quantizer: Quantizer, mixture: Mixture, weight_bits: int) -> RoundedMixture:
-    """Weights as multiples of 2^-weight_bits that still sum to one, and the length of an enumerative code for them.
+    """Weights as multiples of 2^-b that still sum to one, and the length of an enumerative code for them.
 
-    A latent that mixes s codes costs log2 C(K, s) for which codes, log2 C(2^b - 1, s - 1) for which of the ways to
-    divide 2^b units among them, and 2 floor(log2 s) + 1 for s itself (Elias' gamma code).
-    (Cover, "Enumerative source encoding", 1973: the index of an object among all of its kind.)
+    A latent that mixes s codes of K costs log2 C(K, s) for which codes, log2 C(2^b - 1, s - 1) for which of the ways
+    to divide 2^b units among them, and 2 floor(log2 s) + 1 for s itself (Elias' gamma code). An enumerative code is the
+    index of an object among all of its kind (Cover, "Enumerative source encoding", 1973).
 
     Args:
+        quantizer: whose codes are mixed.
+        mixture: of latents (B, F, h, w).
         weight_bits: b in [1, 16]; one bit leaves two codes of half the weight each, at most.
 
     Raises:

@@ -1,5 +1,7 @@
 """What every feature network is: uint8 images in, features out, its weights named."""
 
+from __future__ import annotations
+
 import hashlib
 from typing import Protocol
 
@@ -19,8 +21,12 @@ class FeatureNetwork(Protocol):
 
 
 def check_images(images: Tensor) -> None:
-    """Raises TypeError for another dtype than uint8 (floats would silently be on another scale), ValueError for another
-    shape than (B, 3, H, W)."""
+    """Refuse what no feature network takes.
+
+    Raises:
+        TypeError: another dtype than uint8; floats would silently be on another scale.
+        ValueError: another shape than (B, 3, H, W).
+    """
     if images.dtype != torch.uint8:
         raise TypeError(f"feature networks take uint8 images in 0..255, not {images.dtype}")
     if images.dim() != 4 or images.shape[1] != 3:

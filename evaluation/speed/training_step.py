@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from scq.data.stream import ImageStream
-from scq.engine.config import load_config
 from scq.engine.accelerators import make_accelerator
+from scq.engine.config import load_config
 from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerTask
 
 
@@ -59,3 +59,12 @@ def benchmark_step(
         ratio = statistics.median(mine / first for mine, first in zip(kept, seconds[0], strict=True))
         rows.append({"config": str(path), "median_s": median, "low_s": low, "high_s": high, "ratio": ratio})
     return rows
+
+
+def format_table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as lines for people."""
+    return [
+        f"{row['config']:48} {1e3 * row['median_s']:8.1f} ms  "
+        f"({1e3 * row['low_s']:.1f} - {1e3 * row['high_s']:.1f})  {row['ratio']:.2f}x"
+        for row in rows
+    ]
