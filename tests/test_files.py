@@ -1,12 +1,15 @@
-"""A model takes the place of a model, and of nothing else."""
+"""What is written is on disk before it appears; and a model takes the place of a model, and of nothing else."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
+from helpers import REPOSITORY
 
 from scq.engine.errors import UserError
-from scq.engine.files import replaced_model
+from scq.engine.files import atomic_folder, atomic_write, replaced_model, write_file, write_json
 
 OURS = {"Painter"}
 
@@ -49,7 +52,7 @@ def test_what_is_not_ours_is_refused_and_stays(tmp_path: Path, monkeypatch: pyte
     (project / "config.json").unlink()
     monkeypatch.chdir(project)
     for folder in (Path(), Path(".."), project):
-        with pytest.raises(UserError, match="in which you are"):
+        with pytest.raises(UserError, match="is or contains the current folder"):
             write(folder, "lost")
     assert sorted(tmp_path.rglob("*")) == [path for path in before if path != project / "config.json"]
 
@@ -72,3 +75,66 @@ def test_a_kill_never_leaves_none(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         killed()
     assert text(model) == "first", "put back before anything else"
+
+
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that are synced to disk from here on, in order, and what is renamed into place."""
+    events: list[str] = []
+    sync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def record_sync(descriptor: int) -> None:
+        events.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name}")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append(f"rename {to.name}") or replace(self, to))
+    monkeypatch.setattr(Path, "rename", lambda self, to: events.append(f"rename {to.name}") or rename(self, to))
+    return events
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux which file a descriptor is of")
+def test_a_file_is_on_disk_before_it_appears_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = synced(monkeypatch)
+    write_file(tmp_path / "report.md", "text")
+    assert [event.split(".tmp")[0] for event in events] == [
+        "sync .report.md", "rename report.md", f"sync {tmp_path.name}",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux which file a descriptor is of")
+def test_every_file_of_a_folder_is_on_disk_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = synced(monkeypatch)
+    with atomic_folder(tmp_path / "step_1") as fresh:
+        (fresh / "prior").mkdir()
+        (fresh / "prior" / "weights").write_bytes(b"a")
+        (fresh / "state.json").write_text("{}")
+    shown = events.index("rename step_1")
+    assert {"sync weights", "sync state.json", "sync prior", "sync .step_1.tmp"} == set(events[:shown])
+    assert events[shown + 1 :] == [f"sync {tmp_path.name}"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    write_json(tmp_path / "numbers.json", {"a": 1})
+    before = (tmp_path / "numbers.json").read_bytes()
+
+    def fail() -> None:
+        with atomic_write(tmp_path / "numbers.json") as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (tmp_path / "numbers.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["numbers.json"]
+
+
+def test_nobody_writes_past_this_module() -> None:
+    """No renames elsewhere: a file that is renamed into place without being synced is lost in a power cut."""
+    for room in ("engine", "data", "stage1_tokenizer", "stage2_prior", "sampling", "evaluation", "cli"):
+        for path in (REPOSITORY / room).rglob("*.py"):
+            if path != REPOSITORY / "engine" / "files.py":
+                renames = r"os\.(?:replace|rename)\(|\.(?:rename|replace)\((?:self\.)?(?:path|final|target)"
+                found = re.findall(renames, path.read_text())
+                assert not found, f"{path} renames: {found}"
