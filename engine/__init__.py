@@ -1,1 +1,1 @@
-"""What both stages' training shares: config, loop, checkpoints, randomness, progress; and the command line."""
+"""What training shares across stages: config, loop, checkpoints, files, randomness, progress and errors."""

@@ -1,4 +1,4 @@
-"""Devices, processes and precision of a training."""
+"""The device, the processes and the precision of a training run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from scq.engine.tracking import checked_tracker
 
 
 def make_accelerator(config: LoopConfig) -> Accelerator:
-    """accelerate's view of this process: its device, the other processes, and mixed precision.
+    """Create the accelerator of this process: its device, the other processes, and mixed precision.
 
     Raises:
-        UserError: the tracker or the precision is unknown, or ``accumulate`` does not divide a process's images.
+        UserError: the tracker is unknown or not installed, the precision is unknown, or ``accumulate`` does not divide
+            this process's share of a batch.
     """
-    # accelerate keeps the first precision of a process for good; a process may train several models.
+    # accelerate fixes the precision at its first use in a process, but a process may train several models.
     AcceleratorState._reset_state()
     join_processes()
     tracker = checked_tracker(config.tracker)
@@ -26,21 +27,24 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     share = config.batch_size // accelerator.num_processes
     if share % config.accumulate:
         raise UserError(
-            f"training.accumulate={config.accumulate} does not divide the {share} images of each process's share of "
-            f"training.batch_size={config.batch_size}"
+            f"training.accumulate={config.accumulate} does not divide the {share} images that each process takes of "
+            f"training.batch_size={config.batch_size}; choose a divisor of {share}"
         )
     return accelerator
 
 
 def resolve_precision(precision: str) -> str:
-    """accelerate's word for a precision.
+    """Translate ``training.precision`` for accelerate.
 
-    ``auto`` becomes bf16 where the hardware multiplies bf16 natively; elsewhere emulation would only be slower.
+    ``auto`` becomes bf16 if the hardware computes in bf16 natively; emulated bf16 would only be slower.
+
+    Returns:
+        ``bf16``, or ``no`` for float32.
 
     Raises:
-        UserError: another word than auto, fp32 or bf16.
+        UserError: the precision is not auto, fp32 or bf16.
     """
-    if precision not in ("auto", "fp32", "bf16"):  # fp16 needs losses scaled, and steps left out where they overflow
+    if precision not in ("auto", "fp32", "bf16"):  # fp16 would need loss scaling, and skipped steps on overflow
         raise UserError(f"training.precision is {precision!r}; it must be auto, fp32 or bf16")
     if precision != "auto":
         return "no" if precision == "fp32" else precision

@@ -1,8 +1,8 @@
 """Experiments as YAML over typed dataclasses.
 
 A config file holds only what differs from the dataclass defaults. It may name another file with ``base: other.yaml``
-(relative to itself) and then holds only what differs from that one, so that two arms of an experiment share everything
-that is not written down as different. The command line overrides with ``section.key=value``.
+(relative to itself); it then holds only what differs from that file, so that two arms of an experiment share everything
+else. The command line overrides values with ``section.key=value``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from scq.engine.errors import UserError
 from scq.engine.files import write_file
 
 Schema = TypeVar("Schema")
-PACKAGE = Path(__file__).resolve().parents[1]  # the folder of scq, which in a checkout is the repository's root
+PACKAGE = Path(__file__).resolve().parents[1]  # the folder of scq; in a checkout, the root of the repository
 CONFIG_ROOT = PACKAGE / "configs"
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, built by timm's optimizer factory (no weight decay on biases, norms and codebooks)."""
+    """AdamW from timm's optimizer factory, with no weight decay on biases, norms and codebooks."""
 
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
@@ -35,7 +35,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     schedule: str = "cosine"  # constant | cosine, after a linear warm-up
     final_share: float = 0.05  # cosine ends at this share of learning_rate
-    clip_norm: float = 1.0  # largest gradient norm; 0 switches clipping off
+    clip_norm: float = 1.0  # largest gradient norm; 0 turns clipping off
 
 
 @dataclass
@@ -44,17 +44,17 @@ class LoopConfig:
 
     steps: int = 1000
     batch_size: int = 64  # images per step over all processes together
-    accumulate: int = 1  # parts that a process computes its share of a step's images in, to save memory
+    accumulate: int = 1  # micro-batches into which a process divides its share of a step's images, to save memory
     seed: int = 0
-    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 where the hardware computes it natively
+    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 if the hardware computes in it natively
     compile: bool = False
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass instead of storing them
     ema_decay: float = 0.999
     log_every: int = 20
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
-    images_every: int = 500  # a picture in the run folder, 0 for none
-    tracker: str = "none"  # none | tensorboard | wandb, beside metrics.jsonl
+    images_every: int = 500  # steps between pictures in the run folder; 0 for no pictures
+    tracker: str = "none"  # none | tensorboard | wandb, in addition to metrics.jsonl
 
 
 @dataclass
@@ -63,9 +63,9 @@ class DataConfig:
     validation: str = ""  # a folder of shards held out from training; empty for none
     flip: bool = True  # horizontal flips with probability 1/2
     workers: int = 0  # decoding processes per training process
-    cache: str = ""  # folder that keeps shards of a URL; empty: every image is a range request
-    # full | blocks: every epoch's order over all images, or over shards and then among neighbouring ones, which spares
-    # a cache that fills meanwhile from fetching a shard for every image of a batch
+    cache: str = ""  # folder that caches the shards of a URL; empty: every image is a range request
+    # full shuffles all images in every epoch; blocks shuffles the shards, then the images within blocks of shards. With
+    # blocks, a batch needs only a few shards; with full, a cache would have to fetch nearly one for every image.
     shuffle: str = "full"
 
 
@@ -73,8 +73,8 @@ def load_config(schema: type[Schema], path: Path | str | None = None, overrides:
     """Read ``path`` over the defaults of ``schema``, then apply ``section.key=value`` overrides.
 
     Raises:
-        UserError: the file is missing or no YAML mapping, a key is unknown or a value has the wrong type; the message
-            names the key and, for files, the file.
+        UserError: the file is missing or not a YAML mapping, a key is unknown, or a value has the wrong type or is out
+            of range; the message names the key and, for files, the file.
     """
     config = OmegaConf.structured(schema)
     for source in _chain(Path(path)) if path else []:
@@ -93,25 +93,25 @@ def load_config(schema: type[Schema], path: Path | str | None = None, overrides:
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {_first_line(error)}") from error
     check_ranges(found)
-    return _at_home(found)
+    return _expand_home(found)
 
 
-def _at_home(config: Schema) -> Schema:
-    """Paths that begin with ~ lead to the user's home, as in a shell."""
+def _expand_home(config: Schema) -> Schema:
+    """Expand a leading ~ in every path to the user's home, as a shell does."""
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
-            _at_home(value)
+            _expand_home(value)
         elif isinstance(value, str) and value.startswith("~"):
             setattr(config, each.name, str(Path(value).expanduser()))
     return config
 
 
 def check_ranges(config: object, prefix: str = "") -> None:
-    """Refuse values of the parts that experiments share which no training could work with.
+    """Refuse values with which no run could train, in the sections that all experiments share.
 
     Raises:
-        UserError: names the first value out of its range, with its whole key.
+        UserError: a value is out of range; the message gives its full key.
     """
     for name, good, what in _ranges(config):
         if not good:
@@ -123,7 +123,7 @@ def check_ranges(config: object, prefix: str = "") -> None:
 
 
 def _ranges(config: object) -> list[tuple[str, bool, str]]:
-    """Field, whether its value is good, and what it must be."""
+    """For each field: its name, whether its value is valid, and what it must be."""
     if isinstance(config, LoopConfig):
         counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
         return [
@@ -148,19 +148,20 @@ def _ranges(config: object) -> list[tuple[str, bool, str]]:
 
 
 def save_config(config: object, path: Path) -> None:
-    """Write the resolved config, headed by the git revision of the code that resolved it."""
+    """Write the resolved config as YAML, headed by the git revision of the code that resolved it."""
     text = f"# resolved by scq at git revision {git_revision()}\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
     write_file(path, text)
 
 
 def as_dict(config: object) -> dict:
+    """The config as plain dictionaries and lists."""
     return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
 
 
 def git_revision() -> str:
-    """The commit of this source tree; 'unknown' where scq was installed without one.
+    """The commit of this source tree; 'unknown' if scq was installed without its repository.
 
-    A repository that merely surrounds an installed package, as the user's own does around a virtual environment, says
+    A repository that merely surrounds the installed package, such as the user's own around a virtual environment, says
     nothing about scq.
     """
     if not (PACKAGE / ".git").exists():
@@ -174,7 +175,7 @@ def git_revision() -> str:
 
 
 def _chain(path: Path) -> list[Path]:
-    """The file and all it is based on, the base first."""
+    """The file and every file that it is based on, the base first."""
     chain: list[Path] = []
     while path is not None:
         if path.resolve() in [p.resolve() for p in chain]:
@@ -187,7 +188,7 @@ def _chain(path: Path) -> list[Path]:
 
 def _read_yaml(path: Path, keep_base: bool = False) -> DictConfig:
     if not path.is_file():
-        raise UserError(f"config {path} does not exist; the ready ones are in configs/")
+        raise UserError(f"config {path} does not exist; those that come with scq are in configs/")
     try:
         config = OmegaConf.load(path)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:

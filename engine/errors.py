@@ -1,4 +1,4 @@
-"""The errors that the project tells apart: mistakes of the person at the keyboard, and numbers gone astray."""
+"""The project's own errors: mistakes that users can fix, and numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the message names what was wrong, with which value, and what to do.
+    """A mistake that the user can fix: the message says what was wrong, with which value, and what to do.
 
     The command line prints it as one line and exits with code 2; everything else is a bug and keeps its traceback.
     """
@@ -20,18 +20,21 @@ class DataError(UserError):
 
 
 class BadImage(DataError):
-    """One image that cannot be used: unreadable, truncated, or smaller than the crop. Packing skips and names it."""
+    """An image that cannot be used: unreadable, truncated, or smaller than the crop. Packing skips it and names it."""
 
 
 class NotFiniteError(ValueError):
-    """NaN or infinity where a number was needed; in training, the sign of a divergence."""
+    """NaN or infinity where a finite number was needed; during training, it means divergence."""
 
 
 def require_finite(name: str, value: Tensor) -> None:
-    """Check that every entry of a tensor is finite; one reduction where all is well.
+    """Check that every entry of a tensor is finite; if so, this costs one reduction.
+
+    Args:
+        name: what the message calls the tensor.
 
     Raises:
-        NotFiniteError: names the first entry that is NaN or infinite.
+        NotFiniteError: an entry is NaN or infinite; the message names the first one.
     """
     if bool(value.detach().sum().isfinite()):
         return

@@ -1,7 +1,7 @@
-"""The one way to write: under a temporary name, synced to disk, then renamed.
+"""The one way to write files: under a temporary name, synced to disk, then renamed.
 
-A reader sees the old file or folder, or the whole new one, and a power cut leaves one of the two. Everything that the
-project writes goes through this module, but for logs, to which lines are appended.
+A reader sees either the old file or folder or the complete new one, and a power cut leaves one of the two. Everything
+that the project writes goes through this module, except logs, which are appended to.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import IO, Any
 
 from scq.engine.errors import UserError
 
-_CLASS_FILES = ("model_index.json", "config.json")  # where diffusers writes the class of what a folder holds
+_CLASS_FILES = ("model_index.json", "config.json")  # where diffusers records the class of the model in a folder
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at ``path``, complete and on disk, when the block ends well, and not at all otherwise.
+    """Yield a binary file that appears at ``path``, complete and synced to disk, only if the block succeeds.
 
-    The folder around ``path`` must exist.
+    The parent folder must exist.
     """
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -39,23 +39,23 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write text (as UTF-8) or bytes atomically; the folders around ``path`` are made."""
+    """Write text (as UTF-8) or bytes atomically; parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:
-    """Write plain values as JSON, atomically: the same value gives the same bytes."""
+    """Write plain values as JSON, atomically; the same value always gives the same bytes."""
     write_file(path, json.dumps(value, indent=indent, ensure_ascii=True) + "\n")
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill, which takes the place of ``folder`` when the block ends well.
+    """Yield an empty folder to fill, which replaces ``folder`` if the block succeeds.
 
-    At any moment a reader finds the old folder or the whole new one, but for the instant between two renames. An old
-    one that a kill left set aside in that instant is put back first.
+    A reader always finds the old folder or the complete new one, except in the instant between two renames. If an
+    earlier process was killed in that instant, the old folder is put back first.
     """
     fresh, aside = (folder.with_name(f".{folder.name}.{kind}") for kind in ("tmp", "old"))
     if aside.is_dir() and not folder.exists():
@@ -68,7 +68,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             _sync_folder(path) if path.is_dir() else _sync_file(path)
         _sync_folder(fresh)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)  # what a full disk needs least
+        shutil.rmtree(fresh, ignore_errors=True)  # the disk may be full
         raise
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)
@@ -80,7 +80,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_model(folder: Path | str, classes: Collection[str]) -> Iterator[Path]:
-    """A fresh folder to fill with a model, which takes the place of ``folder`` (see `atomic_folder`).
+    """Yield an empty folder to fill with a model, which replaces ``folder`` (see `atomic_folder`).
 
     Args:
         classes: names of diffusers' classes whose saved models may be replaced.
@@ -98,34 +98,36 @@ def refuse_to_replace(folder: Path | str, classes: Collection[str]) -> None:
     """Make sure that a model may be written to ``folder``.
 
     Raises:
-        UserError: it is a file, the current folder or one around it, or holds anything but a model of one of
+        UserError: ``folder`` is a file, is or contains the current folder, or holds anything but a model of one of
             ``classes``.
     """
     folder = Path(folder).resolve()
     if Path.cwd().resolve().is_relative_to(folder):
-        raise UserError(f"a model cannot take the place of {folder}, in which you are; name a folder of its own")
+        raise UserError(f"a model cannot replace {folder}, which is or contains the current folder; name another one")
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; a model needs a folder of its own")
     if any(folder.iterdir()) and (_class_in(folder) not in classes or (folder / ".git").exists()):
-        raise UserError(f"{folder} holds other things than a model, which would be lost; name a folder of its own")
+        raise UserError(
+            f"{folder} holds something other than a model, which would be lost; name an empty or new folder"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed writers left in a folder."""
+    """Delete the temporary files that killed processes left in a folder."""
     for path in folder.glob(".*.tmp*"):
         path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file as hexadecimal text, read in pieces."""
+    """The sha256 of a file as hexadecimal text; the file is read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _class_in(folder: Path) -> str | None:
-    """The diffusers class that was saved in a folder."""
+    """The diffusers class whose model is saved in a folder; None if there is none."""
     for index in _CLASS_FILES:
         try:
             return json.loads((folder / index).read_text())["_class_name"]
@@ -140,7 +142,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last; not every system can (Windows cannot open folders)."""
+    """Make renames in a folder durable, where the system allows it (Windows cannot open folders)."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

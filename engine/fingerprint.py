@@ -1,4 +1,4 @@
-"""Which weights these are: what is computed from a network carries its fingerprint, and refuses another's."""
+"""Fingerprints of weights: what is computed from a network records its fingerprint, and refuses another network."""
 
 import hashlib
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def fingerprint(network: nn.Module) -> str:
-    """16 hexadecimal digits of all parameters and buffers under their names."""
+    """16 hexadecimal digits of the sha256 over the names and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -29,21 +29,22 @@ from scq.engine.tracking import RunFolder, read_metrics
 
 @dataclass
 class Trained:
-    """What a finished training hands on."""
+    """The result of a finished training run."""
 
     averaged: nn.Module  # the model with averaged weights, in eval mode
     steps: int
-    seconds: float  # of training, over all interruptions
-    best: Path | None  # the checkpoint with the lowest score; None where nobody asked for scores
+    seconds: float  # of training, summed over all restarts
+    best: Path | None  # the checkpoint with the lowest score; None if nothing was scored
 
 
 class Loop:
-    """One training from its newest checkpoint, if there is one, to its last step.
+    """One training run, from its newest checkpoint (if there is one) to its last step.
 
     Args:
+        task: the networks, and what to do in a step.
         stream: yields this process's share of every batch.
-        folder: the run's; what is there is gone on with.
-        title: what the progress bar says.
+        folder: the run folder; training resumes from the newest checkpoint in it.
+        title: the label of the progress bar.
     """
 
     def __init__(self, task: Task, stream: Stream, folder: RunFolder, title: str):
@@ -57,22 +58,22 @@ class Loop:
             {**task.modules, "ema": task.average.module},
             task.optimizers,
         )
-        self.seconds = 0.0  # of training until the newest checkpoint, over all interruptions
+        self.seconds = 0.0  # of training up to the newest checkpoint, summed over all restarts
 
     def run(self) -> Trained:
         """Train until ``training.steps``.
 
         Raises:
-            UserError: a loss or gradient is not finite; the message names the step, the terms and the last good
-                checkpoint, which is left untouched. Or the newest checkpoint is beyond ``training.steps``, or the run
-                was trained with other frozen networks.
-            DataError: the run was trained on other data.
+            UserError: a loss or gradient is not finite (the message names the step, the terms and the last good
+                checkpoint, which is left untouched); the newest checkpoint is already past ``training.steps``; or the
+                run was started with other frozen networks.
+            DataError: the run was started with other data.
         """
         first, steps = self._resume(), self.training.steps
         self.meter, self.started = _Meter(self.checkpoints), time.monotonic()
         if self.is_main and self.accelerator.num_processes > 1:
             count, images = self.accelerator.num_processes, self.training.batch_size
-            say(f"{count} processes, {images} images a step over all of them")
+            say(f"{count} processes, {images} images per step in total")
         with progress_bar(self.title, quiet=not self.is_main) as progress:
             batches = iter(self.stream)
             progress(first, steps)
@@ -93,19 +94,20 @@ class Loop:
                     self._picture(done)
                 if saves:
                     self.accelerator.wait_for_everyone()
-        # Not accelerator.end_training(): it would end the processes' group, which exports and benchmarks still need.
+        # Not accelerator.end_training(): it would destroy the process group, which exports and benchmarks still need.
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return Trained(self.task.average.module.eval(), steps, self.seconds, self.checkpoints.best())
 
     def _resume(self) -> int:
-        """Restore the newest checkpoint; returns the steps that it was saved after."""
+        """Restore the newest checkpoint and return the number of steps that were done by then."""
         state = self.checkpoints.restore()
         first, self.seconds = state["step"], state.get("seconds", 0.0)
         if first > self.training.steps:
             raise UserError(
-                f"{self.folder.path} was trained for {first} steps already, training.steps={self.training.steps} asks "
-                "for fewer; raise training.steps, choose another out=... or delete that folder"
+                f"{self.folder.path} has already been trained for {first} steps, but "
+                f"training.steps={self.training.steps} asks for fewer; raise training.steps, choose another out=... or "
+                "delete that folder"
             )
         if first:
             self.stream.load_state_dict(state["stream"])
@@ -115,11 +117,11 @@ class Loop:
         return first
 
     def _refuse_other_networks(self, saved: dict[str, str]) -> None:
-        """UserError where the run was begun with other frozen networks than it is given now."""
+        """Raise UserError if the run was started with other frozen networks than those it is given now."""
         for name, known in saved.items():
             if known != self.frozen.get(name):
                 raise UserError(
-                    f"{self.folder.path} holds a run with {name} {known}, this one is given {name} "
+                    f"{self.folder.path} holds a run with {name} {known}, but this run uses {name} "
                     f"{self.frozen.get(name, 'none')}; choose another out=... or delete that folder"
                 )
 
@@ -148,9 +150,9 @@ class Loop:
         self.task.average.update(Whole(model) if is_sharded(model) else model, step=step)
 
     def _log(self, done: int, progress: Report, scored: bool) -> dict[str, float]:
-        """Log the mean terms since the last line, and the score where a checkpoint follows; returns what was logged.
+        """Log the mean of each term since the last line, and the score if a checkpoint follows; return what was logged.
 
-        Logged before it is saved: a kill in between leaves a line that the resumed run drops.
+        The line is written before the checkpoint: if the process is killed in between, the resumed run drops the line.
         """
         values = self.meter.flush(self.training.batch_size)
         speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
@@ -185,8 +187,10 @@ class Loop:
 
 
 class _Meter:
-    """Means over all processes and the steps since the last flush, kept on the device so that no step waits for the
-    host. Every process must flush."""
+    """Means of all terms over the processes and over the steps since the last flush.
+
+    Terms stay on the device until they are flushed, so that no step waits for the host. Every process must flush.
+    """
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
@@ -203,21 +207,21 @@ class _Meter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """For data."""
+        """Count the time in the block as waiting for data."""
         before = time.monotonic()
         yield
         self.waited += time.monotonic() - before
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile is no training, and does not count in its speed."""
+        """Leave the time in the block out of the training speed."""
         before = time.monotonic()
         yield
         self.started += time.monotonic() - before
 
     def flush(self, batch_size: int) -> dict[str, float]:
-        # One transfer for all, and one sum over processes; a term that begins within the window is averaged over the
-        # steps that have it.
+        # One transfer and one sum over processes for all values. A term that first appears after some steps is averaged
+        # over the steps that have it.
         values = torch.stack([x.detach().float() for row in self.rows for x in row.values()])
         values = iter((sum_across_processes(values) / rank_and_world_size()[1]).tolist())
         rows = [{name: next(values) for name in row} for row in self.rows]
@@ -233,8 +237,11 @@ class _Meter:
         return means
 
     def divergence(self, step: int, found: str) -> UserError:
-        """What to say of ``step``, whose forward pass met numbers that are not finite, ``found`` in words. The step
-        that went astray may be an earlier one, not yet flushed. Asks no other process: they may wait elsewhere."""
+        """The error for ``step``, whose forward pass met numbers that are not finite; ``found`` describes them.
+
+        It names an earlier step if the divergence began in one that is not flushed yet. It does not communicate with
+        the other processes, which may be waiting in another collective call.
+        """
         for number, row in zip(self.steps, self.rows, strict=True):
             values = {name: float(value) for name, value in row.items()}
             if not _finite(values):
@@ -246,7 +253,7 @@ class _Meter:
         return UserError(
             f"training diverged at step {step}: {terms}. Last good checkpoint: "
             f"{self.checkpoints.latest() or 'none yet'}. "
-            "Begin again in another out=... with a lower optimizer.learning_rate, or with training.precision=fp32"
+            "Start again in another out=... with a lower optimizer.learning_rate, or with training.precision=fp32"
         )
 
 

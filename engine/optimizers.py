@@ -1,4 +1,4 @@
-"""Optimizers by timm's factory, with weight decay where it belongs."""
+"""Optimizers from timm's factory, with weight decay only where it belongs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Part = TypeVar("Part")
 def create_optimizer(
     module: nn.Module, config: OptimizerConfig, exclude: tuple[str, ...] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW over ``module``; no weight decay on one-dimensional parameters nor in submodules called ``exclude``.
+    """AdamW over ``module``, without weight decay on one-dimensional parameters or in submodules named in ``exclude``.
 
-    Every group carries its base rate as ``initial_lr``, from which the loop computes the rate of each step.
+    Every parameter group carries its base learning rate as ``initial_lr``; the loop computes each step's rate from it.
     """
     skipped = [name for name, _ in module.named_parameters() if not set(exclude).isdisjoint(name.split("."))]
     module.no_weight_decay = lambda: set(skipped)
@@ -34,12 +34,12 @@ def create_optimizer(
 
 
 def in_parts(batch: Sequence[torch.Tensor], config: LoopConfig) -> list[tuple[torch.Tensor, ...]]:
-    """A process's share of a batch, as tensors (b, ...), divided into ``training.accumulate`` micro-batches."""
+    """Divide a process's share of a batch, tensors (b, ...), into ``training.accumulate`` micro-batches."""
     return list(zip(*(tensor.chunk(config.accumulate) for tensor in batch), strict=True))
 
 
 def micro_batches(accelerator: Accelerator, module: nn.Module, parts: Sequence[Part]) -> Iterator[Part]:
-    """The parts of a batch, one after another; processes exchange gradients in the backward of the last one only."""
+    """Yield the parts of a batch in turn; processes exchange gradients only in the backward pass of the last one."""
     for part in parts[:-1]:
         with accelerator.no_sync(module):
             yield part
@@ -49,7 +49,14 @@ def micro_batches(accelerator: Accelerator, module: nn.Module, parts: Sequence[P
 def optimizer_step(
     module: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator, clip_norm: float
 ) -> torch.Tensor:
-    """Clip, step, clear. Returns the gradient norm before clipping, 0-dim."""
+    """Clip the gradients, take a step, and clear the gradients.
+
+    Args:
+        clip_norm: largest gradient norm; 0 for no clipping.
+
+    Returns:
+        the gradient norm before clipping, 0-dim.
+    """
     norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm if clip_norm > 0 else float("inf"))
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     optimizer.step()
@@ -58,5 +65,5 @@ def optimizer_step(
 
 
 def mean_terms(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of every term over the parts of a batch."""
+    """The mean of each term, 0-dim float32, over the parts of a batch."""
     return {name: torch.stack([row[name].detach().float() for row in rows]).mean() for name in rows[0]}

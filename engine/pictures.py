@@ -1,4 +1,4 @@
-"""Pictures of many images, for run folders and reports."""
+"""Grids of images and training curves, for run folders and reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ _NOT_PLOTTED = frozenset(["step", "learning_rate", "data_wait_share"])
 
 
 def picture_grid(images: torch.Tensor, columns: int, gap: int = 2, smallest_side: int = 64) -> Image.Image:
-    """Tile uint8 images (N, 3, H, W) row by row on white, small ones enlarged to whole pixels so that eyes can judge.
+    """Tile uint8 images (N, 3, H, W) row by row on white; small ones are enlarged by a whole factor to be easy to see.
+
+    Args:
+        gap: pixels between tiles.
 
     Returns:
         an RGB picture; each tile is at least ``smallest_side`` pixels wide.
@@ -30,7 +33,7 @@ def picture_grid(images: torch.Tensor, columns: int, gap: int = 2, smallest_side
 
 
 def curves(rows: list[dict[str, float]], columns: int = 4) -> Image.Image:
-    """Every logged term against the step, one small plot each.
+    """Plot every logged term against the step, each in a small plot of its own.
 
     Args:
         rows: of metrics.jsonl; a term may be missing from some.

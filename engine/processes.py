@@ -1,4 +1,4 @@
-"""What the processes of one job tell each other; where there is only one, nothing."""
+"""Communication between the processes of one job; with a single process, every function is trivial."""
 
 import os
 from typing import Any
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def join_processes() -> torch.device:
-    """This process's device, after it has joined the others that `accelerate launch` or `torchrun` started, if any.
+    """Join the processes that `accelerate launch` or `torchrun` started, if any, and return this process's device.
 
-    With GPUs the group carries tensors of both kinds: losses lie on the GPU, counts and features on the CPU, and
-    accelerate's own group would be NCCL's alone, which refuses the latter.
+    With GPUs, the process group needs a backend for each device: losses are on the GPU, counts and features on the CPU.
+    accelerate's own group would use NCCL alone, which refuses CPU tensors.
     """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -21,22 +21,22 @@ def join_processes() -> torch.device:
     if "LOCAL_RANK" in os.environ and torch.cuda.is_available() and not cpu and not dist.is_initialized():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
-    # Said here, because only accelerate's larger states read that variable, and each process would think it were alone.
+    # PartialState does not read the variable itself: without ``cpu``, each process would think that it is alone.
     return PartialState(cpu=cpu).device
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank, and how many processes there are."""
+    """This process's rank, and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if across_processes() else (0, 1)
 
 
 def across_processes() -> bool:
-    """Whether several processes train together."""
+    """Whether this job has several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def sum_across_processes(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes; the tensor itself where there is only one."""
+    """The sum of a tensor over all processes; the tensor itself if there is only one process."""
     if across_processes():
         value = value.clone()
         dist.all_reduce(value)
@@ -44,7 +44,7 @@ def sum_across_processes(value: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows (n, F) of all processes in rank order (world n, F); every process must hold equally many."""
+    """The rows (n, F) of all processes in rank order, (world_size * n, F); n must be the same in every process."""
     if not across_processes():
         return rows
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
@@ -53,7 +53,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """What every process holds, in rank order, on every process; every one must call it."""
+    """The values of all processes in rank order; every process must call this, and gets them all."""
     if not across_processes():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -62,13 +62,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def same_everywhere(value: Tensor) -> Tensor:
-    """Overwrite a tensor with process 0's, so that no rounding sets the processes apart."""
+    """Overwrite a tensor with that of rank 0, so that rounding cannot make the processes differ."""
     if across_processes():
         dist.broadcast(value, 0)
     return value
 
 
 def leave_processes() -> None:
-    """End the group, the last thing that a process of several does."""
+    """Destroy the process group, if there is one; call this last."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -16,21 +16,20 @@ console = Console(stderr=True, highlight=False)
 
 
 class Report(Protocol):
-    """Takes what is done, of how much, and perhaps a short text."""
+    """Takes how much is done, out of how much, and optionally a short text."""
 
     def __call__(self, done: int, total: int, info: str = "") -> None: ...
 
 
 class Bar:
-    """One running task: call it with (done, total) and, if there is more to say, a short text, which stays until the
-    next one."""
+    """The progress of one task: call it with (done, total) and optionally a short text, which stays until the next."""
 
     def __init__(self, title: str, progress: Progress | None):
         self.title = title
         self.progress = progress
         self.task = progress.add_task(title, total=None, info="") if progress else None
         self.last_line = time.monotonic()
-        self.first: tuple[float, int] | None = None  # when the first report came, and what was done by then
+        self.first: tuple[float, int] | None = None  # when the first report came, and how much was done by then
         self.info = ""
 
     def __call__(self, done: int, total: int, info: str = "") -> None:
@@ -45,14 +44,14 @@ class Bar:
             return
         self.last_line = now
         started, done_before = self.first
-        # A single report gives no pace: what came before it may be another run's, or the start of the networks.
+        # The pace needs two reports: what was done before the first may be an earlier run's work, or start-up.
         left = f", {(now - started) / (done - done_before) * (total - done):.0f} s left" if done > done_before else ""
         print(f"{self.title}: {done}/{total}{left} {self.info}".rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager
 def progress_bar(title: str, quiet: bool = False) -> Iterator[Report]:
-    """A bar for the body of the ``with`` statement; ``quiet`` for processes that are not the main one."""
+    """A progress bar for the body of the ``with`` statement; ``quiet`` in every process but the main one."""
     if quiet:
         yield lambda done, total, info="": None
         return
@@ -64,7 +63,7 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Report]:
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("ETA"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[info]}", style="dim"),
     )
@@ -73,5 +72,5 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Report]:
 
 
 def say(text: str) -> None:
-    """A line for the person at the keyboard, on standard error so that standard output stays for results."""
+    """Print a line for the user on standard error; standard output is kept for results."""
     console.print(text, markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of who asks: the project's one source of them.
+"""Random numbers as pure functions of an image's key and a purpose: the project's one source of randomness.
 
 Training and sampling never draw from a global generator whose state would have to be saved and divided among
 processes. Every image has its own stream of numbers, addressed by (key of the image, counter): the same image gets the
@@ -6,8 +6,8 @@ same numbers whatever the batch size, the number of processes, the device, or ho
 
 The generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014): the
 finaliser of a Weyl sequence, in wrapping 64-bit integer arithmetic that NumPy and torch compute alike on every device.
-What reads data asks for `position_bits`, in NumPy, because torch's threads do not survive a fork; networks ask for
-numbers on their own device.
+Data readers use `position_bits`, in NumPy, because torch's threads do not survive a fork. Networks use the other
+functions, on their own device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Int64 = TypeVar("Int64", torch.Tensor, np.ndarray)  # of 64-bit signed integers
 
 
 def _shift_right(x: Int64, bits: int) -> Int64:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # signed integers are shifted arithmetically
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # >> copies the sign bit of signed integers; the mask clears it
 
 
 def _mix(x: Int64) -> Int64:
@@ -47,7 +47,7 @@ def position_bits(seed: int, positions: np.ndarray, purpose: int) -> np.ndarray:
     Returns:
         (n,) uint64.
     """
-    with np.errstate(over="ignore"):  # wrapping is meant
+    with np.errstate(over="ignore"):  # overflow is intended
         start = _mix(np.array([seed % 2**64], np.uint64).view(np.int64) + _GOLDEN) + purpose  # (1,)
         return _mix(_mix(start + np.asarray(positions, np.int64) + _GOLDEN) + _GOLDEN).view(np.uint64)
 
@@ -56,10 +56,10 @@ def image_uniform(keys: torch.Tensor, *shape: int, seed: int = 0, purpose: str =
     """Uniform numbers in (0, 1), one block of ``shape`` for each image.
 
     Args:
-        keys: (B,) int64, what tells the images apart: their positions in the training sequence, or sampling seeds.
-        shape: size of the block each image gets; none for one number.
+        keys: (B,) int64, one for each image: its position in the training sequence, or its sampling seed.
+        shape: size of each image's block; none for a single number.
         seed: the experiment's seed.
-        purpose: separates streams that the same image needs for different things.
+        purpose: keeps the numbers that an image needs for different things independent.
 
     Returns:
         (B, *shape) float32 on the device of ``keys``.

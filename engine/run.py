@@ -1,4 +1,4 @@
-"""One life cycle for every stage: open, build, train or go on, export.
+"""One life cycle for every stage: open its data, build, train or resume, export.
 
 run(TokenizerStage(config))        # from the command line, from Python, and from a benchmark alike
 """
@@ -21,18 +21,18 @@ from scq.engine.tracking import RunFolder
 
 
 def run(stage: Stage) -> Trained:
-    """Train a stage, or go on with it, and export it to ``out/model``, its best checkpoint to ``out/best``.
+    """Train a stage, or resume its training, and export it to ``out/model`` and its best checkpoint to ``out/best``.
 
-    Every process of a job must call it.
+    Every process of a job must call this.
 
     Raises:
-        UserError: the config does not fit the data, ``out`` holds another run or one that another process trains, or
-            training diverged.
-        DataError: the data is missing or damaged, or not what the run was begun with.
+        UserError: ``out`` is empty, or holds another run or one that another process is training; the config does not
+            fit the data; or training diverged.
+        DataError: the data is missing or damaged, or is not what the run was started with.
     """
     config = stage.config
     if not config.out:
-        raise UserError(f"out is empty: say where the run goes, for example out=runs/{stage.name}")
+        raise UserError(f"out is empty: name a folder for the run, for example out=runs/{stage.name}")
     accelerator = make_accelerator(config.training)
     stream = stage.open_stream(accelerator)
     task = stage.build(accelerator)
@@ -53,7 +53,7 @@ def run(stage: Stage) -> Trained:
 
 
 def dry_run(stage: Stage) -> list[str]:
-    """What `run` would take, as lines for a person (see `engine.dry_run.estimate`); writes nothing.
+    """Estimate what `run` would take, in lines for a person (see `engine.dry_run.estimate`); writes nothing.
 
     Raises:
         UserError, DataError: as `run`.
@@ -61,7 +61,7 @@ def dry_run(stage: Stage) -> list[str]:
     training = stage.config.training
     accelerator = make_accelerator(training)
     probe = stage.probe(accelerator)
-    single = copy.copy(stage)  # the probe is too small to be divided
+    single = copy.copy(stage)  # without accumulation: the probe is too small to be divided
     single.config = dataclasses.replace(stage.config, training=dataclasses.replace(training, accumulate=1))
     task = single.build(accelerator, probe)
     return estimate(task, probe, training, accelerator, stage.heaviest_step())

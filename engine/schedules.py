@@ -12,11 +12,13 @@ def learning_rate_share(step: int, total: int, warmup: int, schedule: str, final
 
     Args:
         step: the step about to be taken, 0 <= step < total.
+        total: steps of the whole run.
+        warmup: steps of the warm-up; 0 for none.
         schedule: ``constant`` or ``cosine``.
         final_share: where the cosine ends, in [0, 1].
 
     Raises:
-        UserError: an unknown schedule.
+        UserError: the schedule is unknown.
     """
     if schedule not in ("constant", "cosine"):
         raise UserError(f"optimizer.schedule is {schedule!r}; it must be 'constant' or 'cosine'")
@@ -28,7 +30,7 @@ def learning_rate_share(step: int, total: int, warmup: int, schedule: str, final
 
 
 def linear_ramp(step: int, start: int, length: int) -> float:
-    """0 before ``start``, then a straight line that reaches 1 after ``length`` steps."""
+    """0 before ``start``, then a linear rise to 1 over ``length`` steps."""
     if step < start:
         return 0.0
     return min(1.0, (step - start + 1) / length) if length > 0 else 1.0

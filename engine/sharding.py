@@ -1,9 +1,8 @@
-"""A model whose weights, gradients and optimizer state are divided among the processes (torch's FSDP2), and the whole
-of it where a checkpoint or an average needs that.
+"""Sharding a model's weights, gradients and optimizer state across processes (torch's FSDP2), and gathering them.
 
-For a model that is not divided, every function here does the ordinary thing. accelerate's FSDP plugin divides with the
-same function, but takes its settings from the launcher's environment instead of the run's config, and its checkpoints
-are of another kind than those of a model that is not divided.
+For an unsharded model, the functions that gather and load do the ordinary thing. accelerate's FSDP plugin shards with
+the same torch function, but takes its settings from the launcher's environment instead of the run's config, and its
+checkpoints differ in format from those of an unsharded model.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def shard(module: nn.Module, blocks: type[nn.Module]) -> nn.Module:
-    """Divide ``module`` among all processes, each of its ``blocks`` gathered only while it computes.
+    """Shard ``module`` across all processes; each of its ``blocks`` is gathered only while it computes.
 
-    Call it before the optimizer is made.
+    Call this before the optimizer is created.
 
     Raises:
         UserError: there is only one process.
     """
     if not across_processes():
-        raise UserError("shard=true divides a model among several processes; this is one alone: set shard=false")
+        raise UserError("shard=true divides a model among several processes, but there is only one; set shard=false")
     for block in module.modules():
         if isinstance(block, blocks):
             fully_shard(block)
@@ -43,21 +42,21 @@ def shard(module: nn.Module, blocks: type[nn.Module]) -> nn.Module:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` divided it."""
+    """Whether `shard` was applied to the module."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor of a module, put together from all processes; every one must call it."""
+    """The state dict of a module, gathered from all processes; every process must call this."""
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in module.state_dict().items()}
 
 
 @torch.no_grad()
 def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy whole tensors into a module, each process its share.
+    """Copy whole tensors into a module; each process keeps its shard.
 
     Raises:
-        KeyError, RuntimeError: a tensor is missing, or of another shape.
+        KeyError, RuntimeError: a tensor is missing, or has another shape.
     """
     for name, mine in module.state_dict().items():
         if isinstance(mine, DTensor):
@@ -67,14 +66,14 @@ def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint keeps of an optimizer."""
+    """The optimizer's state for a checkpoint, gathered from all processes; every process must call this."""
     if not is_sharded(module):
         return optimizer.state_dict()
     return get_optimizer_state_dict(module, _bare(optimizer), options=_WHOLE)
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The reverse of `optimizer_state`."""
+    """The inverse of `optimizer_state`."""
     if is_sharded(module):
         set_optimizer_state_dict(module, _bare(optimizer), state, options=_WHOLE)
     else:
@@ -82,12 +81,12 @@ def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, st
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Without accelerate's wrapper."""
+    """The optimizer without accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 class Whole:
-    """Stands for a divided module where only its ``state_dict`` is asked for; every process must make one."""
+    """Stands in for a sharded module where only its ``state_dict`` is needed; every process must create one."""
 
     def __init__(self, module: nn.Module):
         self._state = whole_state(module)

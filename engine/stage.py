@@ -1,7 +1,7 @@
-"""What a training has to say for itself. `scq.engine.run` does everything that trainings have in common.
+"""What each kind of training defines for itself. `scq.engine.run` does everything that they have in common.
 
-A `Stage` is cheap: a config and what it freezes. It says what it streams, builds and exports. The `Task` that it builds
-holds networks and optimizers in memory, and takes training steps.
+A `Stage` is cheap: a config and the frozen networks it needs. It says what to stream, build and export. The `Task` that
+it builds holds networks and optimizers in memory, and takes training steps.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from scq.engine.optimizers import in_parts, mean_terms, micro_batches, optimizer
 
 Part = TypeVar("Part")
 Terms = dict[str, Tensor]  # numbers to log, 0-dim, by name
-PROBED_IMAGES = 4  # small enough for any machine; a dry run scales memory and time from them
+PROBED_IMAGES = 4  # few enough for any machine; a dry run scales memory and time up from them
 
 
 class Experiment(Protocol):
-    """The config of a stage: what all of them have."""
+    """The fields that the config of every stage has."""
 
     out: str  # the run folder
     optimizer: OptimizerConfig
@@ -35,10 +35,10 @@ class Experiment(Protocol):
 
 
 class Stream(Protocol):
-    """An endless stream of this process's share of every batch, which knows how far it is (see data.order)."""
+    """An endless stream of this process's share of every batch, which knows its own position (see data.order)."""
 
     num_images: int
-    unit: str  # what it hands out, for people: images, token grids
+    unit: str  # what it yields, in words: images, token grids
     order_description: str
 
     def __iter__(self) -> Iterator[Any]: ...
@@ -52,22 +52,25 @@ class Probe(NamedTuple):
     """A few images for a dry run."""
 
     batch: Any  # of PROBED_IMAGES images, a NamedTuple of tensors
-    images: int | None  # in the whole training set; None where it is not at hand
+    images: int | None  # in the whole training set; None if that is not available here
 
 
 class Task(ABC):
-    """The networks of one training, and one training step of them.
+    """The networks and optimizers of one training run, and its training step.
 
     Args:
-        make: builds the network that is trained; called with torch's generator seeded, so that every process begins
-            with the same weights.
+        make: builds the network to train; called with torch's generator seeded, so that every process starts with the
+            same weights.
 
     Attributes:
-        modules: all that is trained, by name, ``model`` first; a checkpoint keeps each.
-        optimizers: by name; a checkpoint keeps each.
-        frozen: networks that the step uses without training them, by name; a run goes on only with the same.
-        average: the exponential moving average of ``modules["model"]``: what is scored, pictured and exported.
-        score_name: which of the numbers that `score` returns chooses the best checkpoint, the lowest being the best.
+        modules: everything that is trained, by name, ``model`` first; checkpoints save them all.
+        optimizers: by name; checkpoints save them all.
+        frozen: networks that the step uses but does not train, by name; a run resumes only with the same ones.
+        average: the exponential moving average of ``modules["model"]``, which is scored, pictured and exported.
+        score_name: the number from `score` that chooses the best checkpoint; lower is better.
+
+    Raises:
+        UserError: the network does not support gradient checkpointing, but the config asks for it.
     """
 
     score_name: str = ""
@@ -78,7 +81,9 @@ class Task(ABC):
         network = make().to(accelerator.device)
         if config.training.gradient_checkpointing:
             if not getattr(network, "_supports_gradient_checkpointing", False):
-                raise UserError(f"training.gradient_checkpointing=true is not for a {type(network).__name__}")
+                raise UserError(
+                    f"training.gradient_checkpointing=true does not work with {type(network).__name__}; set it to false"
+                )
             network.enable_gradient_checkpointing()
         # Copied before accelerate wraps the network's forward in autocast.
         self.average = ModelEmaV3(network, decay=config.training.ema_decay, use_warmup=True)
@@ -88,21 +93,25 @@ class Task(ABC):
 
     @abstractmethod
     def training_step(self, batch: Any, step: int) -> Terms:
-        """Take one step of every optimizer; ``loss`` is among the terms that are returned."""
+        """Take one step of every optimizer and return the terms to log, ``loss`` among them.
+
+        Raises:
+            NotFiniteError: the forward pass met NaN or infinity.
+        """
 
     def score(self, averaged: nn.Module) -> dict[str, float] | None:
-        """How good the averaged weights are on held-out data; None where nobody asked.
+        """Score the averaged weights on held-out data; None if no score is wanted.
 
-        Called in the main process alone: it must not wait for the others.
+        Only the main process calls this, so it must not wait for the others.
         """
         return None
 
     def picture(self, averaged: nn.Module) -> Image.Image | None:
-        """Something to look at, drawn with the averaged weights."""
+        """A picture of what the averaged weights can do; None for no picture."""
         return None
 
     def in_parts(self, batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        """A process's share of a batch, divided into ``training.accumulate`` micro-batches."""
+        """Divide a process's share of a batch into ``training.accumulate`` micro-batches."""
         return in_parts(batch, self.config.training)
 
     def optimize(
@@ -112,7 +121,7 @@ class Task(ABC):
 
         Args:
             wrapped: the module as accelerate prepared it.
-            loss: of one part: what to minimise (), and terms to log.
+            loss: of one part: what to minimise, 0-dim, and terms to log.
 
         Returns:
             the mean of each term over the parts, and the norm of the gradient before clipping.
@@ -128,7 +137,7 @@ class Task(ABC):
 
 
 class Stage(ABC):
-    """One training: `scq.engine.run.run` trains it, `dry_run` says what that would take.
+    """One kind of training: `scq.engine.run.run` trains it, and `dry_run` says what that would take.
 
     Attributes:
         name: tokenizer, prior or refiner.
@@ -140,12 +149,12 @@ class Stage(ABC):
 
     @property
     def title(self) -> str:
-        """What people read: the name, and the kind where there are several."""
+        """The name that is shown, with the kind if there are several."""
         return self.name
 
     @abstractmethod
     def open_stream(self, accelerator: Accelerator) -> Stream:
-        """This process's share of the training set.
+        """Open this process's share of the training set.
 
         Raises:
             UserError, DataError: the data is missing, or does not fit the config.
@@ -153,27 +162,27 @@ class Stage(ABC):
 
     @abstractmethod
     def probe(self, accelerator: Accelerator) -> Probe:
-        """A few training images, without reading more."""
+        """Read a few training images, and no more."""
 
     @abstractmethod
     def build(self, accelerator: Accelerator, probe: Probe | None = None) -> Task:
-        """Networks and optimizers in memory.
+        """Create the networks and optimizers in memory.
 
         Args:
-            probe: in a dry run, the only images there are; no others are read, and nothing will be scored.
+            probe: for a dry run: no other images are read, and nothing will be scored.
 
         Raises:
-            UserError: the config does not describe a network.
+            UserError: the config does not describe a valid network.
         """
 
     @abstractmethod
     def export(self, averaged: nn.Module, folder: Path, steps: int) -> None:
-        """Save the averaged weights after so many steps as a model that users open.
+        """Save the averaged weights after ``steps`` steps as a model that users can open.
 
         Raises:
             UserError: ``folder`` holds anything but a model.
         """
 
     def heaviest_step(self) -> int:
-        """The step that needs the most memory, with every loss switched on."""
+        """The number of a step that needs the most memory, one with every loss switched on."""
         return self.config.training.steps - 1

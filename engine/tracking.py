@@ -1,4 +1,4 @@
-"""The run folder: resolved config, metrics, pictures, checkpoints, and the model at the end."""
+"""The run folder: resolved config, metrics, pictures, checkpoints, and finally the model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from scq.engine.config import as_dict, load_config, save_config
 from scq.engine.errors import UserError
 from scq.engine.files import atomic_write, write_file
 
-# What may differ between the run that wrote a folder and the one that goes on in it. Where the data lies may change;
-# whether it is the same data, and whether a tokenizer or a prior at another place is the same network, is checked by
-# fingerprints when a checkpoint is restored.
+# Settings that may differ between the run that wrote a folder and the one that resumes it. The paths of data and
+# networks may change: when a checkpoint is restored, fingerprints show whether they are still the same.
 _FREE_KEYS = frozenset(
     [
         "out",
@@ -37,7 +36,7 @@ _FREE_KEYS = frozenset(
 
 
 class RunFolder:
-    """One training run on disk. Only the main process writes, and nothing but a lock before `begin`.
+    """One training run on disk. Only the main process writes; before `begin`, it writes nothing but a lock.
 
     Raises:
         UserError: the folder holds checkpoints of a run with other settings, or another process is training in it.
@@ -61,9 +60,9 @@ class RunFolder:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def begin(self, step: int) -> None:
-        """Save the config, and open the logs for what comes after ``step``.
+        """Save the config, and open the logs for the steps after ``step``.
 
-        What a killed run logged after the checkpoint that is resumed is dropped, so that no step stands twice.
+        Lines that a killed run logged after that step are dropped, so that no step appears twice.
         """
         if self.is_main:
             (self.path / "images").mkdir(parents=True, exist_ok=True)
@@ -73,19 +72,20 @@ class RunFolder:
             write_file(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
         tracker = self._config.training.tracker
         if tracker == "tensorboard":
-            # make_accelerator does not know the run; and what TensorBoard's tracker calls a project is a folder.
+            # Set here because make_accelerator does not know the run folder. The project's name is a folder in it.
             self.accelerator.project_configuration.logging_dir = str(self.path)
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
         elif tracker == "wandb":
             self.accelerator.init_trackers("scq", init_kwargs={"wandb": self._wandb_settings()})
 
     def picture(self, name: str, image: Image.Image) -> None:
+        """Save a picture as ``images/NAME.png``."""
         if self.is_main:
             with atomic_write(self.path / "images" / f"{name}.png") as file:
                 image.save(file, format="PNG")
 
     def _wandb_settings(self) -> dict:
-        """A name that people recognise, the resolved config, and an id under which the run goes on where it stopped."""
+        """A name that people recognise, the resolved config, and an id under which a resumed run continues."""
         path = self.path / "wandb_id"
         if self.is_main and not path.is_file():
             write_file(path, uuid.uuid4().hex[:8])
@@ -98,11 +98,11 @@ class RunFolder:
         }
 
     def _lock(self) -> None:
-        """Keep other processes from training in this folder, until this one ends or trains no more."""
+        """Keep other processes from training in this folder until this one ends or has finished training."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._locked = (self.path / ".lock").open("ab")
         try:
-            # A POSIX record lock: unlike flock's it does not live on in the data workers of a killed process.
+            # A POSIX record lock: unlike flock's, data workers that outlive a killed process do not hold it.
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(
@@ -111,7 +111,7 @@ class RunFolder:
 
     def _refuse_other_settings(self) -> None:
         saved_path = self.path / "config.yaml"
-        # Where nothing was trained yet, there is nothing that other settings would contradict.
+        # Before the first checkpoint, there is nothing that other settings could contradict.
         if not saved_path.is_file() or not whole_checkpoints(self.path / "checkpoints"):
             return
         saved = _flatten(as_dict(load_config(type(self._config), saved_path)))
@@ -119,13 +119,13 @@ class RunFolder:
         for key in sorted(saved.keys() | asked.keys()):
             if key not in _FREE_KEYS and saved.get(key) != asked.get(key):
                 raise UserError(
-                    f"{self.path} holds a run with {key}={saved.get(key)!r}, this one asks for {asked.get(key)!r}; "
+                    f"{self.path} holds a run with {key}={saved.get(key)!r}, but this run asks for {asked.get(key)!r}; "
                     "choose another out=... or delete that folder"
                 )
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a run's metrics.jsonl, without a last line that was cut short when the run was killed."""
     rows = []
     path = run / "metrics.jsonl"
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -147,7 +147,11 @@ def _flatten(tree: dict, prefix: str = "") -> dict:
 
 
 def checked_tracker(tracker: str) -> str | None:
-    """accelerate's word for ``training.tracker``; UserError where there is no such tracker, or it is not installed."""
+    """Translate ``training.tracker`` for accelerate; ``none`` becomes None.
+
+    Raises:
+        UserError: the tracker is unknown, or not installed.
+    """
     from accelerate.tracking import is_tensorboard_available, is_wandb_available
 
     available = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}

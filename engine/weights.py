@@ -1,4 +1,4 @@
-"""Weights of networks that others trained, read from their file."""
+"""Reading the weights of networks that others have trained."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ def read_weights(path: Path, what: str) -> dict[str, Tensor]:
     """A state dict from a .safetensors or .pth file, read without unpickling any code.
 
     Args:
-        what: words for the errors ("the Inception weights").
+        what: what error messages call the weights, in the plural ("the Inception weights").
 
     Raises:
-        UserError: the file is missing, cannot be read, or holds something else.
+        UserError: the file is missing, cannot be read, or holds something other than a state dict.
     """
     if not path.is_file():
         raise UserError(f"{what} {path} do not exist")

@@ -20,7 +20,7 @@ def test_a_full_disk_is_named_and_left_as_it_was(checkpoints: Checkpoints) -> No
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a third of what the weights need
     try:
-        with pytest.raises(UserError, match=r"step_00000002 cannot be written .* goes on from .*step_00000001"):
+        with pytest.raises(UserError, match=r"step_00000002 cannot be written .* resumes from .*step_00000001"):
             checkpoints.save(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

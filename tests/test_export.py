@@ -71,12 +71,12 @@ def test_nothing_but_a_model_is_replaced(tiny_run: Path, tmp_path: Path) -> None
     pipeline = SoftConvexPipeline.from_pretrained(tiny_run / "model")
     (tmp_path / "beach.jpg").write_bytes(b"a")
     for save in (pipeline.save_pretrained, lambda folder: export_half(pipeline, folder)):
-        with pytest.raises(UserError, match="holds other things than a model"):
+        with pytest.raises(UserError, match="holds something other than a model"):
             save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["beach.jpg"]
     result = run_scq("export", "--model", tiny_run / "model", "--out", ".")
     assert result.returncode == 2
-    assert "in which you are" in result.stderr
+    assert "is or contains the current folder" in result.stderr
     assert "Traceback" not in result.stderr
 
 

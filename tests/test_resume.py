@@ -187,7 +187,7 @@ def test_a_run_folder_refuses_other_settings(emoji: dict[str, Path], tmp_path: P
     assert more.returncode == 0, more.stderr
     fewer = run_scq(*command(emoji, tmp_path / "run", "training.steps=3", "training.checkpoint_every=2"))
     assert fewer.returncode == 2, "a model of 4 steps is none of 3"
-    assert "was trained for 4 steps already, training.steps=3" in fewer.stderr
+    assert "has already been trained for 4 steps, but training.steps=3" in fewer.stderr
 
 
 def test_settings_may_change_until_something_is_trained(emoji: dict[str, Path], tmp_path: Path) -> None:

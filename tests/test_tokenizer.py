@@ -254,10 +254,10 @@ def test_a_dry_run_estimates_and_writes_nothing(emoji: dict[str, Path], tmp_path
     size = sum(p.numel() for p in build_tokenizer(config).parameters())
     assert f"model {size / 1e6:.1f}M" in lines
     assert "3,616 images, 113 steps per epoch" in lines
-    assert "activations of 32 images" in lines
+    assert "activations for 32 images" in lines
     settings[1] = f"data.train={tmp_path / 'none'}"
     without_data = TokenizerStage(load_config(TokenizerExperiment, path, settings))
-    assert "training set not at hand" in "\n".join(dry_run(without_data))
+    assert "the training set is not available here" in "\n".join(dry_run(without_data))
     assert not any(tmp_path.iterdir())
 
 
