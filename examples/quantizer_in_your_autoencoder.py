@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer
+from scq import SoftConvexQuantizer
 
 
 class Autoencoder(nn.Module):
