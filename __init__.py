@@ -20,21 +20,24 @@ _PUBLIC = {
     "soft_convex_solve": "scq.stage1_tokenizer.solver",
 }
 __all__ = ["__version__", *_PUBLIC]
+# diffusers looks the bases of a saved model's classes up in the module that its index names, which is this one.
+_BASES = {"ModelMixin": "diffusers", "SchedulerMixin": "diffusers"}
 
 if TYPE_CHECKING:
     from scq.sampling.pipeline import SoftConvexPipeline as SoftConvexPipeline
-    from scq.stage2_prior.scheduler import UnmaskingScheduler as UnmaskingScheduler
     from scq.stage1_tokenizer.autoencoder import ImageTokenizer as ImageTokenizer
     from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer as SoftConvexQuantizer
     from scq.stage1_tokenizer.solver import soft_convex_solve as soft_convex_solve
     from scq.stage2_prior.refiner import ConvexRefiner as ConvexRefiner
+    from scq.stage2_prior.scheduler import UnmaskingScheduler as UnmaskingScheduler
     from scq.stage2_prior.transformer import MaskedTransformer as MaskedTransformer
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    module = _PUBLIC.get(name) or _BASES.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PUBLIC[name]), name)
+    return getattr(import_module(module), name)
 
 
 def __dir__() -> list[str]:
