@@ -1,1 +1,1 @@
-"""Images in, tensors out: sources, crop protocols, shards, streams and token shards. Knows nothing of models."""
+"""Images in, tensors out: sources, crop protocols, shards, streams and token shards. It knows nothing of models."""

@@ -1,4 +1,4 @@
-"""Looking at a packed set: is it whole, and what does it show."""
+"""Inspecting a packed set: whether it is intact, and what its images look like."""
 
 import os
 from pathlib import Path
@@ -15,14 +15,18 @@ from scq.engine.files import atomic_write
 
 
 def check(out: str | os.PathLike) -> list[str]:
-    """Verifies a packed set against its manifest; returns the problems in words, an empty list if there are none.
+    """Verify a packed set against its manifest.
 
-    Raises DataError if there is no finished set to check.
+    Returns:
+        the problems in words; empty if there are none.
+
+    Raises:
+        DataError: there is no finished set at ``out``.
     """
     packed = ShardSet(out)
     problems = [problem for shard in packed.manifest["shards"] if (problem := _problem(packed.storage, shard))]
     if (counted := sum(s["images"] for s in packed.manifest["shards"])) != len(packed):
-        problems.append(f"the manifest says {len(packed)} images, its shards hold {counted}")
+        problems.append(f"the manifest counts {len(packed)} images in all, but {counted} in its shards")
     if isinstance(packed.storage, LocalStorage):
         known = {shard["name"] for shard in packed.manifest["shards"]}
         tars = sorted(path.name for path in packed.storage.directory.glob("*.tar"))
@@ -33,23 +37,23 @@ def check(out: str | os.PathLike) -> list[str]:
 
 
 def _problem(storage: Storage, shard: dict[str, Any]) -> str | None:
-    """What is wrong with one shard, in words; None if its bytes are the manifest's."""
+    """What is wrong with one shard, in words; None if its bytes match the manifest."""
     name, size = shard["name"], shard["bytes"]
     if isinstance(storage, LocalStorage):
         path = storage.directory / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, the manifest says {size}"
+            return f"{name} has {path.stat().st_size} bytes, but the manifest says {size}"
     try:
         sound = storage.sha256(name, size) == shard["sha256"]
     except DataError as error:
         return str(error)
-    return None if sound else f"{name} was changed: its sha256 is not the manifest's"
+    return None if sound else f"{name} was changed: its sha256 differs from the manifest's"
 
 
 def _index_problems(packed: ShardSet) -> list[str]:
-    """Compares the index with the tar headers of a local set whose shards are sound."""
+    """Compare the index with the tar headers of a local set whose shards are intact."""
     if not isinstance(packed.storage, LocalStorage):
         return []
     try:
@@ -61,15 +65,17 @@ def _index_problems(packed: ShardSet) -> list[str]:
     except DataError as error:
         return [str(error)]
     if not np.array_equal(np.concatenate(scanned), rows):
-        return [f"{index_name(packed.manifest)} does not fit the shards: delete it, it is built again"]
+        return [f"{index_name(packed.manifest)} does not match the shards: delete it, and it will be rebuilt"]
     return []
 
 
 def preview(out: str | os.PathLike, png_path: str | os.PathLike, columns: int = 8, rows: int = 8) -> None:
-    """Writes a contact sheet PNG of images spread evenly over a packed set, in reading order.
+    """Write a contact sheet of images spread evenly over a packed set, as a PNG file in reading order.
 
-    Cells are at least 64 pixels; small images are enlarged without smoothing so that their pixels can be seen.
-    Raises DataError if there is no finished set, or if the picture cannot be written.
+    Cells are at least 64 pixels wide; small images are enlarged without smoothing so that their pixels can be seen.
+
+    Raises:
+        DataError: there is no finished set at ``out``, or the picture cannot be written.
     """
     packed = ShardSet(out)
     count = min(columns * rows, len(packed))

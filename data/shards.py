@@ -1,7 +1,7 @@
-"""A packed set as it lies on disk: manifest, index, and any one image by its number.
+"""A packed set on disk: its manifest, its index, and random access to its images by number.
 
-The index says where every image's bytes lie inside the tar files, so that the n-th image costs one read, whatever came
-before it. It is built once, kept beside the shards, and mapped into memory: processes on one machine share its pages.
+The index gives the location of every image's bytes inside the tar files, so that any image costs one read. It is built
+once, kept beside the shards, and mapped into memory: processes on one machine share its pages.
 """
 
 import os
@@ -20,13 +20,13 @@ from scq.engine.files import atomic_write
 
 MANIFEST, FORMAT = "manifest.json", "scq-images-1"
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("label", "<u4")])
-LONGEST_NAME = 16384  # bytes; no file system allows longer paths, percent-encoded
+LONGEST_NAME = 16384  # bytes; no file system allows a path that is longer than this when percent-encoded
 
 
 def member_name(key: str) -> str:
     """The tar member name of a key: percent-encoded ASCII without dots or a leading slash.
 
-    So webdataset groups the members of one image rightly, and unpacking a shard never writes outside its folder.
+    With such names, webdataset groups an image's members correctly, and unpacking never writes outside the folder.
     """
     name = quote(key, safe="/", errors="surrogateescape").replace(".", "%2E").replace("~", "%7E")
     return "%2F" + name[1:] if name.startswith("/") else name
@@ -38,9 +38,16 @@ def key_of(name: str) -> str:
 
 
 def scan_shard(path: Path, shard: int) -> np.ndarray:
-    """Reads the tar headers of one shard -> rows (n,) of dtype ROW, in the order of the images.
+    """Read the tar headers of one shard.
 
-    Raises DataError if the file is no tar file.
+    Args:
+        shard: its number, which the rows carry.
+
+    Returns:
+        rows (n,) of dtype ROW, in the order of the images.
+
+    Raises:
+        DataError: the file cannot be read as a tar file.
     """
     rows: list[list[int]] = []
     current, row, label = "", None, 0
@@ -55,21 +62,28 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
                 else:
                     row = [member.offset_data, member.size, shard, 0]
                     rows.append(row)
-                if row is not None:  # webdataset sorts members by suffix: the label may come before or after
+                if row is not None:  # webdataset sorts members by suffix: the label may precede or follow the image
                     row[3] = label
-                tar.members = []  # tarfile remembers every member otherwise: memory would grow with the shard
+                tar.members = []  # otherwise tarfile keeps every member, and memory grows with the shard
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"shard '{path}' cannot be read: {error}") from error
     return np.array([tuple(row) for row in rows], ROW)
 
 
 def index_name(manifest: dict[str, Any]) -> str:
-    """The index file that belongs to exactly these shards: an index of other contents has another name."""
+    """The name of the index file of exactly these shards: an index of other contents has another name."""
     return f"index-{contents_fingerprint(manifest)[:16]}.npy"
 
 
 def build_index(directory: Path, manifest: dict[str, Any]) -> Path:
-    """Writes the index of a packed set from its tar headers and returns its path."""
+    """Write the index of a packed set from its tar headers.
+
+    Returns:
+        the path of the index.
+
+    Raises:
+        DataError: a shard cannot be read, or does not hold as many images as its manifest says.
+    """
     path = directory / index_name(manifest)
     with atomic_write(path) as file:
         header = {
@@ -82,7 +96,7 @@ def build_index(directory: Path, manifest: dict[str, Any]) -> Path:
             rows = scan_shard(directory / shard["name"], number)
             if len(rows) != shard["images"]:
                 raise DataError(
-                    f"shard '{shard['name']}' holds {len(rows)} images, its manifest says {shard['images']}: "
+                    f"shard '{shard['name']}' holds {len(rows)} images, but its manifest says {shard['images']}: "
                     "run `scq data check`"
                 )
             file.write(rows.tobytes())
@@ -92,11 +106,18 @@ def build_index(directory: Path, manifest: dict[str, Any]) -> Path:
 class ShardSet:
     """A packed set, opened for reading from a folder or a URL.
 
-    cache: folder in which the shards of a remote set are kept once they have been fetched; without it every image of a
-    remote set is one range request. The index of a remote set is always kept (there, or in the user's cache folder).
+    Args:
+        location: the folder or URL.
+        cache: folder that keeps the shards of a URL once they are fetched; without it, every image of a URL is a range
+            request. The index of a URL is always kept: there, or in the user's cache folder.
 
-    Attributes: location, manifest (dict), rows (memory-mapped index of dtype ROW, one row per image), fingerprint.
-    Raises DataError if the location holds no finished set.
+    Attributes:
+        location: as given.
+        manifest: the parsed manifest.json.
+        fingerprint: of the shards' contents.
+
+    Raises:
+        DataError: there is no finished set at the location.
     """
 
     def __init__(self, location: str | os.PathLike, cache: str | os.PathLike | None = None):
@@ -128,7 +149,11 @@ class ShardSet:
 
     @property
     def rows(self) -> np.ndarray:
-        """The index (N,), memory-mapped read-only; built on first use where it is missing."""
+        """The index (N,) of dtype ROW, memory-mapped read-only; built on first use if it is missing.
+
+        Raises:
+            DataError: the index is damaged, or cannot be built.
+        """
         if self._rows is None:
             path = self._index_path()
             try:
@@ -136,7 +161,7 @@ class ShardSet:
             except (OSError, ValueError):
                 rows = np.empty(0)
             if rows.dtype != ROW or len(rows) != len(self):
-                raise DataError(f"index '{path}' is damaged: delete it, it is built again")
+                raise DataError(f"index '{path}' is damaged: delete it, and it will be rebuilt")
             self._rows = rows
         return self._rows
 
@@ -155,24 +180,24 @@ class ShardSet:
         return self.read_many(np.array([image]))[0]
 
     def read_many(self, images: np.ndarray) -> list[bytes]:
-        """The encoded bytes of the images with these numbers (n,), in their order."""
+        """The encoded bytes of the images with these numbers (n,), in the order given."""
         return self.storage.read_ranges(
             [(self._shard_name(shard), offset, length) for offset, length, shard, _ in self.rows[images].tolist()]
         )
 
     def key(self, image: int) -> str:
-        """The key of an image."""
+        """The key of image number `image`."""
         return self.keys(np.array([image]))[0]
 
     def keys(self, images: np.ndarray) -> list[str]:
-        """The keys of the images with these numbers (n,), read from the tar headers that stand before their bytes."""
-        places = [(self._shard_name(shard), offset) for offset, _, shard, _ in self.rows[images].tolist()]
-        headers = self.storage.read_ranges([(shard, offset - 512, 512) for shard, offset in places])
-        return [self._key(header, *place) for header, place in zip(headers, places, strict=True)]
+        """The keys of the images with these numbers (n,), read from the tar headers just before their bytes."""
+        locations = [(self._shard_name(shard), offset) for offset, _, shard, _ in self.rows[images].tolist()]
+        headers = self.storage.read_ranges([(shard, offset - 512, 512) for shard, offset in locations])
+        return [self._key(header, *location) for header, location in zip(headers, locations, strict=True)]
 
     def _key(self, header: bytes, shard: str, offset: int) -> str:
         name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-        if len(name) == 100:  # the header has no room for more: the whole name may stand in the pax record before it
+        if len(name) == 100:  # the header holds no more: the full name may be in the pax record before it
             before = self.storage.read_range(shard, max(0, offset - LONGEST_NAME), min(offset, LONGEST_NAME))
             whole = [path.decode() for path in re.findall(rb" path=([^\n]+)\n", before)]
             name = whole[-1] if whole and whole[-1].startswith(name) else name

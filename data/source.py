@@ -1,8 +1,8 @@
-"""What a source of images is, and the plainest one: a folder.
+"""What a source of images is, and the simplest one: a folder.
 
-A source yields (key, label, where) for every image and loads one image on demand. It is cheap to copy into worker
-processes: it holds paths and names, never pixels, and opens files when it reads. Entries come in one fixed order, so
-that packing is a pure function of the source.
+A source yields (key, label, where) for every image, and loads single images on demand. It is cheap to copy into worker
+processes: it holds paths and names, never pixels, and opens files only to read them. Entries come in one fixed order,
+so that packing is a pure function of the source.
 """
 
 import os
@@ -25,7 +25,7 @@ SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "tes
 
 
 class Entry(NamedTuple):
-    """One image of a source: its key (unique, shown to people), its label (0 without classes), and where it lies."""
+    """One image of a source: its key (unique, shown to people), its label (0 without classes), and its location."""
 
     key: str
     label: int
@@ -35,7 +35,12 @@ class Entry(NamedTuple):
 class Source(ABC):
     """A set of images in a fixed order.
 
-    Attributes: format (name), path (as given), split (name or None), class_names (empty where the set has no classes).
+    Attributes:
+        format: its name, as in `scq data pack --format`.
+        default_crop: the crop protocol that is usual for this format, see data.transforms.
+        path: as given.
+        split: its name; None for the whole set.
+        class_names: by label; empty if the set has no classes.
     """
 
     format: str
@@ -47,7 +52,7 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of entries, readable or not."""
+        """The number of entries, readable or not."""
 
     @abstractmethod
     def entries(self) -> Iterator[Entry]:
@@ -55,16 +60,24 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, entry: Entry) -> bytes | Image.Image:
-        """The encoded bytes of the entry (or its image, where the source stores raw pixels). Raises OSError."""
+        """The encoded bytes of the entry, or its image if the source stores raw pixels.
+
+        Raises:
+            OSError: the entry cannot be read.
+        """
 
     def __iter__(self) -> Iterator[tuple[str, bytes | Image.Image, int]]:
-        """Yields (key, encoded bytes or image, label)."""
+        """Yield (key, encoded bytes or image, label)."""
         for entry in self.entries():
             yield entry.key, self.load(entry), entry.label
 
 
 def existing_directory(path: str) -> Path:
-    """The path as a directory; raises DataError if it is missing or something else."""
+    """The path as a directory, with a leading ~ expanded.
+
+    Raises:
+        DataError: it does not exist, or is not a folder.
+    """
     directory = Path(path).expanduser()
     if not directory.exists():
         raise DataError(f"source '{path}' does not exist")
@@ -74,10 +87,17 @@ def existing_directory(path: str) -> Path:
 
 
 class FolderSource(Source):
-    """Images below a folder, recursively, in sorted order; the first level of sub-folders are the classes.
+    """All images below a folder, in sorted order; its direct sub-folders are the classes.
 
-    Where images lie beside the sub-folders, or there are no sub-folders, the set has no classes. With a split, the
-    sub-folder of that name is the root. Hidden files and files without an image suffix are no part of the set.
+    If there are images beside the sub-folders, or no sub-folders, the set has no classes. Hidden files are ignored, and
+    so are files without an image suffix.
+
+    Args:
+        path: the folder.
+        split: the sub-folder to take as the root; None for the folder itself.
+
+    Raises:
+        DataError: the folder or the split does not exist, or the sub-folders are splits and none was chosen.
     """
 
     format, default_crop = "folder", "resize-shorter"
@@ -107,7 +127,7 @@ class FolderSource(Source):
 
     def _walk(self, directory: Path, parents: frozenset[str] = frozenset()) -> Iterator[Path]:
         real = os.path.realpath(directory)
-        if real in parents:  # a symbolic link to one of its own parents would never end
+        if real in parents:  # following a symbolic link to a parent would never end
             return
         directories, files = self._listing(directory)
         yield from files

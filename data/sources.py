@@ -1,4 +1,4 @@
-"""The data sets that people have on disk, by the names of their formats."""
+"""The sources of images that scq reads, by the names of their formats."""
 
 import os
 
@@ -15,12 +15,13 @@ FORMATS: dict[str, type[Source]] = {
 
 
 def open_source(format: str, path: str | os.PathLike, split: str | None = None) -> Source:
-    """Opens a source by format name: folder, lsun, cifar10, gtsrb or emoji.
+    """Open a source by the name of its format: folder, lsun, cifar10, gtsrb or emoji.
 
-    Raises DataError for an unknown format, a missing path, an unknown split, or a set without any image.
+    Raises:
+        DataError: the format or the split is unknown, the path is missing, or there are no images.
     """
     if format not in FORMATS:
-        raise DataError(f"unknown source format '{format}'; there are: {', '.join(FORMATS)}")
+        raise DataError(f"unknown source format '{format}'; choose one of: {', '.join(FORMATS)}")
     try:
         source = FORMATS[format](os.fspath(path), split)
         count = len(source)

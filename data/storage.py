@@ -1,7 +1,7 @@
-"""Bytes of files, wherever they lie: a folder, an http server, or any URL that fsspec knows (s3, gs, ...).
+"""The bytes of files in a folder, on an http server, or at any URL that fsspec knows (s3, gs, ...).
 
-A failing read is tried again with growing pauses, because networks and network file systems fail now and then; what
-still fails is named. Handles belong to one process and are opened again after a fork.
+A failing read is retried with growing pauses, because networks and network file systems fail now and then; the final
+error names the file. Handles belong to one process and are reopened after a fork.
 """
 
 import contextlib
@@ -20,14 +20,18 @@ import fsspec
 from scq.engine.errors import DataError
 from scq.engine.files import atomic_write, sha256_of
 
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between the tries of a failing read
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts at a failing read
 OPEN_FILES = 64
 PIECE = 2**24
 T = TypeVar("T")
 
 
 def with_retries(read: Callable[[], T], what: str) -> T:
-    """Calls read() until it succeeds; raises DataError naming `what` if the last try fails or another cannot help."""
+    """Call read() until it succeeds, and return its result.
+
+    Raises:
+        DataError: the last attempt failed, or the error is one that a retry cannot mend; the message names `what`.
+    """
     for pause in (*PAUSES, None):
         try:
             return read()
@@ -35,7 +39,7 @@ def with_retries(read: Callable[[], T], what: str) -> T:
             raise
         except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
             raise DataError(f"{what} cannot be read: {error.strerror or type(error).__name__}") from error
-        except Exception as error:  # every fsspec backend raises kinds of its own
+        except Exception as error:  # every fsspec backend raises errors of its own
             if pause is None:
                 tries = len(PAUSES) + 1
                 raise DataError(
@@ -46,35 +50,36 @@ def with_retries(read: Callable[[], T], what: str) -> T:
 
 
 class Storage(ABC):
-    """A place with named files. Every method raises DataError naming the file, after retries."""
+    """A folder or URL with named files. If retries do not help, every method raises a DataError that names the file."""
 
     location: str
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The whole file; for manifests, not for shards."""
+        """The whole file; meant for manifests, not for shards."""
 
     @abstractmethod
     def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset` on."""
+        """`length` bytes of the file, starting at `offset`."""
 
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
         """Several ranges (name, offset, length), in order."""
         return [self.read_range(*wanted) for wanted in ranges]
 
     def sha256(self, name: str, length: int) -> str:
-        """The sha256 of the file's first `length` bytes as hexadecimal text, read in pieces."""
+        """The sha256 of the file's first `length` bytes as hexadecimal text; the file is read in chunks."""
         digest = hashlib.sha256()
         for offset in range(0, length, PIECE):
             digest.update(self.read_range(name, offset, min(PIECE, length - offset)))
         return digest.hexdigest()
 
     def describe(self, name: str) -> str:
+        """What messages call the file."""
         return f"'{self.location.rstrip('/')}/{name}'"
 
 
 class LocalStorage(Storage):
-    """A folder of this machine; a few files are kept open, so that an image costs one read."""
+    """A local folder; a few files are kept open, so that an image costs one read."""
 
     def __init__(self, location: str | os.PathLike):
         self.location = os.fspath(location)
@@ -114,8 +119,8 @@ class LocalStorage(Storage):
         return {**self.__dict__, "_descriptors": OrderedDict()}
 
 
-# Every connection ever made, never collected: a forked process that let go of its parent's would close the sockets in
-# the event loop's epoll set, which both share, and the parent would wait for its answers forever.
+# Every connection ever made, so that none is garbage-collected. If a forked process collected its parent's, it would
+# remove the sockets from the event loop's epoll set, which both share, and the parent would wait for replies forever.
 _connections: list[Any] = []
 
 
@@ -146,7 +151,7 @@ class RemoteStorage(Storage):
         return with_retries(whole, self.describe(name))
 
     def fetch(self, name: str, target: Path) -> None:
-        """Copies the whole file to a local path; not retried."""
+        """Copy the whole file to a local path, without retries."""
         system, path = self._connect()
         system.get_file(f"{path}/{name}", str(target))
 
@@ -160,13 +165,13 @@ class RemoteStorage(Storage):
                     "so that whole shards are fetched"
                 )
             if len(data) < length:
-                raise EOFError(f"{len(data)} of {length} bytes came")
+                raise EOFError(f"only {len(data)} of {length} bytes arrived")
             return data
 
         return with_retries(read, self.describe(name))
 
     def read_ranges(self, ranges: list[tuple[str, int, int]]) -> list[bytes]:
-        # All at once, so that a batch costs little more than one round trip; what failed is read again one by one.
+        # All at once, so that a batch costs little more than one round trip; ranges that fail are read again singly.
         system, path = self._connect()
         names = [f"{path}/{name}" for name, _, _ in ranges]
         starts, ends = [r[1] for r in ranges], [r[1] + r[2] for r in ranges]
@@ -181,9 +186,11 @@ class RemoteStorage(Storage):
 
 
 class CachedStorage(Storage):
-    """A remote place whose files are fetched whole at first need, verified, and read from a local folder from then on.
+    """A remote folder whose files are fetched whole and verified on first use, then read from a local copy.
 
-    digests: the expected sha256 of each file; files without one are not verified. Processes may share the folder.
+    Args:
+        folder: of the local copies; several processes may share it.
+        digests: the expected sha256 of each file; files without one are not verified.
     """
 
     def __init__(self, remote: RemoteStorage, folder: Path, digests: dict[str, str]):
@@ -201,7 +208,7 @@ class CachedStorage(Storage):
         return self.local.read_range(name, offset, length)
 
     def fetch(self, name: str) -> Path:
-        """The local path of the file, fetched if it is not there yet."""
+        """The local path of the file, which is fetched first if it is not there yet."""
         path = self.local.directory / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,28 +223,32 @@ class CachedStorage(Storage):
         with atomic_write(path) as target:
             self.remote.fetch(name, Path(target.name))
             if self.digests.get(name) not in (None, sha256_of(Path(target.name))):
-                raise EOFError("what came has another sha256 than the manifest says")
+                raise EOFError("what arrived has another sha256 than the manifest says")
 
 
 @contextlib.contextmanager
 def only_one_process(path: Path) -> Iterator[None]:
-    """Waits until no other process is inside the block for the same path; a dead process holds nothing up."""
+    """Wait until no other process is in the block for the same path; a process that died holds up nobody."""
     with path.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def is_remote(location: str | os.PathLike) -> bool:
-    """Whether the location is a URL rather than a folder of this machine."""
+    """Whether the location is a URL rather than a local folder."""
     return "://" in os.fspath(location) or "::" in os.fspath(location)
 
 
 def open_storage(location: str | os.PathLike) -> LocalStorage | RemoteStorage:
-    """The storage at a path or URL."""
+    """The storage at a path or URL.
+
+    Raises:
+        DataError: fsspec cannot open the URL.
+    """
     return RemoteStorage(os.fspath(location)) if is_remote(location) else LocalStorage(location)
 
 
 def default_cache() -> Path:
-    """Where the indexes of remote sets are kept: $SCQ_CACHE, or scq in the user's cache folder."""
+    """The folder for the indexes of remote sets: $SCQ_CACHE, or scq in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.environ.get("SCQ_CACHE") or f"{cache}/scq").expanduser()

@@ -18,17 +18,17 @@ CACHE_BYTES = 512 * 2**20  # decoded sets smaller than this stay in memory
 
 
 class Batch(NamedTuple):
-    """images uint8 (b, 3, H, W) in 0..255; labels int64 (b,); positions int64 (b,), places in the global sequence."""
+    """Images with their labels, and their positions in the global sequence."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
+    images: torch.Tensor  # uint8 (b, 3, H, W) in 0..255
+    labels: torch.Tensor  # int64 (b,)
+    positions: torch.Tensor  # int64 (b,)
 
 
 class ImageReader:
-    """Decoded images by number, (n, 3, H, W) uint8; a small set stays in memory after its first decoding.
+    """Decoded images by number, (n, 3, H, W) uint8; a small set stays in memory once it is decoded.
 
-    All in NumPy: torch's threads do not survive a fork, and a reader must work in forked processes.
+    It uses NumPy alone, because it must work in forked processes, and torch's threads do not survive a fork.
     """
 
     def __init__(self, shards: ShardSet, keep_decoded: bool):
@@ -40,14 +40,22 @@ class ImageReader:
         self._known: np.ndarray | None = None  # (N,) bool
 
     def decode(self, image: int, encoded: bytes) -> np.ndarray:
-        """One image, uint8 (H, W, 3). Raises DataError naming its key if it cannot be decoded."""
+        """One image, uint8 (H, W, 3).
+
+        Raises:
+            DataError: it cannot be decoded; the message names its key.
+        """
         try:
             return np.asarray(decode(encoded))
         except BadImage as error:
             raise DataError(f"image '{self.shards.key(image)}' of '{self.shards.location}' {error}") from error
 
     def read(self, images: np.ndarray) -> np.ndarray:
-        """The images with these numbers (n,) -> uint8 (n, 3, H, W). Raises DataError if their sizes differ."""
+        """The images with these numbers (n,), uint8 (n, 3, H, W).
+
+        Raises:
+            DataError: their sizes differ, or one cannot be decoded.
+        """
         if not self.keep_decoded:
             return self._stack(images)
         if self._decoded is None:
@@ -73,7 +81,7 @@ class ImageReader:
         return np.ascontiguousarray(np.stack(arrays).transpose(0, 3, 1, 2))  # (n, 3, H, W)
 
     def batch(self, images: np.ndarray, positions: np.ndarray, mirrored: np.ndarray | None = None) -> Batch:
-        """The images with these numbers (n,) as a Batch, those marked in `mirrored` (n,) turned left to right."""
+        """The images with these numbers (n,) as a Batch, flipped left to right where `mirrored` (n,) is true."""
         pixels = self.read(images)
         if mirrored is not None:
             pixels[mirrored] = pixels[mirrored][..., ::-1]
@@ -82,7 +90,7 @@ class ImageReader:
 
 
 class _Batches(Dataset):
-    """Batch t of one rank, by number: what a DataLoader worker needs, and no more."""
+    """The batches of one rank by the position of their global batch; all that a DataLoader worker needs."""
 
     def __init__(
         self, reader: ImageReader, order: EpochOrder | BlockOrder, batch_size: int, part: tuple[int, int], flip: bool
@@ -95,7 +103,7 @@ class _Batches(Dataset):
         try:
             return self.reader.batch(self.order.images(positions), positions, mirrored)
         except DataError as error:
-            return error  # raised in a worker, torch would put that worker's traceback in front of what is wrong
+            return error  # if it were raised in a worker, torch would put the worker's traceback before the message
 
 
 def _or_raise(batch: Batch | DataError) -> Batch:
@@ -111,17 +119,28 @@ class ImageStream(ResumableStream):
     of W reads the contiguous part [r*B/W, (r+1)*B/W) of each batch. Batches run across epoch ends; nothing is dropped.
     Neither world_size nor workers changes the sequence.
 
-    shards: folder written by `pack`, or its URL (http, s3, gs). batch_size: global, images per step over all ranks.
-    workers: loader processes per rank; 0 decodes in this process and, with keep_decoded, keeps the decoded images of a
-    set under 512 MiB in memory, so that later epochs cost nothing. flip: mirrors images by a coin that is a pure
-    function of (seed, position). shuffle: True shuffles every epoch fully (beyond 2**27 images by shards and blocks of
-    shards, see BlockOrder), "blocks" always does the latter, which keeps reads from a distance together; False is shard
-    order. cache: folder that keeps the shards of a URL once they have been fetched; without it every image is a range
-    request.
+    Args:
+        shards: folder written by `pack`, or its URL (http, s3, gs).
+        batch_size: global, images per step over all ranks.
+        workers: loader processes per rank; 0 decodes in this process.
+        shuffle: True shuffles every epoch fully (beyond 2**27 images in blocks of shards, see BlockOrder). "blocks"
+            always takes blocks of shards, which keeps remote reads together. False is shard order.
+        flip: mirrors images left to right with probability 1/2, a pure function of (seed, position).
+        cache: folder that keeps the shards of a URL once they are fetched; without it, every image is a range request.
+        keep_decoded: without workers, keep the decoded images of a set under 512 MiB in memory, so that later epochs
+            cost nothing.
 
-    Attributes: num_images, image_size (pixels, None if they differ), num_classes (0: none), manifest, fingerprint (of
-    the shards' contents), images_seen, order_description (one line for the log: how well the order is shuffled).
-    Raises DataError for a missing or damaged set, or a batch size that the ranks cannot share.
+    Attributes:
+        num_images: N, the images of an epoch.
+        image_size: side in pixels; None if the images differ in size.
+        num_classes: 0 if the set has no classes.
+        manifest: the parsed manifest.json.
+        fingerprint: of the shards' contents.
+        images_seen: images yielded so far, over all ranks.
+        order_description: one line for the log on how the images are shuffled.
+
+    Raises:
+        DataError: the set is missing or damaged, or the ranks cannot share the batch evenly.
     """
 
     unit = "images"
@@ -150,25 +169,25 @@ class ImageStream(ResumableStream):
         self.batch_size, self.workers = batch_size, workers
         order = create_order([shard["images"] for shard in self.manifest["shards"]], seed, shuffle)
         self.order_description = order.description
-        opened.rows  # noqa: B018  built before workers start, so that they do not build it each
+        opened.rows  # noqa: B018  built before workers start, so that not every worker builds it
         self._batches = _Batches(
             ImageReader(opened, keep_decoded=keep_decoded and workers == 0), order, batch_size, part, flip
         )
 
     def iterate(self, start_image: int = 0) -> Iterator[Batch]:
-        """Endless batches of this rank from a place in the global sequence; independent of images_seen."""
+        """Endless batches of this rank from a position in the global sequence on; independent of images_seen."""
         starts = itertools.count(start_image, self.batch_size)
         if self.workers == 0:
             return map(_or_raise, map(self._batches.__getitem__, starts))
-        # Without a generator of its own the loader would draw a seed from torch's global one, and reading data would
-        # change what a training run draws next.
+        # Without a generator of its own, the loader would draw a seed from torch's global one, and reading data would
+        # change the random numbers of a training run.
         loader = DataLoader(
             self._batches, batch_size=None, sampler=starts, num_workers=self.workers, generator=torch.Generator()
         )
         return map(_or_raise, loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Endless batches from images_seen on, counting them."""
+        """Endless batches from images_seen on, which counts them."""
         for batch in self.iterate(self.images_seen):
             self.images_seen += self.batch_size
             yield batch
@@ -183,11 +202,18 @@ def iterate_once(
     start: int = 0,
     cache: str | os.PathLike | None = None,
 ) -> Iterator[Batch]:
-    """Each image exactly once, in shard order; the last batch may be short. For tokenizing and evaluating.
+    """Yield each image exactly once, in shard order, for tokenizing and evaluating; the last batch may be short.
 
-    limit: only the first so many images of the set. Ranks read contiguous parts that differ by one image at most.
-    batch_size is this rank's; start skips that many images of this rank's part without reading them. Positions are
-    image numbers of the set.
+    Ranks read contiguous parts, whose sizes differ by at most one image. Positions are the images' numbers in the set.
+
+    Args:
+        batch_size: of this rank.
+        limit: take only the first ``limit`` images of the set.
+        start: skip this many images of this rank's part without reading them.
+        cache: see ImageStream.
+
+    Raises:
+        DataError: the set is missing or damaged.
     """
     rank_slice(batch_size * world_size, rank, world_size)
     opened = ShardSet(shards, cache)

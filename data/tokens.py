@@ -1,7 +1,8 @@
 """Token shards: dominant-code indices of a whole set, written by stage 1 and read by stage 2 at memory speed.
 
-A shard is three plain files: indices (n, views, h, w) and labels (n,) as .npy, which are mapped into memory, and the
-keys as lines of text. The manifest carries the fingerprint of the tokenizer; a prior refuses tokens of another one.
+A shard is three plain files: the indices (n, views, h, w) as .npy, which is mapped into memory, the labels (n,) as
+.npy, and the keys as lines of text. The manifest carries the tokenizer's fingerprint; a prior refuses tokens of another
+tokenizer.
 """
 
 import json
@@ -22,15 +23,15 @@ from scq.engine.randomness import position_bits
 
 MANIFEST, FORMAT = "manifest.json", "scq-tokens-1"
 IMAGES_PER_SHARD = 10_000
-OPEN_SHARDS = 512  # half of the files that a process may usually have open
+OPEN_SHARDS = 512  # half the usual limit of open files per process
 
 
 class TokenBatch(NamedTuple):
-    """indices int64 (b, h, w); labels int64 (b,); positions int64 (b,), places in the global sequence."""
+    """Token grids with their labels, and their positions in the global sequence."""
 
-    indices: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
+    indices: torch.Tensor  # int64 (b, h, w)
+    labels: torch.Tensor  # int64 (b,)
+    positions: torch.Tensor  # int64 (b,)
 
 
 def token_dtype(codebook_size: int) -> np.dtype:
@@ -41,13 +42,24 @@ def token_dtype(codebook_size: int) -> np.dtype:
 class TokenWriter:
     """Writes token shards and manifest.json below `out`, in the order of the write calls.
 
-    grid: (h, w) of the latents. fingerprint: the tokenizer's. source: what was tokenized, kept in the manifest.
-    views: augmented views per image. With several processes each writes its own part; the last to close joins the
-    parts in rank order, which is the order of `iterate_once(rank=, world_size=)`.
+    With several processes, each writes its own part; the last to close joins the parts in rank order, as
+    `iterate_once(rank=, world_size=)` reads them. To resume an interrupted run, the caller starts at num_written
+    (`iterate_once(..., start=writer.num_written)`).
 
-    An interrupted run goes on: num_written images of this rank are already on disk, so the caller starts there
-    (`iterate_once(..., start=writer.num_written)`). complete is True where everything has been written before.
-    Raises DataError if `out` holds tokens of another tokenizer or with other settings.
+    Args:
+        grid: (h, w) of the latents.
+        codebook_size: K, which every index must be below.
+        fingerprint: of the tokenizer.
+        source: what was tokenized, in plain values; recorded in the manifest.
+        num_classes: 0 if the set has no classes.
+        views: augmented views per image.
+
+    Attributes:
+        num_written: images of this rank that are on disk already.
+        complete: whether the whole set is on disk already.
+
+    Raises:
+        DataError: `out` holds tokens of another tokenizer or with other settings, or is not writable.
     """
 
     def __init__(
@@ -88,7 +100,7 @@ class TokenWriter:
         self.num_written = sum(record["images"] for record in self._records)
 
     def _resume(self) -> bool:
-        """Reads what an earlier run of this rank wrote; True if the whole set is complete."""
+        """Read what an earlier run of this rank wrote; True if the whole set is complete."""
         path = self.directory / MANIFEST
         if path.is_file():
             manifest = parse_manifest(path.read_bytes(), str(path), FORMAT)
@@ -101,7 +113,7 @@ class TokenWriter:
         if others:
             raise DataError(
                 f"'{self.directory}' holds tokens of an interrupted run with another number of processes "
-                f"({others[0]}): run it with that number again, or choose another folder"
+                f"({others[0]}): run again with that number, or choose another folder"
             )
         if self.world_size == 1:
             remove_leftovers(self.directory)
@@ -120,21 +132,27 @@ class TokenWriter:
             )
 
     def write(self, indices: torch.Tensor, labels: torch.Tensor, keys: Sequence[str]) -> None:
-        """Appends images: indices (b, h, w), or (b, views, h, w); labels (b,); keys, one per image.
+        """Append the tokens of some images.
 
-        Raises DataError if the shapes disagree with the grid or an index lies outside the codebook.
+        Args:
+            indices: (b, h, w) or (b, views, h, w).
+            labels: (b,).
+            keys: one for each image.
+
+        Raises:
+            DataError: the shapes do not match the grid or each other, or an index is outside the codebook.
         """
         h, w = self.settings["grid"]
         array = indices.detach().cpu().numpy()
         array = array[:, None] if array.ndim == 3 else array  # (b, views, h, w)
         if array.shape[1:] != (self.settings["views"], h, w) or not len(array) == len(labels) == len(keys):
             raise DataError(
-                f"tokens of shape {tuple(indices.shape)} with {len(labels)} labels and {len(keys)} keys do not fit "
+                f"tokens of shape {tuple(indices.shape)} with {len(labels)} labels and {len(keys)} keys do not match "
                 f"{self.settings['views']} views of {h}x{w}"
             )
         if array.size and not 0 <= array.min() <= array.max() < self.settings["codebook_size"]:
             raise DataError(
-                f"token {array.min()}..{array.max()} lies outside the codebook of {self.settings['codebook_size']}"
+                f"tokens span {array.min()}..{array.max()}, outside the codebook of {self.settings['codebook_size']}"
             )
         if not len(array):
             return
@@ -143,7 +161,7 @@ class TokenWriter:
             self._write_shard(self.images_per_shard)
 
     def _write_shard(self, count: int) -> None:
-        """Writes the first `count` pending images as one shard, then records it; only recorded shards count."""
+        """Write the first `count` pending images as one shard, then record it; only recorded shards count."""
         columns = list(zip(*self._pending, strict=True))
         indices, labels = np.concatenate(columns[0]), np.concatenate(columns[1])
         keys = [key for group in columns[2] for key in group]
@@ -162,7 +180,7 @@ class TokenWriter:
         write_json(self._part, {**self.settings, "finished": finished, "shards": self._records})
 
     def close(self) -> None:
-        """Writes what is pending; the last rank to close writes manifest.json, and the set is complete."""
+        """Write what is pending; the last rank to close also writes manifest.json, which completes the set."""
         if self.complete:
             return
         if self._pending:
@@ -171,7 +189,7 @@ class TokenWriter:
         parts = [self.directory / f"part-{r:04d}-of-{self.world_size:04d}.json" for r in range(self.world_size)]
         try:
             loaded = [parse_manifest(part.read_bytes(), str(part), FORMAT) for part in parts]
-        except FileNotFoundError:  # a rank has not begun, or one that closed in the same moment has joined the parts
+        except FileNotFoundError:  # a rank has not started, or another has just joined the parts
             self.complete = (self.directory / MANIFEST).is_file()
             return
         if not all(part["finished"] for part in loaded):
@@ -188,8 +206,18 @@ class TokenWriter:
 class TokenDataset:
     """A finished set of tokens, memory-mapped.
 
-    Attributes: manifest, fingerprint (of the tokenizer), codebook_size, grid (h, w), views, num_classes, num_images.
-    Raises DataError if there is no finished set.
+    Attributes:
+        manifest: the parsed manifest.json.
+        fingerprint: of the tokenizer.
+        codebook_size: K.
+        grid: (h, w).
+        views: augmented views of each image.
+        num_images: N.
+        num_classes: 0 if the set has no classes.
+        labels: (N,) int64.
+
+    Raises:
+        DataError: there is no finished set at ``path``, or it is damaged.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -205,13 +233,13 @@ class TokenDataset:
         records = self.manifest["shards"]
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()  # least recently used first
         for number in range(len(records)):
-            self._indices(number)  # damage shows now, not after hours
+            self._indices(number)  # a damaged shard fails now, not after hours
         labels = [self._load(record, ".labels.npy") for record in records]
         self.labels = np.concatenate([np.empty(0, "<i4"), *labels]).astype(np.int64)  # (N,)
         self._ends = np.cumsum([record["images"] for record in records])
 
     def _indices(self, shard: int) -> np.ndarray:
-        """The codes (n, views, h, w) of a shard, memory-mapped; each mapping is an open file."""
+        """The codes (n, views, h, w) of a shard, memory-mapped; each mapping keeps a file open."""
         if shard not in self._mapped:
             self._mapped[shard] = self._load(self.manifest["shards"][shard], ".npy", mmap_mode="r")
             if len(self._mapped) > OPEN_SHARDS:
@@ -227,14 +255,14 @@ class TokenDataset:
         except (OSError, ValueError) as error:
             raise DataError(f"token shard '{path}' cannot be read: {error}") from error
         if len(array) != record["images"]:
-            raise DataError(f"token shard '{path}' holds {len(array)} images, its manifest says {record['images']}")
+            raise DataError(f"token shard '{path}' holds {len(array)} images, but its manifest says {record['images']}")
         return array
 
     def __len__(self) -> int:
         return self.num_images
 
     def read(self, images: np.ndarray, views: np.ndarray) -> torch.Tensor:
-        """Tokens of image numbers int64 (b,), the given view of each (b,) -> indices int64 (b, h, w)."""
+        """Indices int64 (b, h, w) of the images with these numbers int64 (b,), for each in the view `views` (b,)."""
         shards = np.searchsorted(self._ends, images, side="right")
         tokens = np.empty((len(images), *self.grid), np.int64)
         for shard in np.unique(shards):
@@ -245,19 +273,35 @@ class TokenDataset:
         return torch.from_numpy(tokens)
 
     def keys(self) -> Iterator[str]:
-        """The keys of all images in order."""
+        """Yield the keys of all images in order."""
         for record in self.manifest["shards"]:
             with (self.directory / f"{record['name']}.keys.txt").open(encoding="utf-8") as lines:
                 yield from map(json.loads, lines)
 
 
 class TokenStream(ResumableStream):
-    """An endless stream of token batches in one global order; the same sequence and state as ImageStream.
+    """An endless stream of token batches in one global order, with the same sequence and state as ImageStream.
 
-    batch_size is global. Where the set holds several views of each image, the view at a position is a pure function of
-    (seed, position). Attributes besides ImageStream's: codebook_size, grid (h, w), dataset; fingerprint is the
-    tokenizer's.
-    Raises DataError if there is no finished set or the ranks cannot share the batch.
+    If the set holds several views of each image, the view at a position is a pure function of (seed, position).
+
+    Args:
+        path: folder that a TokenWriter wrote.
+        batch_size: global, images per step over all ranks.
+        shuffle: see ImageStream.
+
+    Attributes:
+        dataset: the opened TokenDataset.
+        fingerprint: of the tokenizer.
+        codebook_size: K.
+        grid: (h, w).
+        num_images: N, the images of an epoch.
+        num_classes: 0 if the set has no classes.
+        manifest: the parsed manifest.json.
+        images_seen: images yielded so far, over all ranks.
+        order_description: one line for the log on how the images are shuffled.
+
+    Raises:
+        DataError: there is no finished set at ``path``, or the ranks cannot share the batch evenly.
     """
 
     unit = "token grids"
@@ -283,7 +327,7 @@ class TokenStream(ResumableStream):
         self.order_description = self._order.description
 
     def iterate(self, start_image: int = 0) -> Iterator[TokenBatch]:
-        """Endless batches of this rank from a place in the global sequence; independent of images_seen."""
+        """Endless batches of this rank from a position in the global sequence on; independent of images_seen."""
         while True:
             positions = np.arange(*self._part, dtype=np.int64) + start_image  # (b,)
             images = self._order.images(positions)
@@ -293,7 +337,7 @@ class TokenStream(ResumableStream):
             start_image += self.batch_size
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        """Endless batches from images_seen on, counting them."""
+        """Endless batches from images_seen on, which counts them."""
         for batch in self.iterate(self.images_seen):
             self.images_seen += self.batch_size
             yield batch

@@ -1,7 +1,7 @@
-"""The crop and resize protocols, by name, and the one way from anything Pillow opens to 8-bit RGB.
+"""The crop and resize protocols by name, and the one way from anything Pillow opens to 8-bit RGB.
 
-FID compares images pixel statistics with pixel statistics, so the protocol is part of every published number. Each
-protocol here is written down with the code it reproduces and is recorded in the manifest of every packed set.
+FID depends on how images were cropped and resized, so the protocol is part of every published number. Each protocol
+here names the code that it reproduces, and the manifest of every packed set records its protocol.
 """
 
 import io
@@ -17,21 +17,22 @@ WHITE = (255, 255, 255, 255)
 
 
 class Protocol(NamedTuple):
-    """A named crop and resize: what the manifest says of it, and the function (RGB image, size) -> RGB image."""
+    """A crop and resize: its description in the manifest, and the function (RGB image, size) -> RGB image."""
 
     description: str
     apply: Callable[[Image.Image, int | None], Image.Image]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns any image Pillow opens into upright 8-bit RGB.
+    """Convert any image that Pillow opens to upright 8-bit RGB.
 
-    EXIF rotation is applied; transparency (alpha channel, or a palette's or colour's transparency) is composited on
-    white; 16-bit greyscale is scaled by 1/257, so that 65535 becomes 255 where Pillow alone would clip it.
-    Of an animation the first frame counts.
+    EXIF rotation is applied. Transparency (an alpha channel, or a transparent colour) is composited on white. 16-bit
+    greyscale is scaled by 1/257, so that 65535 becomes 255; Pillow alone would clip it. Only the first frame of an
+    animation is read.
 
-    Raises BadImage for 32-bit float samples, whose range no file format states; OSError and its kin for pixels that
-    cannot be decoded.
+    Raises:
+        BadImage: the samples are 32-bit floats, whose range no file format states.
+        OSError and others: Pillow cannot decode the pixels.
     """
     image.load()
     image = ImageOps.exif_transpose(image)
@@ -48,7 +49,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def decode(encoded: bytes | Image.Image) -> Image.Image:
-    """Encoded bytes (or an open image) -> upright 8-bit RGB image. Raises BadImage with the decoder's reason."""
+    """Encoded bytes (or an open image) -> upright 8-bit RGB image.
+
+    Raises:
+        BadImage: it cannot be decoded; the message gives the decoder's reason.
+    """
     try:
         image = Image.open(io.BytesIO(encoded)) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
         return to_rgb(image)
@@ -57,13 +62,17 @@ def decode(encoded: bytes | Image.Image) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise BadImage(f"not an image Pillow can identify ({len(encoded)} bytes)") from None
     except Exception as error:
-        # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on broken files;
-        # whatever the decoder says, the image is bad and that is its reason.
+        # On broken files, Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
+        # Whatever it is, the image cannot be used, and the decoder's error is the reason.
         raise BadImage(f"cannot be decoded: {type(error).__name__}: {error}") from error
 
 
 def require_at_least(image: Image.Image, size: int) -> None:
-    """Raises BadImage if a side is shorter than size (pixels): enlarging silently would change the data."""
+    """Refuse an image that would have to be enlarged: doing so silently would change the data.
+
+    Raises:
+        BadImage: a side is shorter than ``size`` pixels.
+    """
     if min(image.size) < size:
         raise BadImage(f"smaller than the crop: {image.width}x{image.height} < {size}x{size}")
 
@@ -75,14 +84,14 @@ def centre_box(width: int, height: int, side: int) -> tuple[int, int, int, int]:
 
 
 def lsun_ldm(image: Image.Image, size: int) -> Image.Image:
-    """Centre-crops to the shorter side, then bicubic (antialiased). Source: latent-diffusion, ldm/data/lsun.py."""
+    """Centre-crop to the shorter side, then antialiased bicubic resize. Source: latent-diffusion, ldm/data/lsun.py."""
     require_at_least(image, size)
     image = image.crop(centre_box(*image.size, min(image.size)))
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def lsun_adm(image: Image.Image, size: int) -> Image.Image:
-    """Box-resizes the shorter side to size, then centre-crops. Source: guided-diffusion, datasets/lsun_bedroom.py."""
+    """Box-resize the shorter side to size, then centre-crop. Source: guided-diffusion, datasets/lsun_bedroom.py."""
     require_at_least(image, size)
     scale = size / min(image.size)
     image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BOX)
@@ -90,7 +99,7 @@ def lsun_adm(image: Image.Image, size: int) -> Image.Image:
 
 
 def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shorter side to size with antialiased bicubic, then centre-crops the longer side."""
+    """Resize the shorter side to size with antialiased bicubic, then centre-crop the longer side."""
     require_at_least(image, size)
     scale = size / min(image.size)
     image = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
@@ -98,12 +107,16 @@ def resize_shorter(image: Image.Image, size: int) -> Image.Image:
 
 
 def stretch(image: Image.Image, size: int) -> Image.Image:
-    """Resizes to size x size with antialiased bicubic whatever the shape, up or down: for cut-outs like GTSRB."""
+    """Resize to size x size with antialiased bicubic, up or down, whatever the shape: for cut-outs as in GTSRB."""
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def none(image: Image.Image, size: int | None) -> Image.Image:
-    """Keeps the pixels as they are; where a size is named, the image must already have it."""
+    """Keep the pixels as they are.
+
+    Raises:
+        BadImage: a size is given, and the image does not have it.
+    """
     if size is not None and image.size != (size, size):
         raise BadImage(f"is {image.width}x{image.height}, not {size}x{size} (crop protocol 'none' does not resize)")
     return image
@@ -119,9 +132,16 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def get_protocol(name: str, size: int | None) -> Protocol:
-    """The protocol of that name. Raises DataError if there is none or the size (pixels) is missing or below 1."""
+    """The protocol of that name.
+
+    Args:
+        size: side of the square images in pixels; None for protocol 'none' only.
+
+    Raises:
+        DataError: there is no such protocol, or the size is missing or below 1.
+    """
     if name not in PROTOCOLS:
-        raise DataError(f"unknown crop protocol '{name}'; there are: {', '.join(PROTOCOLS)}")
+        raise DataError(f"unknown crop protocol '{name}'; choose one of: {', '.join(PROTOCOLS)}")
     if size is None and name != "none":
         raise DataError(f"crop protocol '{name}' needs an image size (--size N); only 'none' keeps the source's")
     if size is not None and size < 1:

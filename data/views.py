@@ -1,4 +1,4 @@
-"""Augmented views of an image for token shards: the prior sees several crops of each image, tokenized once."""
+"""Augmented views of an image for token shards: a prior sees several views of each image, all tokenized in advance."""
 
 import numpy as np
 import torch
@@ -7,11 +7,17 @@ from scq.engine.randomness import position_bits
 
 
 def augmented_view(images: torch.Tensor, numbers: torch.Tensor, view: int) -> torch.Tensor:
-    """One view of each image: uint8 (b, 3, H, W) -> uint8 (b, 3, H, W).
+    """One view of each image, a pure function of (image number, view).
 
-    View 0 is the image, view 1 its mirror image; every further view is shifted by up to 1/16 of the side in each
-    direction (the border reflected) and mirrored by a coin. numbers: int64 (b,), the images' numbers in their set
-    (`Batch.positions` of iterate_once); a view is a pure function of (image number, view).
+    View 0 is the image itself, view 1 its mirror image. Every further view is shifted by up to 1/16 of the side in each
+    direction, with reflected borders, and mirrored with probability 1/2.
+
+    Args:
+        images: uint8 (b, 3, H, W).
+        numbers: int64 (b,), the images' numbers in their set (`Batch.positions` of iterate_once).
+
+    Returns:
+        uint8 (b, 3, H, W).
     """
     if view == 0:
         return images

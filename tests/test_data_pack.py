@@ -221,7 +221,7 @@ def test_wrong_settings_are_named(folder, tmp_path):
     for settings, message in (
         ({"crop": "lsun"}, "unknown crop protocol 'lsun'"),
         ({"size": None}, "needs an image size"),
-        ({"keep_encoded": True}, "needs crop protocol 'none'"),
+        ({"keep_encoded": True}, "needs the crop protocol 'none'"),
         ({"images_per_shard": 0}, "at least 1, not 0"),
         ({"max_bad": 3.0}, "0..1, not 3.0"),
         ({"format": "png"}, "unknown source format 'png'"),
@@ -369,7 +369,7 @@ def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(folder, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr("scq.data.pack._Hashing.write", write)
-        with pytest.raises(DataError, match=r"packing stopped at .*No space left on device; it goes on when run again"):
+        with pytest.raises(DataError, match=r"packing stopped at .*No space left on device; run it again to resume"):
             packed(folder, tmp_path / "out", size=64, images_per_shard=20)
     assert not list((tmp_path / "out").glob(".*"))
     assert packed(folder, tmp_path / "out", size=64, images_per_shard=20)["num_images"] == 41

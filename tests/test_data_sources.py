@@ -80,7 +80,7 @@ def test_missing_and_empty_paths_are_named(format, tmp_path):
 
 
 def test_unknown_format_lists_what_exists():
-    with pytest.raises(DataError, match="'imagenet'; there are: folder, lsun, cifar10, gtsrb, emoji"):
+    with pytest.raises(DataError, match="'imagenet'; choose one of: folder, lsun, cifar10, gtsrb, emoji"):
         open_source("imagenet", ".")
 
 
@@ -93,7 +93,7 @@ def test_lsun_reads_keys_in_order_and_bytes_untouched(tmp_path):
     around = open_source("lsun", tmp_path, "val")
     assert len(around) == 4
     assert len(pickle.loads(pickle.dumps(around))) == 4
-    with pytest.raises(DataError, match="is the other one"):
+    with pytest.raises(DataError, match="is the other split"):
         open_source("lsun", directory, "train")
     with pytest.raises(DataError, match=r"neither data.mdb nor a folder \*train_lmdb"):
         open_source("lsun", tmp_path, "train")

@@ -167,7 +167,7 @@ def test_more_processes_than_shards(shards):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(shards):
-    with pytest.raises(DataError, match="batch size 10 cannot be divided among 4 processes"):
+    with pytest.raises(DataError, match="batch size 10 cannot be divided evenly among 4 processes"):
         ImageStream(shards, batch_size=10, world_size=4)
     with pytest.raises(DataError, match="rank 4 is not one of 4"):
         ImageStream(shards, batch_size=8, rank=4, world_size=4)
@@ -222,7 +222,7 @@ def test_a_missing_index_is_built_again_and_a_stale_one_is_not_used(shards, tmp_
     assert same(join(expected), join(take(ImageStream(copy, batch_size=8), 3)))
     assert index.is_file()
     index.write_bytes(index.read_bytes()[:-24])
-    with pytest.raises(DataError, match="delete it, it is built again"):
+    with pytest.raises(DataError, match="delete it, and it will be rebuilt"):
         ImageStream(copy, batch_size=8)
 
 
@@ -275,7 +275,7 @@ def test_order_changes_to_blocks_beyond_the_limit(monkeypatch):
     assert isinstance(create_order([20, 20], 0, True), EpochOrder)
     beyond = create_order([20, 21], 0, True)
     assert isinstance(beyond, BlockOrder)
-    assert beyond.description == "shards shuffled, then images among 16 neighbouring shards"
+    assert beyond.description == "shards shuffled, then images within blocks of 16 shards"
     with pytest.raises(DataError, match="True, False or 'blocks', not 'shards'"):
         create_order([20], 0, "shards")
     with pytest.raises(DataError, match="must not be negative: -1"):

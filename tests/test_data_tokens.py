@@ -116,9 +116,9 @@ def test_another_number_of_processes_is_refused_while_unfinished(tmp_path):
 def test_wrong_tokens_are_refused(tmp_path):
     target = writer(tmp_path)
     labels = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(DataError, match="lies outside the codebook of 1000"):
+    with pytest.raises(DataError, match="outside the codebook of 1000"):
         target.write(torch.full((2, *GRID), 1000), labels, ["a", "b"])
-    with pytest.raises(DataError, match="do not fit 1 views of 2x3"):
+    with pytest.raises(DataError, match="do not match 1 views of 2x3"):
         target.write(torch.zeros(2, 3, 3, dtype=torch.int64), labels, ["a", "b"])
     with pytest.raises(DataError, match="1 keys"):
         target.write(torch.zeros(2, *GRID, dtype=torch.int64), labels, ["a"])
