@@ -41,8 +41,8 @@ def test_every_number_is_there(tiny_run: Path) -> None:
             found = arm.reconstructions.ways[source]
             assert found.count == 24
             assert None not in (found.rfid, found.rkid)
-        assert arm.tokens.train.images > arm.tokens.held_out.images > 0
-        assert 1 <= arm.tokens.train.perplexity <= 64
+        assert arm.tokens.usage.images > arm.held_out_usage.images > 0
+        assert 1 <= arm.tokens.usage.perplexity <= 64
         assert arm.likelihood.images == 24
     # Only the soft quantizer hands its decoder more than codes.
     vqgan, scq = (results.arms[name][0].reconstructions for name in ("vqgan", "scq"))
@@ -66,7 +66,7 @@ def test_the_report_shows_its_pictures(tiny_run: Path) -> None:
 def test_a_second_run_reuses_every_phase(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = kept(tiny_run)
     run_benchmark(tiny_run.parent / "benchmark.yaml", tiny_run)
-    assert capfd.readouterr().err.count("done before") == len(before.seconds) == 23
+    assert capfd.readouterr().err.count("done before") == len(before.seconds) == 25
     assert kept(tiny_run) == before
 
 

@@ -51,7 +51,7 @@ def test_stages_that_two_processes_trained_are_reused(
     assert "scq tokenizer" in re.findall(r"\] (scq[^:\n]*)$", capfd.readouterr().err, re.M)
     found = results.arms["scq"][0]
     assert found.tokenizer.fingerprint == fingerprint
-    assert found.tokens.train.images == before.tokens.train.images
+    assert found.tokens.usage.images == before.tokens.usage.images
     assert found.samples["regression"].scores.count == 24
     mse = [each.reconstructions.ways["z_q"].mse for each in (found, before)]
     assert mse[0] == pytest.approx(mse[1], rel=0.05)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from scq.engine.measurements import Reconstruction, SampleScores
+from scq.engine.measurements import CodebookSummary, Reconstruction, SampleScores
 from scq.evaluation.benchmark.config import MeasureConfig, Recipe, Recipes
 from scq.evaluation.benchmark.phases import Job, Phase
 from scq.evaluation.benchmark.results import (
@@ -73,6 +73,7 @@ class PriorPhases:
     """A prior: its tokens, its training, and what it draws."""
 
     tokens: Phase[TokensResult]
+    held_out_usage: Phase[CodebookSummary]
     trained: Phase[PriorResult]
     likelihood: Phase[LikelihoodResult]
     codes: Phase[CodesResult]
@@ -94,7 +95,7 @@ class ArmPhases:
         phases: list[Phase[Any]] = [self.tokenizer, self.reconstructions]
         if self.prior is not None:
             prior = self.prior
-            phases += [prior.tokens, prior.trained, prior.likelihood, prior.codes, prior.samples]
+            phases += [prior.tokens, prior.held_out_usage, prior.trained, prior.likelihood, prior.codes, prior.samples]
             for refined in prior.refined.values():
                 phases += [refined.trained, refined.reconstruction, refined.samples]
             phases += prior.sweep.values()
@@ -115,6 +116,7 @@ class ArmPhases:
             tokenizer,
             reconstructions,
             tokens=job.found(prior.tokens),
+            held_out_usage=job.found(prior.held_out_usage),
             prior=job.found(prior.trained),
             likelihood=job.found(prior.likelihood),
             samples=samples,
@@ -178,11 +180,9 @@ def _prior_phases(
     name: str, work: ArmWork, recipe: Recipe[PriorExperiment], tokenizer: Phase[TokenizerResult], shared: Shared
 ) -> PriorPhases:
     measure = shared.measure
-    tokens = Phase(
-        f"{name} tokens",
-        work.write_tokens,
-        {"tokenizer": tokenizer, "train": shared.train, "held_out": shared.held_out},
-        TokensResult,
+    tokens = Phase(f"{name} tokens", work.write_tokens, {"tokenizer": tokenizer, "shards": shared.train}, TokensResult)
+    usage = Phase(
+        f"{name} codebook", work.count_codes, {"tokenizer": tokenizer, "shards": shared.held_out}, CodebookSummary
     )
     prior = Phase(
         f"{name} prior", work.train_prior, {"tokenizer": tokenizer, "tokens": tokens, "recipe": recipe}, PriorResult
@@ -212,7 +212,7 @@ def _prior_phases(
         {"prior": prior, "codes": codes, **_of_samples(shared)},
         SampleScores,
     )
-    return PriorPhases(tokens, prior, likelihood, codes, samples)
+    return PriorPhases(tokens, usage, prior, likelihood, codes, samples)
 
 
 def _refined_phases(

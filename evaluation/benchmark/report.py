@@ -274,12 +274,12 @@ def _sweep(arms: Runs) -> list[str]:
 def _codebook(arms: Runs) -> list[str]:
     rows = []
     for name, runs in arms.items():
-        counted = [run.tokens for run in runs if run.tokens is not None]
-        if not counted:
-            continue
-        for split, each in (("train", [c.train for c in counted]), ("held-out", [c.held_out for c in counted])):
-            cells = [spread([getattr(usage, key) for usage in each], form) for key, form in _OF_CODEBOOK]
-            rows.append([name, split, *cells, f"{each[0].fixed_bits_per_image:.0f}"])
+        written = [run.tokens.usage for run in runs if run.tokens is not None]
+        held_out = [run.held_out_usage for run in runs if run.held_out_usage is not None]
+        for split, usages in (("train", written), ("held-out", held_out)):
+            if usages:
+                cells = [spread([getattr(usage, key) for usage in usages], form) for key, form in _OF_CODEBOOK]
+                rows.append([name, split, *cells, f"{usages[0].fixed_bits_per_image:.0f}"])
     head = ["", "images", "codes used", "perplexity", "bits per token", "bits per image", "of"]
     return markdown_table(head, rows)
 

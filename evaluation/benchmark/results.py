@@ -105,16 +105,15 @@ class ReconstructionsResult:
 
 @dataclass(frozen=True)
 class TokensResult:
-    """The codes of all images: those of the training split were written for the prior.
+    """The codes of the training images, written for the prior.
 
     Attributes:
-        fingerprint: of the written codes: which tokenizer's they are, and of which images.
-        train, held_out: usage of the codebook over each split.
+        fingerprint: says which tokenizer's they are, and of which images.
+        usage: of the codebook.
     """
 
     fingerprint: str
-    train: CodebookSummary
-    held_out: CodebookSummary
+    usage: CodebookSummary
 
 
 @dataclass(frozen=True)
@@ -197,6 +196,7 @@ class ArmResult:
 
     Attributes:
         tokens, prior, likelihood: None where only reconstructions were asked for.
+        held_out_usage: of the codebook over the whole held-out split; likewise.
         samples: by the way of decoding, ``codes`` first.
         sweep: by the settings of sampling.
     """
@@ -204,6 +204,7 @@ class ArmResult:
     tokenizer: TokenizerResult
     reconstructions: ReconstructionsResult
     tokens: TokensResult | None = None
+    held_out_usage: CodebookSummary | None = None
     prior: PriorResult | None = None
     likelihood: LikelihoodResult | None = None
     samples: dict[str, WayOfDecoding] = field(default_factory=dict)

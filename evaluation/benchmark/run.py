@@ -190,6 +190,6 @@ def measured_of(results: BenchmarkResults, arm: ArmResult, way: str) -> Measured
         sample_reference=results.sample_reference,
         network=results.network,
         reconstruction={name: arm.reconstructions.ways[name] for name in ("z_q", "dominant")},
-        codebook=None if arm.tokens is None else arm.tokens.held_out,
+        codebook=arm.held_out_usage,
         samples=arm.samples[way].scores,
     )

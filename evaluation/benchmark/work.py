@@ -28,7 +28,7 @@ from scq.engine.errors import UserError
 from scq.engine.files import write_file
 from scq.engine.fingerprint import fingerprint
 from scq.engine.loop import Trained
-from scq.engine.measurements import Reconstruction, SampleScores, SamplingSeconds
+from scq.engine.measurements import CodebookSummary, Reconstruction, SampleScores, SamplingSeconds
 from scq.engine.progress import progress_bar
 from scq.engine.run import run
 from scq.engine.tracking import read_metrics
@@ -155,18 +155,21 @@ class ArmWork:
             rows.append(to_uint8(tokenizer.decode_indices(encoding.indices)))
         save_images(self.pictures / "reconstructions.png", torch.cat(rows))
 
-    def write_tokens(self, tokenizer: TokenizerResult, train: Shards, held_out: Shards) -> TokensResult:
-        """Write the codes of the training split, and count those of both."""
-        model, shards = self._tokenizer(tokenizer), self.images.shards
+    def write_tokens(self, tokenizer: TokenizerResult, shards: Shards) -> TokensResult:
+        """Write the codes of all images, for the prior, and count them."""
+        model = self._tokenizer(tokenizer)
         with progress_bar(f"{self.title}: tokenize") as bar:
-            tokens = write_tokens(model, shards[train.split], self.folder / "tokens", progress=bar)
+            tokens = write_tokens(model, self.images.shards[shards.split], self.folder / "tokens", progress=bar)
         written = (tokens.read(np.array([i]), np.array([0])) for i in range(len(tokens)))
-        both = f"{tokenizer.fingerprint} {train.fingerprint}"
-        return TokensResult(
-            fingerprint=hashlib.sha256(both.encode()).hexdigest()[:16],
-            train=codebook_usage(written, tokens.codebook_size).summary(),
-            held_out=evaluate_codebook(model, iterate_once(shards[held_out.split], batch_size=64)).summary(),
-        )
+        both = f"{tokenizer.fingerprint} {shards.fingerprint}"
+        usage = codebook_usage(written, tokens.codebook_size).summary()
+        return TokensResult(hashlib.sha256(both.encode()).hexdigest()[:16], usage)
+
+    def count_codes(self, tokenizer: TokenizerResult, shards: Shards) -> CodebookSummary:
+        """How the codebook is used over all images."""
+        batches = iterate_once(self.images.shards[shards.split], batch_size=64)
+        with progress_bar(f"{self.title}: codebook") as bar:
+            return evaluate_codebook(self._tokenizer(tokenizer), batches, bar, shards.images).summary()
 
     def train_prior(
         self, tokenizer: TokenizerResult, tokens: TokensResult, recipe: Recipe[PriorExperiment]
