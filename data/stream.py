@@ -58,7 +58,7 @@ class ImageReader:
         """
         if not self.keep_decoded:
             return self._stack(images)
-        if self._decoded is None:
+        if self._decoded is None or self._known is None:
             self._decoded = np.empty((len(self.shards), 3, self.size, self.size), np.uint8)
             self._known = np.zeros(len(self.shards), bool)
         missing = np.unique(images[~self._known[images]])

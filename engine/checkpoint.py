@@ -54,7 +54,7 @@ class Checkpoints:
         """The checkpoint with the lowest score, the oldest among equals; None if none has a score."""
         scores = {path: json.loads((path / "state.json").read_text()).get("score") for path in self.all()}
         scored = [path for path, score in scores.items() if score is not None]
-        return min(scored, key=scores.get) if scored else None
+        return min(scored, key=lambda path: scores[path]) if scored else None
 
     def save(self, step: int, *, write: bool = True, score: float | None = None, **state: float | dict) -> Path:
         """Write the state after ``step`` steps; the folder appears under its final name once it is complete.

@@ -11,7 +11,7 @@ import math
 import subprocess
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -76,7 +76,7 @@ def load_config(schema: type[Schema], path: Path | str | None = None, overrides:
         UserError: the file is missing or not a YAML mapping, a key is unknown, or a value has the wrong type or is out
             of range; the message names the key and, for files, the file.
     """
-    config = OmegaConf.structured(schema)
+    config: Any = OmegaConf.structured(schema)
     for source in _chain(Path(path)) if path else []:
         config = _merge(config, _read_yaml(source), f"{source}")
     for override in overrides or []:
@@ -89,14 +89,14 @@ def load_config(schema: type[Schema], path: Path | str | None = None, overrides:
             raise UserError(f"override {override!r} cannot be read: {_first_line(error)}") from error
         config = _merge(config, parsed, f"override {override!r}")
     try:
-        found = OmegaConf.to_object(config)
+        found = cast(Schema, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {_first_line(error)}") from error
     check_ranges(found)
     return _expand_home(found)
 
 
-def _expand_home(config: Schema) -> Schema:
+def _expand_home(config: Any) -> Any:
     """Expand a leading ~ in every path to the user's home, as a shell does."""
     for each in fields(config):
         value = getattr(config, each.name)
@@ -107,7 +107,7 @@ def _expand_home(config: Schema) -> Schema:
     return config
 
 
-def check_ranges(config: object, prefix: str = "") -> None:
+def check_ranges(config: Any, prefix: str = "") -> None:
     """Refuse values with which no run could train, in the sections that all experiments share.
 
     Raises:
@@ -153,9 +153,9 @@ def save_config(config: object, path: Path) -> None:
     write_file(path, text)
 
 
-def as_dict(config: object) -> dict:
+def as_dict(config: object) -> dict[str, Any]:
     """The config as plain dictionaries and lists."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
 
 
 def git_revision() -> str:
@@ -177,12 +177,13 @@ def git_revision() -> str:
 def _chain(path: Path) -> list[Path]:
     """The file and every file that it is based on, the base first."""
     chain: list[Path] = []
-    while path is not None:
-        if path.resolve() in [p.resolve() for p in chain]:
-            raise UserError(f"config {path} is based on itself")
-        chain.insert(0, path)
-        base = _read_yaml(path, keep_base=True).get("base")
-        path = path.parent / base if base else None
+    following: Path | None = path
+    while following is not None:
+        if following.resolve() in [p.resolve() for p in chain]:
+            raise UserError(f"config {following} is based on itself")
+        chain.insert(0, following)
+        base = _read_yaml(following, keep_base=True).get("base")
+        following = following.parent / base if base else None
     return chain
 
 
@@ -202,7 +203,7 @@ def _read_yaml(path: Path, keep_base: bool = False) -> DictConfig:
 
 def _merge(config: DictConfig, other: DictConfig, source: str) -> DictConfig:
     try:
-        return OmegaConf.merge(config, other)
+        return cast(DictConfig, OmegaConf.merge(config, other))
     except OmegaConfBaseException as error:
         key = error.full_key or error.key or "?"
         kind = "unknown key" if "not in" in str(error) else "wrong value for"

@@ -24,7 +24,7 @@ def create_optimizer(
     Every parameter group carries its base learning rate as ``initial_lr``; the loop computes each step's rate from it.
     """
     skipped = [name for name, _ in module.named_parameters() if not set(exclude).isdisjoint(name.split("."))]
-    module.no_weight_decay = lambda: set(skipped)
+    setattr(module, "no_weight_decay", lambda: set(skipped))  # noqa: B010, a module takes no function as an attribute
     optimizer = create_optimizer_v2(
         module, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay, betas=tuple(config.betas)
     )

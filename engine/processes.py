@@ -22,7 +22,7 @@ def join_processes() -> torch.device:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
     # PartialState does not read the variable itself: without ``cpu``, each process would think that it is alone.
-    return PartialState(cpu=cpu).device
+    return torch.device(PartialState(cpu=cpu).device or "cpu")
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -34,7 +34,7 @@ class Bar:
 
     def __call__(self, done: int, total: int, info: str = "") -> None:
         self.info = info or self.info
-        if self.progress is not None:
+        if self.progress is not None and self.task is not None:
             self.progress.update(self.task, completed=done, total=total, info=self.info)
             return
         now = time.monotonic()

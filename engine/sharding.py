@@ -38,7 +38,8 @@ def shard(module: nn.Module, blocks: type[nn.Module]) -> nn.Module:
     for block in module.modules():
         if isinstance(block, blocks):
             fully_shard(block)
-    return fully_shard(module)
+    fully_shard(module)
+    return module
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -76,9 +76,10 @@ class Task(ABC):
     score_name: str = ""
 
     def __init__(self, config: Experiment, accelerator: Accelerator, make: Callable[[], nn.Module]):
-        self.config, self.accelerator = config, accelerator
+        self.config: Any = config
+        self.accelerator = accelerator
         torch.manual_seed(config.training.seed)
-        network = make().to(accelerator.device)
+        network: Any = make().to(accelerator.device)
         if config.training.gradient_checkpointing:
             if not getattr(network, "_supports_gradient_checkpointing", False):
                 raise UserError(
@@ -87,7 +88,7 @@ class Task(ABC):
             network.enable_gradient_checkpointing()
         # Copied before accelerate wraps the network's forward in autocast.
         self.average = ModelEmaV3(network, decay=config.training.ema_decay, use_warmup=True)
-        self.modules: dict[str, nn.Module] = {"model": network}
+        self.modules: dict[str, Any] = {"model": network}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.frozen: dict[str, nn.Module] = {}
 
@@ -99,14 +100,14 @@ class Task(ABC):
             NotFiniteError: the forward pass met NaN or infinity.
         """
 
-    def score(self, averaged: nn.Module) -> dict[str, float] | None:
+    def score(self, averaged: Any) -> dict[str, float] | None:
         """Score the averaged weights on held-out data; None if no score is wanted.
 
         Only the main process calls this, so it must not wait for the others.
         """
         return None
 
-    def picture(self, averaged: nn.Module) -> Image.Image | None:
+    def picture(self, averaged: Any) -> Image.Image | None:
         """A picture of what the averaged weights can do; None for no picture."""
         return None
 
@@ -176,7 +177,7 @@ class Stage(ABC):
         """
 
     @abstractmethod
-    def export(self, averaged: nn.Module, folder: Path, steps: int) -> None:
+    def export(self, averaged: Any, folder: Path, steps: int) -> None:
         """Save the averaged weights after ``steps`` steps as a model that users can open.
 
         Raises:

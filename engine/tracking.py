@@ -6,6 +6,7 @@ import fcntl
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
@@ -42,7 +43,7 @@ class RunFolder:
         UserError: the folder holds checkpoints of a run with other settings, or another process is training in it.
     """
 
-    def __init__(self, path: Path | str, config: object, accelerator: Accelerator):
+    def __init__(self, path: Path | str, config: Any, accelerator: Accelerator):
         self.path = Path(path)
         self.accelerator = accelerator
         self.is_main = accelerator.is_main_process

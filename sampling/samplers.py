@@ -30,6 +30,7 @@ class Predict(Protocol):
 
     def __call__(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
         """Tokens (B, L) int64 and how far the generation is, in [0, 1) -> logits (B, L, K)."""
+        ...
 
 
 class Step(NamedTuple):
@@ -68,6 +69,7 @@ class Sampler(Protocol):
         Raises:
             ValueError: a setting is out of range.
         """
+        ...
 
 
 # In what order tokens are revealed: (step, log-probability of the drawn codes (B, L), grid (h, w), seeds (B,),

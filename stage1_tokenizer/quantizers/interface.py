@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from inspect import signature
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def quantizer_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def create_quantizer(name: str, *, codebook_size: int, dim: int, **options) -> Quantizer:
+def create_quantizer(name: str, *, codebook_size: int, dim: int, **options: Any) -> Quantizer:
     """Build a quantizer by name.
 
     Args:

@@ -11,7 +11,7 @@ project's own. It has two implementations with the same functions: `compiled` on
 """
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,9 @@ class ConvexProgram(torch.autograd.Function):
     """z_q of (1) with the backward of eq. (3), or of (4) for the relaxation."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, codebook: Tensor, reg: Tensor, method: str, neighbours: int, tol: float, max_iter: int):
+    def forward(
+        ctx: Any, z: Tensor, codebook: Tensor, reg: Tensor, method: str, neighbours: int, tol: float, max_iter: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
         """Arguments as for `soft_convex_solve`, checked, z (N, F) and codebook (K, F) of one dtype and reg (N, 1)."""
         book = Codebook(codebook)
         centred = z - book.centre  # (N, F)
@@ -112,11 +114,11 @@ class ConvexProgram(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, codebook, reg, support, weights, nearest = ctx.saved_tensors
         gradient = relaxed_gradient if ctx.method == "relaxed" else _implementation(z).gradient_rows
         with torch.autocast(z.device.type, enabled=False):
-            gradients = gradient(grad, codebook, support, weights, nearest, z - codebook[nearest], reg)
+            gradients = gradient(grads[0], codebook, support, weights, nearest, z - codebook[nearest], reg)
         return *gradients, None, None, None, None
 
 
@@ -140,7 +142,12 @@ def _solve_missed_rows_again(
     book = Codebook(codebook.double())
     far = (centred[missed] + codebook.mean(0)).double() - book.centre  # (n, F)
     again = batched.solve_rows(book, far, reg[missed].double(), tol=tol, max_iter=max_iter)
-    rest = batched.SolvedRows(*(x[kept] for x in solved[:-1]), solved.iterations)
+    rest = solved._replace(
+        support=solved.support[kept],
+        weights=solved.weights[kept],
+        nearest=solved.nearest[kept],
+        residual=solved.residual[kept],
+    )
     return batched.join([rest, again], [kept, missed])
 
 
