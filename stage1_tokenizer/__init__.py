@@ -1,1 +1,1 @@
-"""Image <-> tokens: the quantizers and their solver, encoder and decoder, losses, training."""
+"""Image <-> tokens: quantizers and their solver, encoder and decoder, losses, training."""

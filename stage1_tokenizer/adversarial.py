@@ -1,4 +1,4 @@
-"""The two sides of the adversarial game, and what keeps it from being won on a small set.
+"""The losses of generator and discriminator, and what keeps the discriminator from winning on a small set.
 
 Logits are (B, 1, h, w), positive for real; images (B, 3, H, W) in [-1, 1]; every loss is 0-dim.
 """
@@ -16,7 +16,12 @@ AUGMENTATIONS = ("colour", "shift", "cutout")
 
 
 def generator_loss(fake: Tensor, game: str) -> Tensor:
-    """What the autoencoder pays for reconstructions that are not taken for real."""
+    """The autoencoder's adversarial loss: large if its reconstructions are not taken for real.
+
+    Args:
+        fake: logits of reconstructions.
+        game: one of GAMES.
+    """
     return -fake.float().mean() if game == "hinge" else F.softplus(-fake.float()).mean()
 
 
@@ -29,21 +34,24 @@ def discriminator_loss(real: Tensor, fake: Tensor, game: str) -> Tensor:
 
 
 def gradient_penalty(real_images: Tensor, real: Tensor) -> Tensor:
-    """R1 (Mescheder et al., arXiv 1801.04406): half the squared gradient of the verdict on real images, which must
-    require gradients. Summed over pixels, averaged over images."""
+    """R1 (Mescheder et al., arXiv 1801.04406): half the squared norm of the logits' gradient at the real images.
+
+    It is averaged over images. ``real`` are the logits of ``real_images``, which must require gradients.
+    """
     (gradient,) = torch.autograd.grad(real.float().sum(), real_images, create_graph=True)
     return 0.5 * gradient.float().square().sum((1, 2, 3)).mean()
 
 
 class LeCam(nn.Module):
-    """LeCam regularization (Tseng et al., arXiv 2104.03310): verdicts stay near the other side's running mean. The
-    paper's eq. 7 pulls from both sides; as in its authors' released code, only verdicts beyond that mean are pulled.
+    """LeCam regularization (Tseng et al., arXiv 2104.03310): pulls the logits of real images towards the running mean
+    of the fake ones, and those of fake images towards that of the real ones.
 
-    Its running means are buffers, so that a checkpoint has them.
+    The paper's eq. 7 pulls from both sides of the mean; as in its authors' released code, only logits beyond it are
+    pulled. The running means are buffers, so that checkpoints save them.
 
     Args:
         decay: of the running means from one optimizer step to the next.
-        parts_per_step: updates that make such a step.
+        parts_per_step: calls of `update` in one optimizer step.
     """
 
     def __init__(self, decay: float = 0.999, parts_per_step: int = 1):
@@ -53,12 +61,13 @@ class LeCam(nn.Module):
         self.register_buffer("fake_mean", torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The penalty for these logits of real and fake images."""
         real, fake = real.float(), fake.float()
         return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
 
     @torch.no_grad()
     def update(self, real: Tensor, fake: Tensor) -> None:
-        """Move the running means by the verdicts of all processes."""
+        """Update the running means with the logits of all processes."""
         here = torch.stack([real.float().mean(), fake.float().mean(), real.new_ones((), dtype=torch.float32)])
         summed = sum_across_processes(here)
         self.real_mean.lerp_(summed[0] / summed[2], 1 - self.decay)
@@ -71,8 +80,9 @@ def augment(images: Tensor, noise: Tensor, kinds: tuple[str, ...]) -> Tensor:
     Args:
         images: (B, 3, H, W).
         noise: (B, 7) uniform in [0, 1), each image's own.
-        kinds: of AUGMENTATIONS, applied in their order: brightness, saturation and contrast; a shift by up to an eighth
-            of the side, zeros coming in; a square of half the side set to zero.
+        kinds: any of AUGMENTATIONS, applied in that order. ``colour`` changes brightness, saturation and contrast.
+            ``shift`` moves the image by up to an eighth of its side and fills with zeros. ``cutout`` sets a square of
+            half the side to zero.
     """
     brightness, saturation, contrast, down, right, top, left = noise[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1)
     height, width = images.shape[2:]

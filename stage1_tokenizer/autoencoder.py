@@ -1,4 +1,4 @@
-"""Image <-> tokens: VQGAN's encoder and decoder (Esser, Rombach, Ommer, CVPR 2021) around any of our quantizers."""
+"""Image <-> tokens: VQGAN's encoder and decoder (Esser, Rombach, Ommer, CVPR 2021) around any quantizer."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class ArchitectureConfig:
     # Width of the encoder at each resolution, finest first; every entry after the first halves the side.
     channels: list[int] = field(default_factory=lambda: list(CHANNELS))
     layers_per_block: int = 1  # residual blocks at each resolution (the decoder has one more, as in VQGAN)
-    # Pixels folded into channels before the first convolution: 2 quarters the work at the finest resolution, which on a
-    # CPU is most of it. The side shrinks by patch_size * 2 ** (len(channels) - 1) in all.
+    # Side of the squares of pixels that are folded into channels before the first convolution. 2 quarters the work at
+    # the finest resolution, which is most of it on a CPU. In all, the side of an image shrinks by a factor of
+    # patch_size * 2 ** (len(channels) - 1).
     patch_size: int = 2
     attention: bool = False  # self-attention at the coarsest resolution
     latent_dim: int = 8  # F, the size of a code
-    # Of a LatentNetwork between quantizer and decoder; depth 0 for none. It gives a hard quantizer's decoder the
-    # parameters of a refiner, the control that a refiner has to beat.
+    # A LatentNetwork between quantizer and decoder; depth 0 for none. It gives the decoder of a hard quantizer as many
+    # parameters as a refiner has: the control that a refiner must beat.
     neck_width: int = 192
     neck_depth: int = 0
 
@@ -46,7 +47,7 @@ class QuantizerConfig:
 
     name: str = "scq"  # one known to `create_quantizer`
     codebook_size: int = 512  # K
-    options: dict[str, Any] = field(default_factory=dict)  # its further options
+    options: dict[str, Any] = field(default_factory=dict)  # further options of that quantizer
 
 
 class ImageTokenizer(ModelMixin, ConfigMixin):
@@ -58,7 +59,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         codebook_size, quantizer_name, quantizer_options: see `QuantizerConfig`.
 
     Raises:
-        ValueError: the image size is not a multiple of the factor; an unknown quantizer or option.
+        ValueError: the image size is not a multiple of the factor by which the encoder shrinks it, or the quantizer or
+            one of its options is unknown.
     """
 
     _supports_gradient_checkpointing = True
@@ -81,7 +83,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         super().__init__()
         factor = patch_size * 2 ** (len(channels) - 1)
         if image_size % factor:
-            raise ValueError(f"image_size={image_size} is not a multiple of the factor {factor} of this architecture")
+            raise ValueError(f"image_size={image_size} is not a multiple of {factor}, by which this encoder shrinks it")
         patch_channels = 3 * patch_size**2
         shared = {
             "block_out_channels": tuple(channels),
@@ -107,7 +109,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """Where VQGAN balances the gradients of its losses."""
+        """The decoder's last weights, at which VQGAN balances the gradients of its losses."""
         return self.decoder.conv_out.weight
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
@@ -118,29 +120,32 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
     def encode(self, images: torch.Tensor) -> Mixture:
         """Images (B, 3, H, W) in [-1, 1] -> quantized latents, dominant codes, and which codes are mixed.
 
-        The prior sees ``indices`` only; the decoder was trained on both them and ``z_q``.
+        A prior sees only ``indices``; the decoder is trained on ``z_q``.
         """
         return self.quantizer.mix(self.latents(images))
 
     def decode(self, z_q: torch.Tensor) -> torch.Tensor:
-        """Quantized latents (B, F, h, w) -> images (B, 3, H, W), about [-1, 1], not clamped."""
+        """Quantized latents (B, F, h, w) -> images (B, 3, H, W), roughly in [-1, 1], not clamped."""
         x = self.after_quantizer(z_q.to(self.after_quantizer.weight.dtype))  # (B, F, h, w)
         if self.neck is not None:
             x = x + self.neck(x)
         return F.pixel_shuffle(self.decoder(x), self.config.patch_size)
 
     def decode_indices(self, indices: torch.Tensor) -> torch.Tensor:
-        """Codes (B, h, w) -> images (B, 3, H, W), each latent being the code alone."""
+        """Codes (B, h, w) -> images (B, 3, H, W); each latent is a single code."""
         return self.decode(self.quantizer.lookup(indices))
 
     def codes(self) -> torch.Tensor:
         """The codebook (K, F), without gradients.
 
         Raises:
-            UserError: the quantizer has none.
+            UserError: the quantizer has no codes.
         """
         if not self.quantizer.has_codes:
-            raise UserError(f"quantizer {self.config.quantizer_name!r} has no codes: nothing can be drawn or refined")
+            raise UserError(
+                f"quantizer {self.config.quantizer_name!r} has no codes, so there is nothing to draw or refine; train a "
+                "tokenizer with another quantizer.name"
+            )
         with torch.no_grad():
             every = torch.arange(self.quantizer.codebook_size, device=self.device)
             return self.quantizer.lookup(every[None, None])[0, :, 0].t()
@@ -153,7 +158,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         Args:
             images: (B, 3, H, W) in [-1, 1].
             image_noise: (B,) uniform in [0, 1), each image's own randomness for the quantizer.
-            swap: which tokens to decode from a neighbour of their code, so that the decoder bears a prior's mistakes.
+            swap: which tokens to decode from a neighbour of their code, so that the decoder learns to tolerate a
+                prior's mistakes.
 
         Returns:
             the reconstruction (B, 3, H, W) and what the quantizer returned.
@@ -169,7 +175,7 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         return quantized, quantized.z_q if swap is None else swap_for_neighbours(quantized, self.quantizer, swap)
 
     def fingerprint(self) -> str:
-        """Of all weights: tokens carry it, and a prior refuses tokens of another tokenizer."""
+        """The fingerprint of all weights. Tokens carry it, and a prior refuses tokens of another tokenizer."""
         return fingerprint(self)
 
 
@@ -179,10 +185,10 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images about [-1, 1] -> rounded uint8 pixels."""
+    """Images, clamped to [-1, 1] -> rounded uint8 pixels."""
     return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
 
 
 def _norm_groups(channels: tuple[int, ...]) -> int:
-    """VQGAN's 32 groups, fewer where a width is not a multiple of 32."""
+    """VQGAN's 32 groups, or fewer if a width is not a multiple of 32."""
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in channels))

@@ -1,4 +1,4 @@
-"""PatchGAN (Isola et al., CVPR 2017): one verdict for every overlapping patch."""
+"""PatchGAN (Isola et al., CVPR 2017): one logit for every overlapping patch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.nn.utils.parametrizations import spectral_norm
 class PatchDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> patch logits (B, 1, h, w), positive for real.
 
-    Group or spectral normalisation instead of the original's batch normalisation: a verdict must not depend on the
-    other images of the batch, nor differ between processes.
+    It uses group or spectral normalisation instead of the original's batch normalisation: an image's logits must not
+    depend on the rest of the batch, nor differ between processes.
 
     Args:
-        channels: width of the first layer; doubles with each further one up to 8 times.
+        channels: width of the first layer; it doubles with each further layer, up to 8 times this width.
         layers: number of layers with stride 2; the image side must be at least 3 * 2 ** layers.
         norm: ``group``, or ``spectral`` (Miyato et al., arXiv 1802.05957), which bounds every layer's gain by one.
 
     Raises:
-        ValueError: an unknown norm.
+        ValueError: the norm is unknown.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group"):

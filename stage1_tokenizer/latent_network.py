@@ -1,4 +1,4 @@
-"""A convolutional network over grids of latents: the refiner's body, and what a decoder may have in its place."""
+"""A convolutional network over grids of latents: the body of a refiner, and the optional neck of a decoder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class LatentNetwork(nn.Module):
-    """Grids (B, inputs, h, w) -> (B, outputs, h, w), zero before training.
+    """Grids (B, inputs, h, w) -> (B, outputs, h, w); the output is zero before training.
 
     Args:
         width: channels of the blocks.
-        depth: number of blocks, ConvNeXt's (Liu et al., arXiv 2201.03545) with a depthwise 3x3 convolution for its
-            7x7 and an MLP, the branch scaled by learned numbers that start small.
+        depth: number of ConvNeXt blocks (Liu et al., arXiv 2201.03545), here with a depthwise convolution of 3x3
+            instead of 7x7, and with learned scales of the residual branch that start at 0.1.
     """
 
     def __init__(self, inputs: int, outputs: int, width: int, depth: int):
@@ -25,7 +25,7 @@ class LatentNetwork(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, grid: Tensor, added: Tensor | None = None, moment: Tensor | None = None) -> Tensor:
-        """``added`` (B, width, h, w) joins once, ``moment`` (B, width, 1, 1) before every block."""
+        """``added`` (B, width, h, w) is added once, before the blocks; ``moment`` (B, width, 1, 1) to every block's input."""
         x = self.enter(grid)  # (B, width, h, w)
         if added is not None:
             x = x + added

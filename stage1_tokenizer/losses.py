@@ -1,4 +1,4 @@
-"""What a reconstruction costs: pixels, perceptual distance, and the verdict of a discriminator."""
+"""The tokenizer's losses: pixel error, perceptual distance, and the adversarial loss of a discriminator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import VGG16_Weights, vgg16
 
 from scq.engine.errors import UserError
-from scq.engine.processes import process_place, sum_across_processes
+from scq.engine.processes import rank_and_world_size, sum_across_processes
 from scq.engine.schedules import linear_ramp
 from scq.engine.weights import read_weights
 from scq.stage1_tokenizer.adversarial import (
@@ -28,13 +28,15 @@ from scq.stage1_tokenizer.discriminator import PatchDiscriminator
 
 @dataclass
 class LossConfig:
+    """The weights and settings of `TokenizerLoss`."""
+
     l1: float = 1.0
     l2: float = 0.0
     perceptual: float = 1.0  # weight of LPIPS (VGG16); 0 switches it off
-    perceptual_weights: str = ""  # VGG16 weights as torchvision names them; empty: torchvision's own download
+    perceptual_weights: str = ""  # file of VGG16's weights, named as in torchvision; empty: torchvision downloads them
     adversarial: float = 0.5  # weight of the adversarial loss; 0 trains without a discriminator
-    adversarial_start: int = 10000  # the step at which the discriminator's verdict begins to count
-    adversarial_ramp: int = 2000  # steps until it counts in full
+    adversarial_start: int = 10000  # the step at which the adversarial loss sets in
+    adversarial_ramp: int = 2000  # steps in which it rises to its full weight
     adaptive_max: float = 10.0  # cap of VQGAN's adaptive weight; 0 for a constant weight of 1 instead
     game: str = "hinge"  # hinge | non-saturating
     discriminator_channels: int = 64
@@ -42,7 +44,7 @@ class LossConfig:
     discriminator_norm: str = "group"  # group | spectral
     discriminator_lead: int = 1000  # steps that the discriminator trains before adversarial_start
     r1: float = 0.0  # weight of the gradient penalty on real images
-    r1_every: int = 16  # steps between penalties, each weighted by so much more
+    r1_every: int = 16  # steps between penalties, each of which counts this many times
     lecam: float = 0.0  # weight of LeCam regularization
     augment: list[str] = field(default_factory=list)  # for small sets: colour, shift, cutout
 
@@ -54,7 +56,7 @@ class PerceptualLoss(nn.Module):
         weights: file of VGG16's convolution weights (``features.*``); empty for torchvision's download.
 
     Raises:
-        UserError: the file is missing or unfit, or the download failed.
+        UserError: the file is missing or does not hold these weights, or the download failed.
     """
 
     def __init__(self, weights: str = ""):
@@ -79,20 +81,21 @@ class PerceptualLoss(nn.Module):
         return self.network(images, others).mean()
 
     def train(self, mode: bool = True) -> PerceptualLoss:
-        return super().train(False)  # a yardstick: its dropout stays off
+        return super().train(False)  # a fixed metric: its dropout stays off
 
 
 class TokenizerLoss(nn.Module):
-    """VQGAN's training objective. Owns the discriminator and LeCam's running means, and names them in ``stateful``.
+    """VQGAN's training objective. It owns the discriminator and LeCam's running means, which `stateful` names.
 
     Images are (B, 3, H, W) in [-1, 1] throughout; every loss is 0-dim.
 
     Args:
-        parts_per_step: calls of `discriminate` that make one optimizer step.
-        image_size: side of the images in pixels; 0 where it is not known yet.
+        parts_per_step: calls of `discriminate` in one optimizer step.
+        image_size: side of the images in pixels; 0 if it is not known yet.
 
     Raises:
-        UserError: an unknown game, norm or augmentation, R1 every 0 steps, or a discriminator too deep for the images.
+        UserError: the game, the norm or an augmentation is unknown, ``r1_every`` is below 1, or the discriminator is
+            too deep for the images.
     """
 
     def __init__(self, config: LossConfig, parts_per_step: int = 1, image_size: int = 0):
@@ -101,7 +104,7 @@ class TokenizerLoss(nn.Module):
         if config.adversarial > 0 and 0 < image_size < smallest:
             raise UserError(
                 f"loss.discriminator_layers={config.discriminator_layers} needs images of at least {smallest} pixels, "
-                f"these have {image_size}"
+                f"but these have {image_size}"
             )
         if config.r1 > 0 and config.r1_every < 1:
             raise UserError(f"loss.r1_every is {config.r1_every}; it must be at least 1")
@@ -109,7 +112,7 @@ class TokenizerLoss(nn.Module):
             raise UserError(f"loss.game is {config.game!r}; it must be {' or '.join(GAMES)}")
         unknown = sorted(set(config.augment) - set(AUGMENTATIONS))
         if unknown:
-            raise UserError(f"loss.augment has {unknown[0]!r}; there are: {', '.join(AUGMENTATIONS)}")
+            raise UserError(f"loss.augment has {unknown[0]!r}; choose from: {', '.join(AUGMENTATIONS)}")
         self.config = config
         self.perceptual = PerceptualLoss(config.perceptual_weights) if config.perceptual > 0 else None
         self.discriminator = self.lecam = None
@@ -124,7 +127,7 @@ class TokenizerLoss(nn.Module):
 
     @property
     def stateful(self) -> dict[str, nn.Module]:
-        """What a checkpoint must hold for the losses to go on."""
+        """The modules that a checkpoint must save for training to resume, by name."""
         return {name: part for name in ("discriminator", "lecam") if (part := getattr(self, name)) is not None}
 
     def generator(
@@ -135,7 +138,15 @@ class TokenizerLoss(nn.Module):
         step: int,
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The autoencoder's loss without the quantizer's, and its terms for the log; noise (B, 7) is for `augment`."""
+        """The autoencoder's loss, without the quantizer's.
+
+        Args:
+            last_layer: the decoder's, for `adaptive_weight`.
+            noise: (B, 7) for `augment`.
+
+        Returns:
+            the loss, and its terms for the log.
+        """
         config = self.config
         reconstruction = reconstruction.float()
         error = reconstruction - images
@@ -158,6 +169,7 @@ class TokenizerLoss(nn.Module):
         return loss, terms
 
     def trains_discriminator(self, step: int) -> bool:
+        """Whether the discriminator is trained at ``step``."""
         return self.discriminator is not None and step >= self.config.adversarial_start - self.config.discriminator_lead
 
     def discriminate(
@@ -168,7 +180,15 @@ class TokenizerLoss(nn.Module):
         step: int,
         noise: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The discriminator's loss and its terms; ``discriminator`` is ours, perhaps wrapped for several processes."""
+        """The discriminator's loss.
+
+        Args:
+            discriminator: this object's own, perhaps wrapped by accelerate.
+            noise: (B, 7) for `augment`.
+
+        Returns:
+            the loss, and its terms for the log.
+        """
         config, kinds = self.config, tuple(self.config.augment)
         penalised = config.r1 > 0 and step % config.r1_every == 0
         shown = augment(images, noise, kinds).requires_grad_(penalised)
@@ -189,9 +209,9 @@ class TokenizerLoss(nn.Module):
 def adaptive_weight(
     reconstruction_loss: torch.Tensor, adversarial_loss: torch.Tensor, last_layer: nn.Parameter, largest: float
 ) -> torch.Tensor:
-    """VQGAN's balance (eq. 7 of Esser et al.): the ratio of the two losses' gradients at the decoder's last layer, of
-    the images of all processes together."""
-    processes = process_place()[1]
+    """VQGAN's adaptive weight (eq. 7 of Esser et al.): the ratio of the norms of the two losses' gradients at the
+    decoder's last layer, over the images of all processes. It is 0-dim, and clamped to [0, ``largest``]."""
+    processes = rank_and_world_size()[1]
     wanted, found = (
         sum_across_processes(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) / processes
         for loss in (reconstruction_loss, adversarial_loss)

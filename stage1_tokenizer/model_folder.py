@@ -1,4 +1,4 @@
-"""Networks as folders: saved whole, beside what is known of them; a tokenizer found and loaded wherever it lies."""
+"""Networks as folders: saving a network with what was measured of it, and finding and loading a tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scq.engine.files import replaced_model, write_json
 from scq.engine.measurements import Measured, from_plain, to_plain
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 
-# What the project saves. A new model may take the place of any of them, and of nothing else.
+# The classes that the project saves. A new model may replace a folder with a model of one of them, and nothing else.
 MODEL_CLASSES = frozenset(["ImageTokenizer", "MaskedTransformer", "ConvexRefiner", "SoftConvexPipeline"])
 MEASURED = "measured.json"
 
@@ -30,7 +30,7 @@ def save_network(network: ModelMixin, folder: Path, measured: Measured | None = 
 
 
 def read_measured(folder: Path) -> Measured:
-    """What is known of the model in ``folder``; nothing where nobody wrote it down.
+    """What was measured of the model in ``folder``; an empty `Measured` if it was not recorded.
 
     Raises:
         UserError: the file is damaged.
@@ -46,10 +46,10 @@ def read_measured(folder: Path) -> Measured:
 
 
 def find_tokenizer(path: Path | str) -> Path:
-    """The folder with a tokenizer's weights in ``path``: an exported one, a pipeline's folder, or a run's.
+    """The folder with a tokenizer's weights: ``path`` itself, or a folder in it if it is a pipeline or a run.
 
     Raises:
-        UserError: nothing there is a tokenizer.
+        UserError: there is no tokenizer in ``path``.
     """
     path = Path(path)
     for folder in (path, path / "tokenizer", path / "model", path / "model" / "tokenizer"):
@@ -62,7 +62,7 @@ def load_tokenizer(path: Path | str) -> ImageTokenizer:
     """The tokenizer in ``path`` (see `find_tokenizer`), in eval mode.
 
     Raises:
-        UserError: nothing there is a tokenizer, or it cannot be loaded.
+        UserError: there is no tokenizer in ``path``, or it cannot be loaded.
     """
     folder = find_tokenizer(path)
     try:
@@ -72,6 +72,10 @@ def load_tokenizer(path: Path | str) -> ImageTokenizer:
 
 
 def tokenizer_measured(path: Path | str) -> Measured:
-    """What is known of the tokenizer in ``path``: written beside it, or beside the pipeline that it is a part of."""
+    """What was measured of the tokenizer in ``path``, recorded in its own folder or in that of its pipeline.
+
+    Raises:
+        UserError: there is no tokenizer in ``path``, or the file is damaged.
+    """
     folder = find_tokenizer(path)
     return read_measured(folder if (folder / MEASURED).is_file() else folder.parent)

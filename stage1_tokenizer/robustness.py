@@ -1,4 +1,4 @@
-"""What prepares a decoder for the tokens of a prior, which are not always those that an encoder would have chosen."""
+"""Token perturbation: it prepares a decoder for a prior's tokens, which an encoder would not always have chosen."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from scq.stage1_tokenizer.quantizers import Quantized, Quantizer
 class RobustnessConfig:
     """Token perturbation after RobustTok (Qiu et al., arXiv 2503.08354), annealed over training.
 
-    It differs from theirs: every image is perturbed, not a part of each batch; a swapped token never keeps its code,
-    whose neighbours are meant, not the latent's; and gradients go to z_q.
+    It differs from the paper: every image is perturbed, not only a part of each batch. A swapped token takes a
+    neighbour of its code, not of its latent, and never keeps the code. Gradients go to z_q.
     """
 
-    swapped_share: float = 0.0  # of the tokens, decoded from a neighbour of their code; 0 switches it off
+    swapped_share: float = 0.0  # share of tokens that are decoded from a neighbour of their code; 0 for none
     neighbours: int = 8  # how many nearest codes a token may be swapped for
-    final_share: float = 0.0  # swapped_share moves to this in a straight line
-    steps: int = 0  # length of that move; 0 keeps swapped_share throughout
+    final_share: float = 0.0  # swapped_share changes linearly to this
+    steps: int = 0  # steps that the change takes; 0 keeps swapped_share throughout
 
 
 class NeighbourSwap(NamedTuple):
@@ -31,14 +31,14 @@ class NeighbourSwap(NamedTuple):
 
     share: float  # in [0, 1]
     neighbours: int
-    noise: Tensor  # (B, 2, h, w) uniform in [0, 1): who is swapped, and for whom
+    noise: Tensor  # (B, 2, h, w) uniform in [0, 1): decides which tokens are swapped, and for which neighbours
 
 
 def swapped_share(step: int, config: RobustnessConfig) -> float:
     """The share of tokens to swap at ``step``.
 
     Raises:
-        UserError: a share outside [0, 1], or neighbours below 1.
+        UserError: a share is outside [0, 1], or ``neighbours`` is below 1.
     """
     for name in ("swapped_share", "final_share"):
         if not 0 <= getattr(config, name) <= 1:
@@ -52,25 +52,28 @@ def swapped_share(step: int, config: RobustnessConfig) -> float:
 
 
 def swap_for_neighbours(quantized: Quantized, quantizer: Quantizer, swap: NeighbourSwap) -> Tensor:
-    """z_q (B, F, h, w) with a share of its places replaced by a code near their dominant code.
+    """z_q (B, F, h, w) with a share of its tokens replaced by codes near their dominant codes.
 
-    The gradient goes straight through to z_q: the encoder is not asked to follow the swap.
+    Gradients go straight through to z_q: the encoder is not trained to follow the swap.
     """
-    who, whom = swap.noise.unbind(1)  # (B, h, w)
-    chosen = who < swap.share
+    selection, choice = swap.noise.unbind(1)  # (B, h, w)
+    chosen = selection < swap.share
     if not quantizer.has_codes or quantizer.codebook_size < 2 or not bool(chosen.any()):
         return quantized.z_q
     with torch.no_grad():
         near = nearest_codes(quantizer, quantized.indices[chosen], swap.neighbours)  # (n, neighbours)
-        place = (whom[chosen] * near.shape[1]).long()
+        nth = (choice[chosen] * near.shape[1]).long()
         indices = quantized.indices.clone()
-        indices[chosen] = near.gather(1, place.unsqueeze(1)).squeeze(1)
+        indices[chosen] = near.gather(1, nth.unsqueeze(1)).squeeze(1)
         difference = quantizer.lookup(indices) - quantized.z_q  # (B, F, h, w)
     return quantized.z_q + torch.where(chosen.unsqueeze(1), difference, 0.0)
 
 
 def nearest_codes(quantizer: Quantizer, indices: Tensor, count: int) -> Tensor:
-    """The ``count`` codes (n, count) nearest to each of the codes ``indices`` (n,), itself left out."""
+    """The ``count`` codes (n, count) nearest to each of the codes ``indices`` (n,), without the code itself.
+
+    There are fewer than ``count`` if the codebook is too small.
+    """
     size = quantizer.codebook_size
     codes = quantizer.lookup(torch.arange(size, device=indices.device).view(1, 1, size))[0, :, 0].t()  # (K, F)
     asked, back = indices.unique(return_inverse=True)

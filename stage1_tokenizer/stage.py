@@ -27,18 +27,20 @@ from scq.stage1_tokenizer.losses import LossConfig, TokenizerLoss
 from scq.stage1_tokenizer.model_folder import save_network
 from scq.stage1_tokenizer.robustness import NeighbourSwap, RobustnessConfig, swapped_share
 
-PICTURED_IMAGES = 12  # in a run's pictures
+PICTURED_IMAGES = 12  # images in each picture of a run
 
 
 @dataclass
 class ScoreConfig:
-    images: int = 0  # of data.validation, for the rFID of every checkpoint; the best is exported to best/. 0 for none
+    """How checkpoints are scored; the one with the lowest rFID is exported to ``best/``."""
+
+    images: int = 0  # images of data.validation to compute the rFID of every checkpoint on; 0 for no score
     inception_weights: str = ""  # as --inception-weights of scq evaluate
 
 
 @dataclass
 class TokenizerExperiment:
-    """Everything that decides a tokenizer."""
+    """The config of a tokenizer's training run."""
 
     out: str = ""  # the run folder
     data: DataConfig = field(default_factory=DataConfig)
@@ -52,6 +54,11 @@ class TokenizerExperiment:
 
 
 def build_tokenizer(config: TokenizerExperiment) -> ImageTokenizer:
+    """The untrained tokenizer of a config.
+
+    Raises:
+        UserError: the config does not describe a tokenizer.
+    """
     try:
         return ImageTokenizer(
             **vars(config.architecture),
@@ -89,7 +96,7 @@ class TokenizerTask(Task):
         pictured: Tensor,
         measure: Callable[[ImageTokenizer], float] | None = None,
     ):
-        swapped_share(0, config.robustness)  # refuses what is out of range now rather than at the first step
+        swapped_share(0, config.robustness)  # refuses values out of range now, not at the first step
         super().__init__(config, accelerator, lambda: build_tokenizer(config))
         self.pictured, self.measure = pictured, measure
         tokenizer, parts = self.modules["model"], config.training.accumulate
@@ -159,11 +166,11 @@ class TokenizerTask(Task):
 
 def _compiled(tokenizer: ImageTokenizer) -> nn.Module:
     """``tokenizer`` with encoder and decoder compiled at their first use."""
-    # A compiled backward pass may overwrite what was saved for it, and refuses to be run twice; VQGAN's adaptive weight
-    # runs the decoder's three times a step. The setting is read whenever something is compiled, hence global.
+    # A compiled backward pass may overwrite the tensors saved for it, and then refuses to run twice; VQGAN's adaptive
+    # weight runs the decoder's three times a step. torch reads the setting at every compilation, so it must be global.
     torch._functorch.config.donated_buffer = False
-    # Quantizers and swaps choose shapes and branches by the data, which splits a graph into dozens that are compiled
-    # again and again; and SCQ's solver on a CPU is numba's, which torch's tracer trips over.
+    # Shapes and branches of quantizers and swaps depend on the data, which would split the graph into dozens that are
+    # recompiled again and again. And on a CPU, SCQ's solver is compiled by numba, which torch's tracer cannot follow.
     tokenizer.quantize = torch.compiler.disable(tokenizer.quantize)
     return torch.compile(tokenizer)
 
@@ -191,13 +198,13 @@ class ImageStage(Stage):
         )
         if stream.image_size != self.image_size:
             raise UserError(
-                f"{data.train} holds images of {stream.image_size} pixels, architecture.image_size is "
+                f"{data.train} holds images of {stream.image_size} pixels, but architecture.image_size is "
                 f"{self.image_size}; pack the images again with --size, or change the config"
             )
         return stream
 
     def probe(self, accelerator: Accelerator) -> Probe:
-        """Noise, where the shards are not at hand."""
+        """Read a few training images; noise stands in if the shards are not in a local folder."""
         if (Path(self.config.data.train) / MANIFEST).is_file():
             stream = self.open_stream(accelerator)
             return Probe(Batch(*(field[:PROBED_IMAGES] for field in next(iter(stream)))), stream.num_images)
@@ -209,15 +216,15 @@ class TokenizerStage(ImageStage):
     """Trains an autoencoder around a quantizer, and exports it.
 
     Args:
-        score: of averaged weights, at every checkpoint of the main process, lower is better: the best checkpoint is
-            exported, too. None for no score.
+        score: scores the averaged weights at every checkpoint, in the main process. Lower is better, and the best
+            checkpoint is exported as well. None for no score.
     """
 
     name = "tokenizer"
 
     def __init__(self, config: TokenizerExperiment, score: Callable[[ImageTokenizer], float] | None = None):
         self.config, self.score = config, score
-        self.dataset: str | None = None  # its name, known when the stream was opened
+        self.dataset: str | None = None  # its name, known once the stream is open
 
     @property
     def title(self) -> str:

@@ -29,15 +29,17 @@ def write_tokens(
 ) -> TokenDataset:
     """Write the dominant codes of every image once, in the order of the shards.
 
-    Under ``accelerate launch`` each process writes its part. An interrupted run goes on where it stopped.
+    Under ``accelerate launch``, each process writes its part. An interrupted run resumes where it stopped.
 
     Args:
+        batch_size: images per process and batch.
         views: augmented views of each image, see data.views; a prior sees one of them at a time.
         cache: folder that keeps the shards of a URL, see data.shards.ShardSet.
+        progress: called as progress(done, total), in images of this process.
 
     Raises:
         UserError: the tokenizer has no codes.
-        DataError: the shards are unfit, or ``out`` holds tokens of another tokenizer.
+        DataError: the shards are missing or damaged, or ``out`` holds other tokens.
     """
     if not tokenizer.quantizer.has_codes:
         name = tokenizer.config.quantizer_name
@@ -61,8 +63,8 @@ def write_tokens(
     tokenizer = tokenizer.to(state.device).eval()
     done = writer.num_written
     if not writer.complete:
-        place = {"rank": state.process_index, "world_size": state.num_processes, "start": writer.num_written}
-        batches = iterate_once(shards, batch_size, cache=cache, **place)
+        part = {"rank": state.process_index, "world_size": state.num_processes, "start": writer.num_written}
+        batches = iterate_once(shards, batch_size, cache=cache, **part)
         for batch in batches:
             indices = torch.stack(
                 [

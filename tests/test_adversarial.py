@@ -113,7 +113,7 @@ def test_unknown_parts_of_the_game_are_named() -> None:
     settings = {"perceptual": 0.0, "adversarial": 1.0}
     with pytest.raises(UserError, match=r"loss.game is 'chess'"):
         TokenizerLoss(LossConfig(**settings, game="chess"))
-    with pytest.raises(UserError, match=r"loss.augment has 'mirror'; there are: colour, shift, cutout"):
+    with pytest.raises(UserError, match=r"loss.augment has 'mirror'; choose from: colour, shift, cutout"):
         TokenizerLoss(LossConfig(**settings, augment=["mirror"]))
     with pytest.raises(UserError, match="norm must be group or spectral"):
         TokenizerLoss(LossConfig(**settings, discriminator_norm="batch"))
@@ -123,7 +123,8 @@ def test_unknown_parts_of_the_game_are_named() -> None:
 
 def test_a_discriminator_too_deep_for_the_images_is_named() -> None:
     deep = LossConfig(perceptual=0.0, adversarial=1.0, discriminator_layers=4, discriminator_channels=8)
-    with pytest.raises(UserError, match=r"discriminator_layers=4 needs images of at least 48 pixels, these have 32"):
+    words = "discriminator_layers=4 needs images of at least 48 pixels, but these have 32"
+    with pytest.raises(UserError, match=words):
         TokenizerLoss(deep, image_size=32)
     verdict = TokenizerLoss(deep, image_size=48).discriminator(torch.zeros(1, 3, 48, 48))
     assert verdict.shape[-1] == 1, "the least there is"
