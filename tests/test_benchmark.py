@@ -221,8 +221,8 @@ def test_a_benchmark_goes_on_where_only_its_phases_and_pictures_are(
 ) -> None:
     """What is kept under docs/results is enough to add arms to, on another machine."""
     out = tmp_path / "run"
-    for kept in ("phases", "pictures"):
-        shutil.copytree(tiny_run / kept, out / kept)
+    for folder in ("phases", "pictures"):
+        shutil.copytree(tiny_run / folder, out / folder)
     config = write_tiny_benchmark(tmp_path)
     config.write_text(
         config.read_text().replace(

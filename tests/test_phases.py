@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from scq.engine.config import as_dict, load_config
 from scq.engine.errors import UserError
+from scq.evaluation.benchmark import config as benchmark_config
 from scq.evaluation.benchmark import work
 from scq.evaluation.benchmark.config import ArmConfig, BenchmarkConfig, DatasetConfig, MeasureConfig, Recipe
 from scq.evaluation.benchmark.images import Images
@@ -275,6 +276,17 @@ def test_every_field_of_a_benchmark_is_in_a_table() -> None:
     assert {field.name for field in dataclasses.fields(BenchmarkConfig)} == named | set(BENCHMARK)
 
 
+LOADED: dict[Any, Any] = {}
+
+
+def load_once(schema: Any, path: Path, overrides: list[str] | None = None) -> Any:
+    """What `load_config` gives, remembered, because most cases read the same few trainings."""
+    key = schema, path.read_text(), tuple(overrides or ())
+    if key not in LOADED:
+        LOADED[key] = load_config(schema, path, overrides)
+    return copy.deepcopy(LOADED[key])
+
+
 class FakeBenchmark:
     """Runs a benchmark's list of phases with works that do nothing but name a result after its inputs."""
 
@@ -292,7 +304,9 @@ class FakeBenchmark:
         OmegaConf.save(BASE, folder / "benchmark.yaml")
 
     def listed(self, config: BenchmarkConfig, network: str = "inception") -> list[Phase[Any]]:
-        return list_phases(config, self.folder, self.folder / "out", Network(network)).listed()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(benchmark_config, "load_config", load_once)
+            return list_phases(config, self.folder, self.folder / "out", Network(network)).listed()
 
     def run(self, changes: list[str], network: str = "inception") -> list[str]:
         """The names of the phases that ran, beside what an earlier run left in the folder."""
@@ -458,6 +472,7 @@ def test_a_config_that_is_handed_in_stays_as_it_is(train: str, tmp_path: Path, m
         monkeypatch.setattr(work, name, stage)
     monkeypatch.setattr(work.ArmWork, "_tokenizer", lambda *_: None)
     monkeypatch.setattr(work.ArmWork, "_pipeline", lambda *_: None)
+    monkeypatch.setattr(Images, "folder", lambda *_: str(tmp_path / "train"))
     images = Images({"train": tmp_path / "train", "test": tmp_path / "test"}, tmp_path)
     arm = work.ArmWork("arm", tmp_path / "arm", tmp_path, images, "cpu")
     shards, (_, schema) = Shards("train", 3, "ab"), FILES[train]

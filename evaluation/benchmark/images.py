@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from scq.data import pack as packing
-from scq.data.stream import ImageStream
+from scq.data.shards import ShardSet
 from scq.engine.errors import UserError
 from scq.engine.progress import progress_bar
 from scq.evaluation.benchmark.results import RealImages, Shards
@@ -27,10 +27,10 @@ class Images:
     """
 
     def __init__(self, shards: Mapping[str, Path | str], features: Path):
-        self.shards, self._features = shards, features
+        self._shards, self._features = shards, features
 
     def pack(self, split: str, source: str, format: str, size: int, crop: str, dataset_split: str) -> Shards:
-        """The work of packing a split; see `data.pack.pack`.
+        """Pack a split; see `data.pack.pack`.
 
         Args:
             crop: empty for the format's own protocol.
@@ -39,7 +39,7 @@ class Images:
         with progress_bar(f"pack {format} {dataset_split}") as bar:
             packing.pack(
                 source,
-                self.shards[split],
+                self._shards[split],
                 format=format,
                 size=size,
                 crop=crop or None,
@@ -54,36 +54,45 @@ class Images:
         Raises:
             DataError: there are none, or they are damaged.
         """
-        stream = ImageStream(self.shards[split], batch_size=1)
-        return Shards(split, stream.num_images, stream.fingerprint)
+        shards = ShardSet(self._shards[split])
+        return Shards(split, len(shards), shards.fingerprint)
 
     def describe(self, shards: Shards, count: int, network: FeatureNetwork) -> RealImages:
-        """The work of extracting the features of ``count`` images, 0 for all; a file keeps them."""
+        """Extract the features of ``count`` images, 0 for all; a file keeps them."""
         found = RealImages(shards.split, self.reference(shards, count).description, network.fingerprint)
         self.features(found, network)
         return found
+
+    def folder(self, shards: Shards) -> str:
+        """Where these shards lie.
+
+        Raises:
+            UserError: other images lie there by now.
+        """
+        self._refuse_others(shards.split, shards.fingerprint)
+        return str(self._shards[shards.split])
+
+    @property
+    def shown(self) -> str:
+        """The folder of held-out images, for what has no say in any result: the pictures in a run's folder."""
+        return str(self._shards["test"])
 
     def reference(self, shards: Shards, count: int) -> Reference:
         """So many images of a split, always the same ones; 0 for all.
 
         Raises:
-            UserError: the shards are others by now, or hold fewer images.
+            UserError: other images lie there by now, or fewer.
         """
-        reference = Reference(self.shards[shards.split], count)
-        if reference.description.sha256 != shards.fingerprint:
-            raise UserError(f"{self.shards[shards.split]} holds other images than the benchmark began with")
-        return reference
+        return Reference(self.folder(shards), count)
 
     def open(self, real: RealImages) -> Reference:
         """The images themselves.
 
         Raises:
-            UserError: the shards hold others by now.
+            UserError: other images lie there by now.
         """
-        reference = Reference(self.shards[real.split], real.images.count)
-        if reference.description != real.images:
-            raise UserError(f"{self.shards[real.split]} holds other images than the benchmark began with")
-        return reference
+        self._refuse_others(real.split, real.images.sha256)
+        return Reference(self._shards[real.split], real.images.count)
 
     def features(self, real: RealImages, network: FeatureNetwork) -> FeatureSet:
         """Their features, from the file where an earlier phase left them."""
@@ -92,3 +101,8 @@ class Images:
         title = f"features of {real.images.count} {real.images.dataset} images ({real.images.split})"
         with progress_bar(title) as bar:
             return self.open(real).features(network, file, bar)
+
+    def _refuse_others(self, split: str, fingerprint: str) -> None:
+        if self.packed(split).fingerprint != fingerprint:
+            folder = self._shards[split]
+            raise UserError(f"{folder} holds other images than the phases before worked with; choose another --out")

@@ -159,7 +159,7 @@ class ArmWork:
         """Write the codes of all images, for the prior, and count them."""
         model = self._tokenizer(tokenizer)
         with progress_bar(f"{self.title}: tokenize") as bar:
-            tokens = write_tokens(model, self.images.shards[shards.split], self.folder / "tokens", progress=bar)
+            tokens = write_tokens(model, self.images.folder(shards), self.folder / "tokens", progress=bar)
         written = (tokens.read(np.array([i]), np.array([0])) for i in range(len(tokens)))
         both = f"{tokenizer.fingerprint} {shards.fingerprint}"
         usage = codebook_usage(written, tokens.codebook_size).summary()
@@ -167,7 +167,7 @@ class ArmWork:
 
     def count_codes(self, tokenizer: TokenizerResult, shards: Shards) -> CodebookSummary:
         """How the codebook is used over all images."""
-        batches = iterate_once(self.images.shards[shards.split], batch_size=64)
+        batches = iterate_once(self.images.folder(shards), batch_size=64)
         with progress_bar(f"{self.title}: codebook") as bar:
             return evaluate_codebook(self._tokenizer(tokenizer), batches, bar, shards.images).summary()
 
@@ -309,9 +309,7 @@ class ArmWork:
         return SweptSettings(_way(refiner), evaluate_samples(features, self.images.features(real, network)))
 
     def _data(self, data: DataConfig, shards: Shards) -> DataConfig:
-        """The config of images with its folders. Of held-out ones only a run's pictures are drawn."""
-        known = self.images.shards
-        return replace(data, train=str(known[shards.split]), validation=str(known["test"]))
+        return replace(data, train=self.images.folder(shards), validation=self.images.shown)
 
     def _tokenizer(self, trained: TokenizerResult) -> ImageTokenizer:
         tokenizer = load_tokenizer(self.folder / "tokenizer")
