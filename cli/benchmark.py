@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from scq.cli.common import Parser, add_model, command, device, natural, positive
+from scq.cli.common import Parser, add_model, command, config_file, device, natural, positive
 
 
 def add_benchmark(commands: Any) -> None:
@@ -46,7 +46,9 @@ def add_benchmark(commands: Any) -> None:
         "whole training steps of several tokenizer configs, in turns",
         "Ratios are to the first config.",
     )
-    step.add_argument("--config", type=Path, action="append", required=True, help="YAML file; repeat for several")
+    step.add_argument(
+        "--config", type=config_file, action="append", required=True, help="YAML file; repeat for several"
+    )
     step.add_argument("--data", required=True, metavar="SHARDS", help="shards that 'scq data pack' wrote")
     step.add_argument("--warmup", type=positive, default=30, help="untimed steps of each")
     step.add_argument("--repeats", type=positive, default=20, help="timed steps of each")
@@ -59,7 +61,7 @@ def add_benchmark(commands: Any) -> None:
         "train tokenizers that differ in one thing and compare their reconstructions",
         "Finished arms are reused, an interrupted one goes on.",
     )
-    tokenizers.add_argument("--config", type=Path, required=True, help="YAML file of arms")
+    tokenizers.add_argument("--config", type=config_file, required=True, help="YAML file of arms")
     tokenizers.add_argument("--train", required=True, metavar="SHARDS", help="shards to train on")
     tokenizers.add_argument("--held-out", required=True, metavar="SHARDS", help="shards to reconstruct")
     tokenizers.add_argument("--out", type=Path, required=True, help="folder for runs, results and table")
@@ -72,7 +74,7 @@ def add_benchmark(commands: Any) -> None:
         "train every arm of an experiment through both stages with equal budgets, and compare samples and all else",
         "Finished phases are reused, an interrupted one goes on. Ends with results.json, report.md and its pictures.",
     )
-    quality.add_argument("--config", type=Path, required=True, help="YAML file; see configs/benchmarks/")
+    quality.add_argument("--config", type=config_file, required=True, help="YAML file; see configs/benchmarks/")
     quality.add_argument("--out", type=Path, required=True, help="folder for everything it makes")
     quality.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.source=FOLDER")
 

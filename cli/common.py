@@ -59,6 +59,14 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def config_file(text: str) -> Path:
+    """A config: the user's own file, else one that comes with the package, as ``configs/cifar10/prior.yaml``."""
+    from scq.engine.config import PACKAGE
+
+    own, packaged = Path(text), PACKAGE / text
+    return packaged if not own.exists() and packaged.is_file() else own
+
+
 def device() -> str:
     import torch
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scq.cli.common import Parser, add_model, command, positive, say_once
+from scq.cli.common import Parser, add_model, command, config_file, positive, say_once
 
 if TYPE_CHECKING:
     from scq.engine.stage import Stage
@@ -29,7 +29,9 @@ def add_train(commands: Any) -> None:
             "Run again, it goes on from its newest checkpoint. For several processes or GPUs: "
             f"accelerate launch --module scq train {name} --config FILE",
         )
-        each.add_argument("--config", type=Path, required=True, help="YAML file; the ready ones are in configs/")
+        each.add_argument(
+            "--config", type=config_file, required=True, help="YAML file; those under configs/ come with the package"
+        )
         each.add_argument(
             "--dry-run", action="store_true", help="print parameters, memory, steps per epoch, time; train nothing"
         )

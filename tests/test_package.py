@@ -70,31 +70,32 @@ def test_every_folder_of_code_is_packed_and_nothing_outside_scq(wheel: Path) -> 
 
 
 def test_it_works_beside_a_users_own_modules_of_our_rooms_names(environment: Path, tmp_path: Path) -> None:
-    for kind in ("modules", "packages"):
-        folder = tmp_path / kind
-        folder.mkdir()
-        for room in ("data", "engine", "sampling", "evaluation", "cli", "configs"):
-            own = folder / f"{room}.py" if kind == "modules" else folder / room / "__init__.py"
-            own.parent.mkdir(exist_ok=True)
-            own.write_text("MINE = True\n")
-        (folder / "script.py").write_text(
-            "import data, engine, sampling\n"
-            "from scq import SoftConvexPipeline\n"
-            "from scq.sampling.pipeline import EMBEDDED\n"
-            "import scq.data.stream\n"
-            "assert data.MINE and engine.MINE and sampling.MINE\n"
-            "images = SoftConvexPipeline.from_pretrained(EMBEDDED)(1, seed=0, num_inference_steps=2).images\n"
-            "print(scq.__file__, images[0].size)\n"
-        )
-        result = run(environment, folder, "python", "script.py")
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.split(maxsplit=1)[1].strip() == "(32, 32)"
-        assert str(environment) in result.stdout, "the wheel's, not the checkout's"
-        for command in (["scq"], ["python", "-m", "scq"]):
-            result = run(environment, folder, *command, "data", "pack", "twemoji", "shards", "--format", "emoji")
-            assert result.returncode == 2, "it asks for a size"
-            assert "--size" in result.stderr
-            assert "Traceback" not in result.stderr
+    for room, kind in (("data", "folder"), ("engine", "file"), ("sampling", "folder"), ("evaluation", "file")):
+        own = tmp_path / f"{room}.py" if kind == "file" else tmp_path / room / "__init__.py"
+        own.parent.mkdir(exist_ok=True)
+        own.write_text("MINE = True\n")
+    (tmp_path / "script.py").write_text(
+        "import data, engine, sampling\n"
+        "from scq import SoftConvexPipeline\n"
+        "from scq.sampling.pipeline import EMBEDDED\n"
+        "import scq.data.stream\n"
+        "assert data.MINE and engine.MINE and sampling.MINE\n"
+        "images = SoftConvexPipeline.from_pretrained(EMBEDDED)(1, seed=0, num_inference_steps=2).images\n"
+        "print(scq.__file__, images[0].size)\n"
+    )
+    result = run(environment, tmp_path, "python", "script.py")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split(maxsplit=1)[1].strip() == "(32, 32)"
+    assert str(environment) in result.stdout, "the wheel's, not the checkout's"
+    result = run(environment, tmp_path, "python", "-m", "scq", "data", "pack", "twemoji", "shards", "--format", "emoji")
+    assert result.returncode == 2, "it asks for a size"
+    assert "--size" in result.stderr
+    assert "Traceback" not in result.stderr
+    # The package's config, because the user has no file of that name.
+    config = "configs/quickstart/tokenizer_scq.yaml"
+    result = run(environment, tmp_path, "scq", "train", "tokenizer", "--config", config, "out=run")
+    assert result.returncode == 2
+    assert "no packed images at 'shards/train'" in result.stderr
 
 
 def test_installed_it_claims_nobody_elses_reports_and_revision(environment: Path, tmp_path: Path) -> None:
