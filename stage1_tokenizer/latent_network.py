@@ -25,7 +25,7 @@ class LatentNetwork(nn.Module):
         nn.init.zeros_(self.leave.bias)
 
     def forward(self, grid: Tensor, added: Tensor | None = None, moment: Tensor | None = None) -> Tensor:
-        """``added`` (B, width, h, w) is added once, before the blocks; ``moment`` (B, width, 1, 1) to every block's input."""
+        """``added`` (B, width, h, w) is added once, before the blocks, ``moment`` (B, width, 1, 1) before each."""
         x = self.enter(grid)  # (B, width, h, w)
         if added is not None:
             x = x + added

@@ -56,8 +56,8 @@ def swap_for_neighbours(quantized: Quantized, quantizer: Quantizer, swap: Neighb
 
     Gradients go straight through to z_q: the encoder is not trained to follow the swap.
     """
-    selection, choice = swap.noise.unbind(1)  # (B, h, w)
-    chosen = selection < swap.share
+    chance, choice = swap.noise.unbind(1)  # (B, h, w)
+    chosen = chance < swap.share
     if not quantizer.has_codes or quantizer.codebook_size < 2 or not bool(chosen.any()):
         return quantized.z_q
     with torch.no_grad():

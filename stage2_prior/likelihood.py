@@ -1,4 +1,4 @@
-"""How many bits a prior needs for real tokens: the same weights read as an absorbing-state diffusion."""
+"""How many bits a prior needs for real tokens, with its weights read as an absorbing-state diffusion model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _GOLDEN = (5**0.5 - 1) / 2  # multiples of it, modulo 1, fill [0, 1) evenly
 
 
 class LikelihoodBound(NamedTuple):
-    """An upper bound on -log2 of the probability of images' tokens, the mean over the images."""
+    """An upper bound on -log2 of the probability of an image's tokens, averaged over images."""
 
     bits_per_image: float
-    error: float  # standard error of bits_per_image that comes from drawing masks; images are as given
+    error: float  # standard error of bits_per_image due to the random masks, not to the choice of images
     bits_per_token: float
     images: int
     passes: int
@@ -34,23 +34,24 @@ def likelihood_bound(
     batch_size: int = 64,
     device: str | torch.device = "cpu",
 ) -> LikelihoodBound:
-    """The evidence lower bound of an absorbing-state diffusion, negated, in bits.
+    """The negative evidence lower bound of an absorbing-state diffusion, in bits.
 
-    With m of L places masked at random, m uniform in 1 .. L, the bound is the expectation of L / m times the sum of
-    -log2 p(code | the other places) over the masked ones (Hoogeboom et al., arXiv 2110.02037; for every noise
-    schedule the same: Sahoo et al., arXiv 2406.07524). It is what the any-order model needs in the mean over orders.
+    With m of L tokens masked at random, m uniform in 1 .. L, the bound is the expectation of L / m times the sum of
+    -log2 p(code | visible tokens) over the masked ones (Hoogeboom et al., arXiv 2110.02037). It is the same for every
+    noise schedule (Sahoo et al., arXiv 2406.07524), and equals what the any-order autoregressive model needs, averaged
+    over orders.
 
     Args:
         predict: tokens (B, L) and labels (B,) or None -> logits (B, L, K).
         codes: (N, L) int64, held-out images.
         labels: (N,) int64 classes, for a class-conditional prior: the bound is then on p(codes | class).
-        passes: over the images, each with its own masks; at least 2, for the error.
+        passes: over the images, each with its own masks; at least 2, to estimate the error.
 
     Returns:
-        the same numbers for any batch size, to rounding.
+        the bound, which is the same for any batch size, up to rounding.
 
     Raises:
-        ValueError: fewer than two passes, or no images.
+        ValueError: there are fewer than two passes, or no images.
     """
     if passes < 2:
         raise ValueError(f"passes={passes} must be at least 2: the error is estimated from their differences")
@@ -64,7 +65,7 @@ def likelihood_bound(
         for first in range(0, len(codes), batch_size):
             truth = codes[first : first + batch_size].to(device)  # (B, L)
             keys = torch.arange(first, first + len(truth), device=device)
-            # Spread over 1 .. L by the images' numbers, and yet uniform for each image, because the offset is.
+            # Spread evenly over 1 .. L across images, yet uniform for each image, because the offset is uniform.
             count = ((keys.double() * _GOLDEN + offset) % 1 * length).long() + 1  # (B,)
             order = image_uniform(keys, length, seed=number, purpose="likelihood")
             masked = order.argsort(1).argsort(1) < count[:, None]

@@ -1,4 +1,4 @@
-"""Masking of tokens: how much at a time, and which. Pure functions of the numbers they are given."""
+"""Masking of tokens: how many of them, and which. Pure functions of the numbers they are given."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import NamedTuple
 import torch
 
 SCHEDULES = ("cosine", "uniform", "arccos", "exp")
-_EXP_BASE = 64.0  # of the exponential schedule: MaskGIT takes the number of tokens, 64 on an 8x8 grid
+_EXP_BASE = 64.0  # of the exponential schedule; MaskGIT uses the number of tokens, 64 on an 8x8 grid
 
 
 def mask_share(progress: torch.Tensor, schedule: str = "cosine") -> torch.Tensor:
-    """The share of tokens that is masked at ``progress`` through the generation, from 1 at 0 down to 0 at 1.
+    """The share of tokens that is masked at ``progress``: it falls from 1 at progress 0 to 0 at progress 1.
 
-    Training draws ``progress`` uniformly; sampling walks it from 0 to 1. Source: MaskGIT (Chang et al., CVPR 2022,
-    section 3.3) for ``cosine``, ``uniform`` (a straight line) and ``exp`` (most is masked until the end); ``arccos`` is
-    the inverse function of cosine.
+    Training draws ``progress`` uniformly; sampling moves it from 0 to 1. Source: MaskGIT (Chang et al., CVPR 2022,
+    section 3.3) for ``cosine``, ``uniform`` (a straight line) and ``exp`` (most tokens stay masked until late);
+    ``arccos`` is the inverse function of ``cosine``.
 
     Args:
         progress: any shape, in [0, 1].
         schedule: one of SCHEDULES.
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: the schedule is unknown.
     """
     if schedule == "cosine":
         return torch.cos(progress * (math.pi / 2))
@@ -33,10 +33,12 @@ def mask_share(progress: torch.Tensor, schedule: str = "cosine") -> torch.Tensor
         return torch.arccos(progress) / (math.pi / 2)
     if schedule == "exp":
         return (1.0 - _EXP_BASE ** (progress - 1.0)) / (1.0 - 1.0 / _EXP_BASE)
-    raise ValueError(f"mask schedule {schedule!r} does not exist; choose {', '.join(SCHEDULES)}")
+    raise ValueError(f"mask schedule {schedule!r} does not exist; choose one of {', '.join(SCHEDULES)}")
 
 
 class Masked(NamedTuple):
+    """Tokens of which some are masked."""
+
     tokens: torch.Tensor  # (B, L) int64, codes and the mask token
     mask: torch.Tensor  # (B, L) bool, True where masked
 
@@ -44,42 +46,41 @@ class Masked(NamedTuple):
 def mask_tokens(
     codes: torch.Tensor, mask_token: int, progress: torch.Tensor, order: torch.Tensor, schedule: str = "cosine"
 ) -> Masked:
-    """Replace a share of each image's codes by the mask token.
+    """Replace a share of each image's codes with the mask token.
 
     Args:
         codes: (B, L) int64.
-        progress: (B,) uniform in [0, 1); how far each image's imagined generation is.
+        progress: (B,) uniform in [0, 1); the moment of the generation that each image stands for.
         order: (B, L) uniform; the tokens with the smallest numbers are masked.
         schedule: see :func:`mask_share`.
 
     Returns:
-        at least one masked token for every image.
+        the tokens and where they are masked; at least one token of every image is.
     """
     length = codes.shape[1]
     count = masked_count(progress, length, schedule)  # (B,)
-    rank = order.argsort(1).argsort(1)  # (B, L), each token's place in the image's own random order
+    rank = order.argsort(1).argsort(1)  # (B, L), each token's rank in the image's own random order
     mask = rank < count[:, None]
     return Masked(torch.where(mask, mask_token, codes), mask)
 
 
 def masked_count(progress: torch.Tensor, length: int, schedule: str = "cosine") -> torch.Tensor:
-    """How many of an image's ``length`` tokens are masked at ``progress`` (B,): whole numbers (B,), at least 1."""
+    """How many of an image's ``length`` tokens are masked at ``progress`` (B,): whole numbers (B,) in 1 .. length."""
     return (mask_share(progress, schedule) * length).ceil().clamp(1, length)
 
 
 def loss_weight(hidden: torch.Tensor, length: int, weighting: str = "tokens") -> torch.Tensor:
-    """The weight of one masked token's cross-entropy in an image with ``hidden`` masked tokens; means over a batch are
-    taken with these weights.
+    """The weight (B,) that a masked token's cross-entropy has in the mean over a batch.
 
     Args:
         hidden: (B,) masked tokens of each image, >= 1.
         length: L, tokens of an image.
-        weighting: ``tokens``, every masked token alike (MaskGIT, eq. 1), or ``images``, every image alike: with the
-            uniform schedule, training then minimises the very bound of stage2_prior.likelihood, label smoothing and
-            corruption aside.
+        weighting: ``tokens`` weights every masked token equally (MaskGIT, eq. 1), ``images`` every image. With
+            ``images`` and the ``uniform`` schedule, training minimises exactly the bound of stage2_prior.likelihood,
+            apart from label smoothing and corruption.
 
     Raises:
-        ValueError: an unknown weighting.
+        ValueError: the weighting is unknown.
     """
     if weighting == "tokens":
         return torch.ones_like(hidden, dtype=torch.float32)

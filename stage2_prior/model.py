@@ -1,4 +1,4 @@
-"""A whole model in memory: what it takes to draw images."""
+"""A complete model in memory: all that it takes to draw images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scq.stage2_prior.transformer import MaskedTransformer
 
 @dataclass
 class Model:
-    """What draws images: a tokenizer, the prior over its codes, perhaps a refiner, and the settings of sampling."""
+    """A tokenizer, the prior over its codes, optionally a refiner, and the sampling settings."""
 
     tokenizer: ImageTokenizer
     prior: MaskedTransformer
@@ -23,7 +23,7 @@ class Model:
     scheduler: UnmaskingScheduler = field(default_factory=UnmaskingScheduler)
 
     def networks(self) -> dict[str, ModelMixin]:
-        """Those that there are, by name."""
+        """The networks that the model has, by name."""
         every = {"tokenizer": self.tokenizer, "prior": self.prior, "refiner": self.refiner}
         return {name: network for name, network in every.items() if network is not None}
 

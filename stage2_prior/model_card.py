@@ -13,7 +13,7 @@ TWEMOJI = (
 
 
 def model_card(model: Model, measured: Measured) -> str:
-    """README.md of a model's folder, from its networks' configs and from what was measured."""
+    """The text of README.md in a model's folder, from the configs of its networks and from what was measured."""
     tokenizer, prior = model.tokenizer.config, model.prior.config
     parameters = [f"{name} {network.num_parameters() / 1e6:.2f}M" for name, network in model.networks().items()]
     training, reference = measured.training, measured.reference
@@ -66,7 +66,7 @@ def _training(training: TrainingFacts) -> list[str]:
 
 
 def _numbers(measured: Measured) -> list[str]:
-    """What `scq evaluate` found, as far as it is there."""
+    """What `scq evaluate` has found so far."""
     reference = measured.reference
     if reference is None:
         return ["Nothing yet: `scq evaluate --model THIS_FOLDER --data SHARDS --card`."]

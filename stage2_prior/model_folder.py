@@ -1,7 +1,7 @@
-"""A whole model as a folder: both stages' networks, the settings of sampling, what was measured, and a card.
+"""A complete model as a folder: the networks of both stages, the sampling settings, what was measured, and a card.
 
-It is the folder of a diffusers pipeline. Its ``model_index.json`` names classes as ``scq`` exports them, so that a
-published model does not hang on the names of our modules.
+It is the folder of a diffusers pipeline. Its ``model_index.json`` names classes as ``scq`` exports them, so that
+published models do not depend on the names of our modules.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
 INDEX = "model_index.json"
-_LOCAL = {"local_files_only": True, "use_safetensors": True}  # nothing is looked for elsewhere, nothing is unpickled
+_LOCAL = {"local_files_only": True, "use_safetensors": True}  # nothing is downloaded, nothing is unpickled
 
 
 def save_model(model: Model, folder: Path | str, measured: Measured) -> None:
@@ -30,7 +30,7 @@ def save_model(model: Model, folder: Path | str, measured: Measured) -> None:
     """
     with replaced_model(folder, MODEL_CLASSES) as fresh:
         for name, network in model.networks().items():
-            network.register_to_config(_name_or_path="")  # a path of this machine, which a copy would carry on
+            network.register_to_config(_name_or_path="")  # it is a path on this machine, which copies must not carry
             network.save_pretrained(fresh / name)
         model.scheduler.save_pretrained(fresh / "scheduler")
         write_json(fresh / INDEX, model.index(), indent=2)
@@ -38,21 +38,21 @@ def save_model(model: Model, folder: Path | str, measured: Measured) -> None:
 
 
 def write_card(model: Model, folder: Path, measured: Measured) -> None:
-    """Write README.md, and the numbers that are in it, to a model's folder."""
+    """Write README.md, and the measurements that it shows, to a model's folder."""
     write_json(folder / MEASURED, to_plain(measured))
     write_file(folder / "README.md", model_card(model, measured))
 
 
 def model_root(folder: Path) -> Path | None:
-    """Where in a run's or a model's folder a whole model lies; None where there is none."""
+    """The folder of a complete model: ``folder`` itself, or ``folder/model`` if it is a run; None if there is none."""
     return next((root for root in (folder, folder / "model") if (root / INDEX).is_file()), None)
 
 
 def load_model(root: Path) -> tuple[Model, Measured]:
-    """The model in ``root``, and what is known of it.
+    """The model in ``root``, and what was measured of it.
 
     Raises:
-        UserError: a part of it cannot be loaded.
+        UserError: a component cannot be loaded.
     """
     tokenizer = load_tokenizer(root / "tokenizer")
     try:
@@ -66,10 +66,10 @@ def load_model(root: Path) -> tuple[Model, Measured]:
 
 
 def open_model(folder: Path | str) -> tuple[Model, Measured]:
-    """The model in a model's or a run's folder (see `model_root`), and what is known of it.
+    """The model in a model's or a run's folder (see `model_root`), and what was measured of it.
 
     Raises:
-        UserError: there is none, or a part of it cannot be loaded.
+        UserError: there is none, or a component cannot be loaded.
     """
     root = model_root(Path(folder))
     if root is None:

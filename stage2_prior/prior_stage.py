@@ -31,31 +31,39 @@ from scq.stage2_prior.model import Model
 from scq.stage2_prior.model_folder import save_model
 from scq.stage2_prior.transformer import MaskedTransformer, PriorArchitectureConfig
 
-SCORED_IMAGES = 2000  # held-out images that validation takes
+SCORED_IMAGES = 2000  # held-out images that validation uses at most
 Draw = Callable[[ImageTokenizer, MaskedTransformer], Image.Image]
 
 
 @dataclass
 class TokenDataConfig:
+    """The tokens that a prior is trained and validated on."""
+
     train: str = "tokens/train"  # a folder that `scq tokenize` wrote
     validation: str = ""  # tokens of held-out images, to measure bits per token at every checkpoint; empty for none
 
 
 @dataclass
 class MaskingConfig:
-    schedule: str = "cosine"  # cosine | uniform | arccos | exp: how much of an image a training step hides
-    weighting: str = "tokens"  # tokens | images: what counts alike in the loss, every masked token or every image
+    """How tokens are masked in training, and how the loss weights them."""
+
+    schedule: str = "cosine"  # cosine | uniform | arccos | exp: how much of an image a training step masks
+    weighting: str = (
+        "tokens"  # tokens | images: what has the same weight in the loss, every masked token or every image
+    )
     label_smoothing: float = 0.1
-    corrupted_share: float = 0.0  # of the shown tokens, replaced by random codes: a prior meets its own mistakes
+    corrupted_share: float = (
+        0.0  # share of visible tokens replaced with random codes, as a prior's own mistakes would be
+    )
     class_dropout: float = 0.1  # share of images trained without their class, for classifier-free guidance
 
 
 @dataclass
 class PriorExperiment:
-    """Everything that decides a prior."""
+    """The config of a prior's training run."""
 
     out: str = ""  # the run folder
-    tokenizer: str = ""  # the tokenizer that wrote the tokens; exported together with the prior
+    tokenizer: str = ""  # folder of the tokenizer that wrote the tokens; it is exported together with the prior
     shard: bool = False  # divide weights, gradients and optimizer state among the processes (FSDP2)
     data: TokenDataConfig = field(default_factory=TokenDataConfig)
     architecture: PriorArchitectureConfig = field(default_factory=PriorArchitectureConfig)
@@ -68,14 +76,14 @@ def build_prior(config: PriorExperiment, tokens: TokenDataset, codes: Tensor) ->
     """The untrained prior for these tokens.
 
     Args:
-        codes: (K, F), the tokenizer's; the prior is told about them where the config says so.
+        codes: (K, F), the tokenizer's; the prior gets them if ``architecture.code_features`` is true.
 
     Raises:
         UserError: the config does not describe a prior for these tokens.
     """
     architecture = config.architecture
     if architecture.class_conditional and not tokens.num_classes:
-        raise UserError(f"architecture.class_conditional=true, but {config.data.train} holds no classes")
+        raise UserError(f"architecture.class_conditional=true, but {config.data.train} has no classes")
     if architecture.width % architecture.heads:
         raise UserError(
             f"architecture.width={architecture.width} is not a multiple of architecture.heads={architecture.heads}"
@@ -113,9 +121,9 @@ class PriorTask(Task):
     """One training step of the prior.
 
     Args:
-        tokens: of the training set, for the prior's shape.
+        tokens: the training set, which decides the prior's shape.
         codes: (K, F), the tokenizer's.
-        draw: makes a picture of samples from the averaged prior.
+        draw: makes a picture of samples from the averaged prior; None for no picture.
         held_out: tokens for `score`; None for no score.
     """
 
@@ -156,8 +164,11 @@ class PriorTask(Task):
         return self.optimize("prior", self.prior, parts, loss_of_part)
 
     def _share_of_weight(self, positions: torch.Tensor, length: int) -> torch.Tensor:
-        """The weight of all masked tokens of this step, divided by the processes. Every part of the batch is divided by
-        its share of the whole's weight, not by its own: only so do the parts' gradients add up to the whole's."""
+        """The total weight of all masked tokens of this step, divided by the number of processes.
+
+        The loss of each part of the batch is divided by a share of this total, not by the part's own weight: only then
+        do the gradients of the parts add up to that of the whole batch.
+        """
         masking = self.config.masking
         progress = _mask_progress(positions, self.config.training.seed)
         hidden = masked_count(progress, length, masking.schedule)
@@ -165,7 +176,7 @@ class PriorTask(Task):
         return sum_across_processes(weight) / rank_and_world_size()[1]
 
     def score(self, averaged: MaskedTransformer) -> dict[str, float] | None:
-        """An upper bound on the bits that held-out tokens need, and its error, see `likelihood_bound`."""
+        """An upper bound on the bits that held-out tokens need, and its error (see `likelihood_bound`)."""
         if self.held_out is None:
             return None
         count = min(len(self.held_out), SCORED_IMAGES)
@@ -184,7 +195,7 @@ class PriorTask(Task):
 
 
 class _LossOfPrior(nn.Module):
-    """Masking and loss as one forward pass, which is what distributed training has to wrap."""
+    """Masking and loss in one forward pass, because that is what distributed training wraps."""
 
     def __init__(self, prior: MaskedTransformer, config: PriorExperiment, compiled: bool):
         super().__init__()
@@ -207,16 +218,16 @@ class _LossOfPrior(nn.Module):
         return masked_cross_entropy(logits, masked.mask, codes, smoothing, weighting, share)
 
     def _corrupt(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Replace a share of the shown tokens (B, L) by random codes."""
+        """Replace a share of the visible tokens (B, L) with random codes."""
         if self.masking.corrupted_share == 0:
             return tokens
-        who, what = image_uniform(positions, 2, tokens.shape[1], seed=self.seed, purpose="corruption").unbind(1)
-        codes = (what * self.prior.config.codebook_size).long()
-        return torch.where(~mask & (who < self.masking.corrupted_share), codes, tokens)
+        chance, choice = image_uniform(positions, 2, tokens.shape[1], seed=self.seed, purpose="corruption").unbind(1)
+        codes = (choice * self.prior.config.codebook_size).long()
+        return torch.where(~mask & (chance < self.masking.corrupted_share), codes, tokens)
 
 
 def _mask_progress(positions: torch.Tensor, seed: int) -> torch.Tensor:
-    """How far each image's imagined generation is, (B,) in [0, 1)."""
+    """The moment of the generation that each image stands for, (B,) in [0, 1)."""
     return image_uniform(positions, seed=seed, purpose="mask progress")
 
 
@@ -228,14 +239,17 @@ def masked_cross_entropy(
     weighting: str = "tokens",
     total_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy over the masked places, and the share of them predicted rightly. Both 0-dim.
+    """Cross-entropy over the masked tokens, and the share of them that is predicted correctly.
 
     Args:
         logits: (B, L, K).
-        mask: (B, L) bool, True where the code was hidden.
-        codes: (B, L) int64, the truth.
+        mask: (B, L) bool, True where the code was masked.
+        codes: (B, L) int64, the true codes.
         weighting: see stage2_prior.masking.loss_weight.
-        total_weight: what the sum of losses is divided by; None for the weight of the places that are masked here.
+        total_weight: what the sum of losses is divided by; None for the total weight of the tokens masked here.
+
+    Returns:
+        both 0-dim; the share carries no gradient.
     """
     hidden, wanted = logits[mask].float(), codes[mask]  # (masked, K), (masked,)
     losses = nn.functional.cross_entropy(hidden, wanted, label_smoothing=label_smoothing, reduction="none")
@@ -248,11 +262,12 @@ class PriorStage(Stage):
     """Trains a masked transformer over a tokenizer's dominant codes, and exports both as one model.
 
     Args:
-        tokenizer: whose codes the tokens are; None: the one in the folder ``config.tokenizer``.
-        draw: makes a picture of samples for the run folder, as `sampling.pipeline.sample_sheet` does; None for none.
+        tokenizer: the one that wrote the tokens; None for the one in the folder ``config.tokenizer``.
+        draw: makes a picture of samples for the run folder, as `sampling.pipeline.sample_sheet` does; None for no
+            picture.
 
     Raises:
-        UserError: no tokenizer is named, or none is there.
+        UserError: no tokenizer is named, or it cannot be loaded.
     """
 
     name = "prior"
@@ -278,8 +293,8 @@ class PriorStage(Stage):
             self._refuse_foreign_tokens(config.data.validation, held_out)
             if config.architecture.class_conditional and held_out.num_classes != stream.num_classes:
                 raise UserError(
-                    f"{config.data.train} holds {stream.num_classes} classes and {config.data.validation} "
-                    f"{held_out.num_classes}, so that labels differ in meaning: pack both with the same class folders, "
+                    f"{config.data.train} has {stream.num_classes} classes, but {config.data.validation} has "
+                    f"{held_out.num_classes}, so labels differ in meaning: pack both with the same class folders, "
                     "or set architecture.class_conditional=false"
                 )
         return stream
@@ -305,10 +320,10 @@ class PriorStage(Stage):
         return TokenDataset(self.config.data.validation) if self.config.data.validation else None
 
     def _refuse_foreign_tokens(self, path: str, tokens: TokenDataset) -> None:
-        """UserError unless the tokens are this tokenizer's."""
+        """Raise UserError unless this tokenizer wrote the tokens."""
         fingerprint = self.tokenizer.fingerprint()
         if tokens.fingerprint != fingerprint:
             raise UserError(
                 f"{path} was written by tokenizer {tokens.fingerprint}, but {self.config.tokenizer} is tokenizer "
-                f"{fingerprint}; run `scq tokenize` with it again"
+                f"{fingerprint}; run `scq tokenize` again with the latter"
             )

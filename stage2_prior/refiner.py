@@ -1,9 +1,9 @@
 """The refiner: from a grid of dominant codes to the convex latents that the decoder was trained on.
 
-A prior emits dominant codes, and decoding them alone throws the convex detail away. The refiner predicts, in units of
-its spread, the difference between a convex latent and its dominant code: as its mean (``regression``), or by
-transporting noise to it (``flow``: rectified flow, Liu et al., arXiv 2209.03003). It is convolutional, so it also
-refines grids larger than those of training.
+A prior emits dominant codes, and decoding them alone loses the convex detail. The refiner predicts the difference
+between a convex latent and its dominant code, in units of that difference's standard deviation: as a mean
+(``regression``), or by transporting noise to it (``flow``: rectified flow, Liu et al., arXiv 2209.03003). It is
+convolutional, so it also refines grids larger than those it was trained on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
         tokenizer_fingerprint: of the tokenizer whose latents these are.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
     """
 
     @register_to_config
@@ -67,7 +67,7 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def describe(self, codes: Tensor, spread: Tensor) -> None:
-        """Take over the tokenizer's codes (K, F), and the standard deviation (F,) of latents around their codes."""
+        """Copy the tokenizer's codes (K, F), and the standard deviation (F,) of latents around their codes."""
         self.codes.copy_(codes)
         self.spread.copy_(spread.clamp_min(1e-6))
 
@@ -76,7 +76,7 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
 
         Args:
             indices: (B, h, w) int64.
-            noisy: flow only: (B, F, h, w), where the flow is at ``time``.
+            noisy: flow only: (B, F, h, w), the state of the flow at ``time``.
             time: flow only: (B,) in [0, 1].
 
         Returns:
@@ -99,11 +99,11 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
         return F.mse_loss(self(indices, (1 - t) * noise + t * wanted, time), wanted - noise)
 
     def regression_loss(self, refined: Tensor, indices: Tensor, latents: Tensor) -> Tensor:
-        """Mean squared error of ``refined``, which is ``mean(indices)``, in units of ``spread``; codes alone have 1."""
+        """Mean squared error of ``refined``, which is ``mean(indices)``, in units of ``spread``; codes alone give 1."""
         return F.mse_loss(self.difference(indices, refined), self.difference(indices, latents))
 
     def mean(self, indices: Tensor) -> Tensor:
-        """A regression's latents (B, F, h, w) for codes (B, h, w)."""
+        """The latents (B, F, h, w) that a regression predicts for codes (B, h, w)."""
         return self._code(indices) + self(indices) * self.spread[:, None, None]
 
     def difference(self, indices: Tensor, latents: Tensor) -> Tensor:
@@ -115,11 +115,11 @@ class ConvexRefiner(ModelMixin, ConfigMixin):
         """Latents (B, F, h, w) for codes (B, h, w).
 
         Args:
-            seeds: flow only: (B,) int64, each image's own: the same seed gives the same latents in any batch.
-            steps: flow only: of Heun's method, the last one of Euler's; >= 1.
+            seeds: flow only: (B,) int64, one for each image: the same seed gives the same latents in any batch.
+            steps: flow only: steps of Heun's method, the last one of Euler's; >= 1.
 
         Raises:
-            ValueError: a flow without seeds, or steps below 1.
+            ValueError: a flow gets no seeds, or ``steps`` is below 1.
         """
         if self.config.kind == "regression":
             return self.mean(indices)

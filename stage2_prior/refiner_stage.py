@@ -30,19 +30,19 @@ from scq.stage2_prior.model_folder import open_model, save_model
 from scq.stage2_prior.refiner import ConvexRefiner, RefinerArchitectureConfig
 from scq.stage2_prior.transformer import MaskedTransformer
 
-MEASURED_IMAGES = 512  # from which the spread of latents around their codes is taken, and on which a refiner is scored
+MEASURED_IMAGES = 512  # on which the spread of latents around their codes is measured, and on which a refiner is scored
 
 
 @dataclass
 class RefinerExperiment:
-    """Everything that decides a refiner."""
+    """The config of a refiner's training run."""
 
     out: str = ""  # the run folder
-    tokenizer: str = ""  # stays as it is
-    prior: str = ""  # a model with that tokenizer and a prior: exported with the refiner, and what resamples codes
-    resampled_share: float = 0.0  # at most this share of an image's codes is drawn anew by the prior
-    # Of the squared error of what the decoder makes of refined latents, beside that of the latents. A regression has no
-    # other aim than the image; a flow must match the latents' distribution, and is trained on latents alone.
+    tokenizer: str = ""  # folder of the tokenizer, which is not trained
+    prior: str = ""  # folder of a model with that tokenizer and a prior, which resamples codes; the refiner joins it
+    resampled_share: float = 0.0  # the prior resamples up to this share of an image's codes
+    # Weight of the squared error of the decoded images, which is added to that of the latents. It is for a regression,
+    # whose only aim is the image; a flow must match the distribution of latents, and is trained on latents alone.
     pixel_weight: float = 0.0
     data: DataConfig = field(default_factory=DataConfig)
     architecture: RefinerArchitectureConfig = field(default_factory=RefinerArchitectureConfig)
@@ -54,9 +54,9 @@ class RefinerTask(Task):
     """One training step of the refiner.
 
     Args:
-        tokenizer: stays as it is.
-        prior: draws codes anew (see RefinerExperiment.resampled_share); None for real codes only.
-        measured: (n, 3, H, W) uint8 images from which the spread of latents around their codes is taken.
+        tokenizer: frozen.
+        prior: resamples codes (see RefinerExperiment.resampled_share), frozen; None for real codes only.
+        measured: (n, 3, H, W) uint8 images on which the spread of latents around their codes is measured.
         held_out: (n, 3, H, W) uint8 images for pictures and `score`.
     """
 
@@ -82,7 +82,7 @@ class RefinerTask(Task):
         super().__init__(config, accelerator, make)
         self.frozen = frozen
         pixels = config.architecture.kind == "regression" and config.pixel_weight > 0
-        self.score_name = "held_out_mse" if pixels else "unexplained_share"  # as the loss has it
+        self.score_name = "held_out_mse" if pixels else "unexplained_share"  # what the loss minimises
         refiner = self.modules["model"]
         self.refiner = accelerator.prepare(_LossOfRefiner(refiner, config, tokenizer.decode))
         optimizer = create_optimizer(refiner, config.optimizer, exclude=("embedding",))
@@ -99,8 +99,9 @@ class RefinerTask(Task):
 
     @torch.no_grad()
     def score(self, averaged: ConvexRefiner) -> dict[str, float]:
-        """Of held-out images and their real codes: the squared error of refined latents, as a share of that of the
-        codes, and the mean squared error of the images decoded from them, in units of [0, 1]."""
+        """Two errors on held-out images with their real codes: ``unexplained_share``, the squared error of refined
+        latents as a share of that of the codes alone, and ``held_out_mse``, the mean squared error of the decoded
+        images, with pixels in [0, 1]."""
         error = of_codes = of_images = 0.0
         for number, images in enumerate(self.held_out.split(64)):
             wanted = to_float(images.to(self.accelerator.device))
@@ -109,7 +110,7 @@ class RefinerTask(Task):
             refined = averaged.refine(found.indices, seeds.to(found.indices.device))
             error += float((refined - found.z_q).square().sum())
             of_codes += float((self.tokenizer.quantizer.lookup(found.indices) - found.z_q).square().sum())
-            of_images += float((self.tokenizer.decode(refined) - wanted).square().sum()) / 4  # a range of 2 is one of 1
+            of_images += float((self.tokenizer.decode(refined) - wanted).square().sum()) / 4  # pixels of range 2 -> 1
         return {
             "unexplained_share": error / max(of_codes, 1e-12),
             "held_out_mse": of_images / self.held_out.numel(),
@@ -117,7 +118,7 @@ class RefinerTask(Task):
 
     @torch.no_grad()
     def picture(self, averaged: ConvexRefiner) -> Image.Image:
-        """Rows of originals, and what is decoded from dominant codes, refined codes, and z_q."""
+        """Rows of originals, and of images decoded from dominant codes, refined codes and z_q."""
         images = self.held_out[:PICTURED_IMAGES].to(self.accelerator.device)
         found = self.tokenizer.encode(to_float(images))
         refined = averaged.refine(found.indices, torch.arange(len(images), device=images.device))
@@ -152,12 +153,15 @@ class RefinerTask(Task):
             differences.append(found.z_q - self.tokenizer.quantizer.lookup(found.indices))
         spread = torch.cat(differences).square().mean((0, 2, 3)).sqrt()
         if not bool((spread > 0).all()):
-            raise UserError("this tokenizer decodes its codes alone: there is nothing to refine")
+            raise UserError(
+                "this tokenizer decodes codes alone, not convex combinations, so there is nothing to refine; train one "
+                "with quantizer.name=scq"
+            )
         return spread
 
 
 class _LossOfRefiner(nn.Module):
-    """Noise and loss as one forward pass, which is what distributed training has to wrap.
+    """Noise and loss in one forward pass, because that is what distributed training wraps.
 
     Args:
         decode: the frozen tokenizer's, latents to images.
@@ -186,6 +190,11 @@ class _LossOfRefiner(nn.Module):
 
 
 def build_refiner(config: RefinerExperiment, tokenizer: ImageTokenizer) -> ConvexRefiner:
+    """The untrained refiner of a config.
+
+    Raises:
+        UserError: the config does not describe a refiner.
+    """
     try:
         return ConvexRefiner(
             codebook_size=tokenizer.config.codebook_size,
@@ -200,14 +209,14 @@ def build_refiner(config: RefinerExperiment, tokenizer: ImageTokenizer) -> Conve
 class RefinerStage(ImageStage):
     """Trains a refiner for a frozen tokenizer, and exports it with the model that it refines.
 
-    Where the config names no prior, the refiner is exported alone.
+    Without such a model, the refiner is exported alone.
 
     Args:
-        tokenizer: None: the one in the folder ``config.tokenizer``.
-        model: the tokenizer, its prior and what else draws; None: the one in the folder ``config.prior``, if any.
+        tokenizer: None for the one in the folder ``config.tokenizer``.
+        model: the tokenizer with its prior; None for the one in the folder ``config.prior``, if that is set.
 
     Raises:
-        UserError: no tokenizer is named, one of both cannot be loaded, or a setting is out of its range.
+        UserError: no tokenizer is named, the tokenizer or the model cannot be loaded, or a setting is out of range.
     """
 
     name = "refiner"
@@ -237,15 +246,16 @@ class RefinerStage(ImageStage):
 
     @property
     def prior(self) -> MaskedTransformer | None:
-        """The prior that draws codes anew; without ``resampled_share`` it has no say in what the refiner learns."""
+        """The prior that resamples codes; None if ``resampled_share`` is 0, when no prior affects training."""
         return self.model.prior if self.model is not None and self.config.resampled_share > 0 else None
 
     def open_stream(self, accelerator: Accelerator) -> ImageStream:
         stream = super().open_stream(accelerator)
         if self.prior is not None and self.prior.config.num_classes not in (0, stream.num_classes):
             raise UserError(
-                f"the prior {self.config.prior} knows {self.prior.config.num_classes} classes, but "
-                f"{self.config.data.train} holds {stream.num_classes}"
+                f"the prior {self.config.prior} has {self.prior.config.num_classes} classes, but "
+                f"{self.config.data.train} has {stream.num_classes}; train on the data of the prior, or set "
+                "resampled_share=0"
             )
         return stream
 

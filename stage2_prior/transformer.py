@@ -26,29 +26,29 @@ class PriorArchitectureConfig:
     heads: int = 6  # attention heads
     dropout: float = 0.0  # of attention outputs and MLPs, against memorising small sets
     class_conditional: bool = False  # whether the prior is told the class of an image
-    # Whether output weights are the input embeddings (Press and Wolf, arXiv 1608.05859): what a code means is learned
-    # once.
+    # Use the input embeddings as output weights (Press and Wolf, arXiv 1608.05859), so that the meaning of a code is
+    # learned only once.
     tied: bool = True
-    # learned: an embedding for each position. rotary: queries and keys are turned by row and column (RoPE, Su et al.,
-    # arXiv 2104.09864, axial as in EVA-02), so that only distances count.
+    # learned: an embedding for each position. rotary: queries and keys are rotated by row and column (RoPE, Su et al.,
+    # arXiv 2104.09864, axial as in EVA-02), so that only distances matter.
     positions: str = "learned"
-    code_features: bool = True  # begin with embeddings in which codes that lie close together are alike
+    code_features: bool = True  # start with embeddings in which codes that are close together are similar
 
 
 class MaskedTransformer(ModelMixin, ConfigMixin):
-    """Predicts the code of every masked token from all the others at once.
+    """Predicts the codes of all masked tokens at once from the visible ones.
 
     Args:
-        codebook_size: K; the mask token is the number K.
+        codebook_size: K; the mask token has the number K.
         grid: (h, w) of the token grid.
         width, depth, heads, dropout, tied, positions: see `PriorArchitectureConfig`.
-        num_classes: 0 for an unconditional prior; else the class 'num_classes' stands for 'no class', which training
-            shows now and then so that sampling can guide away from it (Ho and Salimans, 2022).
-        code_dim: F, to tell the prior where its codes lie (see `describe`); 0: it learns each code's meaning alone.
+        num_classes: 0 for an unconditional prior. Otherwise the label ``num_classes`` stands for 'no class', which
+            training shows now and then, so that sampling can guide away from it (Ho and Salimans, arXiv 2207.12598).
+        code_dim: F, if the prior is given the vectors of its codes (see `describe`); 0: it learns embeddings alone.
         tokenizer_fingerprint: of the tokenizer whose codes these are.
 
     Raises:
-        ValueError: an unknown kind of positions; rotary ones with a head whose width is no multiple of four.
+        ValueError: the kind of positions is unknown, or rotary with a head width that is not a multiple of four.
     """
 
     _supports_gradient_checkpointing = True
@@ -72,7 +72,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         if positions not in POSITIONS:
             raise ValueError(f"positions must be {' or '.join(POSITIONS)}, not {positions!r}")
         if positions == "rotary" and width // heads % 4:
-            raise ValueError(f"rotary positions need heads of a multiple of four channels, not {width // heads}")
+            raise ValueError(f"rotary positions need a head width that is a multiple of four, not {width // heads}")
         rotary = positions == "rotary"
         self.token_embedding = nn.Embedding(codebook_size + 1, width)
         self.code_embedding = nn.Linear(code_dim, width, bias=False) if code_dim else None
@@ -95,29 +95,31 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
 
     @property
     def mask_token(self) -> int:
+        """The number of the mask token: K."""
         return self.config.codebook_size
 
     @property
     def length(self) -> int:
+        """The number of tokens of an image: L = h * w."""
         return self.config.grid[0] * self.config.grid[1]
 
     @torch.no_grad()
     def describe(self, codes: torch.Tensor) -> None:
-        """Take over the tokenizer's codes (K, F), each channel scaled to mean zero and variance one."""
+        """Copy the tokenizer's codes (K, F), each channel scaled to mean zero and variance one."""
         codes = codes - codes.mean(0)
         self.codes.copy_(codes / codes.square().mean(0).sqrt().clamp_min(1e-6))
 
     def attend_by_products(self) -> None:
         """Compute attention by plain matrix products instead of the fused kernel.
 
-        On a CPU the fused kernel's backward pass in bf16 is half of a training step and more: without it a small prior
-        trains 1.7 times (64 tokens) to 2.7 times (16 tokens) as fast. In fp32 the fused kernel is the faster one.
+        In bf16 on a CPU, the fused kernel's backward pass takes half of a training step or more: without it, a small
+        prior trains 1.7 times (64 tokens) to 2.7 times (16 tokens) as fast. In fp32, the fused kernel is faster.
         """
         for block in self.blocks:
             block.attn.fused_attn = False
 
     def _embeddings(self) -> torch.Tensor:
-        """(K + 1, width): of every code, and of the mask token."""
+        """The embeddings (K + 1, width) of every code and of the mask token."""
         learned = self.token_embedding.weight
         return (
             learned if self.code_embedding is None else learned + F.pad(self.code_embedding(self.codes), (0, 0, 0, 1))
@@ -128,7 +130,7 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
 
         Args:
             tokens: (B, L) int64, codes in [0, K) or the mask token K; L = h * w in row-major order.
-            labels: (B,) int64 classes, 'num_classes' for none; None stands for no class at all.
+            labels: (B,) int64 classes, ``num_classes`` for 'no class'; None for 'no class' throughout.
 
         Returns:
             (B, L, K) logits.

@@ -149,7 +149,7 @@ def test_with_rotary_positions_only_distances_count() -> None:
     seen = prior(alike)[0].view(4, 4, -1)
     assert not torch.allclose(seen[1, 2], seen[1, 3]), "one to the right, and two"
     assert not torch.allclose(seen[1, 2], seen[2, 1]), "to the right, and below"
-    with pytest.raises(ValueError, match="multiple of four channels, not 6"):
+    with pytest.raises(ValueError, match="width that is a multiple of four, not 6"):
         MaskedTransformer(width=12, heads=2, positions="rotary")
     with pytest.raises(ValueError, match="'spiral'"):
         MaskedTransformer(positions="spiral")
@@ -270,7 +270,7 @@ def test_a_class_conditional_prior_needs_classes(tmp_path: Path) -> None:
 def test_held_out_labels_must_mean_what_those_of_training_mean(tmp_path: Path) -> None:
     settings = ["architecture.class_conditional=true", "training.steps=2"]
     tokens, other = (write_stripes(tmp_path / str(count), classes=count) for count in (3, 2))
-    with pytest.raises(UserError, match=r"3 holds 3 classes and .*2 2"):
+    with pytest.raises(UserError, match=r"3 has 3 classes, but .*2 has 2"):
         train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={other}"))
     train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={tokens}"))
 

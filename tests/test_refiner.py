@@ -202,7 +202,7 @@ def test_a_class_conditional_prior_is_told_the_class(emoji: dict[str, Path], tmp
     prior.register_forward_pre_hook(lambda _, inputs: given.append(inputs[1]))
     task._pairs(batch)
     assert torch.equal(given[0], batch.labels)
-    with pytest.raises(UserError, match=r"knows 3 classes, but .* holds 0"):
+    with pytest.raises(UserError, match=r"has 3 classes, but .* has 0"):
         train_refiner(asked, model, prior)
 
 
