@@ -143,8 +143,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         """
         if not self.quantizer.has_codes:
             raise UserError(
-                f"quantizer {self.config.quantizer_name!r} has no codes, so there is nothing to draw or refine; train a "
-                "tokenizer with another quantizer.name"
+                f"quantizer {self.config.quantizer_name!r} has no codes, so there is nothing to draw or refine; train "
+                "a tokenizer with another quantizer.name"
             )
         with torch.no_grad():
             every = torch.arange(self.quantizer.codebook_size, device=self.device)
