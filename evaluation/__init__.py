@@ -1,1 +1,1 @@
-"""Measuring: the Inception network, metrics, the benchmark of several arms and its report."""
+"""Measuring: metrics, everything about one model, the benchmark of several arms and its report, and speeds."""

@@ -36,9 +36,12 @@ def nearest_images(
     """Look for the training image nearest to each sample.
 
     Args:
-        features, training_set: of the samples, and of the images of ``training``.
+        features, training_set: of the samples (M, D), and of the images of ``training`` (N, D).
         pictured: (n, 3, H, W) uint8, the samples that come first in ``features``; no more than twelve are shown.
         device: for the distances; None for a GPU where there is one.
+
+    Raises:
+        UserError: the features are of different networks.
     """
     found = nearest_neighbors(features, training_set, device=measuring_device(device))
     pictured = pictured[:PICTURED_NEIGHBOURS]

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import REPOSITORY
 from omegaconf import OmegaConf
 
 from scq.engine.config import as_dict, load_config
 from scq.engine.errors import UserError
+from scq.engine.measurements import from_plain
 from scq.evaluation.benchmark import config as benchmark_config
 from scq.evaluation.benchmark import work
 from scq.evaluation.benchmark.config import ArmConfig, BenchmarkConfig, DatasetConfig, MeasureConfig, Recipe
 from scq.evaluation.benchmark.images import Images
 from scq.evaluation.benchmark.phases import Job, Phase, identity
-from scq.evaluation.benchmark.results import Shards
+from scq.evaluation.benchmark.results import ArmResult, BenchmarkResults, Shards, load_results
 from scq.evaluation.benchmark.run import list_phases
 from scq.stage1_tokenizer.stage import TokenizerExperiment
 from scq.stage2_prior.prior_stage import PriorExperiment
@@ -488,3 +490,20 @@ def test_a_config_that_is_handed_in_stays_as_it_is(train: str, tmp_path: Path, m
     assert config == before
     assert seen[0].out.startswith(str(tmp_path / "arm"))
     assert seen[0].data.train.startswith(str(tmp_path))
+
+
+def test_the_kept_phases_hold_the_kept_results() -> None:
+    """docs/results/cifar10_cpu can be gone on with: its phases are those that the config lists, one file each."""
+    kept = REPOSITORY / "docs" / "results" / "cifar10_cpu"
+    path = REPOSITORY / "configs" / "benchmarks" / "cifar10_cpu.yaml"
+    benchmark = list_phases(load_config(BenchmarkConfig, path), path.parent, kept, Network())
+    job = Job(benchmark.listed(), kept / "phases")
+    for each in job.phases:
+        file = kept / "phases" / f"{each.name.replace(' ', '_')}.json"
+        if not each.name.startswith("pack"):  # every machine packs for itself
+            job.results[each.name] = from_plain(each.result, json.loads(file.read_text())["result"], str(file))
+    arms: dict[str, list[ArmResult]] = {}
+    for name, arm in benchmark.arms:
+        arms.setdefault(name, []).append(arm.result(job))
+    assert arms == load_results(BenchmarkResults, kept / "results.json").arms
+    assert len(list((kept / "phases").iterdir())) == len(job.results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,25 @@ from scq.stage2_prior.scheduler import UnmaskingScheduler
 
 
 @dataclass(frozen=True)
+class Yardstick:
+    """What reconstructions are measured with.
+
+    Attributes:
+        real: the held-out images.
+        network: for the FID; None leaves it out.
+        lpips: None leaves it out.
+    """
+
+    real: Phase[RealImages]
+    network: FeatureNetwork | None
+    lpips: Lpips | None
+
+    def inputs(self) -> dict[str, Any]:
+        """As the inputs of a phase."""
+        return {"real": self.real, "network": self.network, "lpips": self.lpips}
+
+
+@dataclass(frozen=True)
 class Shared:
     """What all arms share: the images, and what the arms are measured with.
 
@@ -40,7 +60,7 @@ class Shared:
         real: the held-out images that reconstructions are measured against.
         against: the images that samples are measured against.
         neighbours: training images among which samples' nearest ones are looked for; None for none.
-        lpips: None to leave it out.
+        lpips: None leaves it out.
     """
 
     train: Phase[Shards]
@@ -52,6 +72,11 @@ class Shared:
     lpips: Lpips | None
     sampling: UnmaskingScheduler
     measure: MeasureConfig
+
+    @property
+    def yardstick(self) -> Yardstick:
+        """For reconstructions."""
+        return Yardstick(self.real, self.network, self.lpips)
 
     def listed(self) -> list[Phase[Any]]:
         """The phases that come before those of any arm, in the order in which they run."""
@@ -125,158 +150,109 @@ class ArmPhases:
 
 
 def tokenizer_phases(
-    name: str,
     work: ArmWork,
     recipe: Recipe[TokenizerExperiment],
     train: Phase[Shards] | Shards,
-    real: Phase[RealImages] | RealImages,
-    network: FeatureNetwork | None,
-    lpips: Lpips | None,
-    weight_bits: list[int],
+    yardstick: Yardstick,
+    weight_bits: Sequence[int] = (),
 ) -> ArmPhases:
     """An arm without a prior: a tokenizer, and its reconstructions of held-out images.
 
     Args:
-        real: the held-out images.
-        network: for the FID; None to leave it out.
-        lpips: None to leave it out.
         weight_bits: see `evaluation.reconstructions.evaluate_reconstructions`.
     """
-    tokenizer = Phase(f"{name} tokenizer", work.train_tokenizer, {"shards": train, "recipe": recipe}, TokenizerResult)
-    measured = {"real": real, "network": network, "lpips": lpips, "weight_bits": weight_bits}
-    reconstructions = Phase(
-        f"{name} reconstructions", work.reconstruct, {"tokenizer": tokenizer, **measured}, ReconstructionsResult
+    tokenizer = Phase(
+        f"{work.title} tokenizer", work.train_tokenizer, {"shards": train, "recipe": recipe}, TokenizerResult
     )
+    measured = {"tokenizer": tokenizer, **yardstick.inputs(), "weight_bits": list(weight_bits)}
+    reconstructions = Phase(f"{work.title} reconstructions", work.reconstruct, measured, ReconstructionsResult)
     return ArmPhases(tokenizer, reconstructions)
 
 
-def arm_phases(name: str, work: ArmWork, recipes: Recipes, shared: Shared, first: bool, sweep: bool) -> ArmPhases:
+def arm_phases(work: ArmWork, recipes: Recipes, shared: Shared, first: bool, sweep: bool) -> ArmPhases:
     """An arm with one seed.
 
     Args:
-        name: what its phases begin with.
         first: of the arm's seeds; rounded weights and other settings of sampling are measured with that one.
         sweep: measure those other settings.
     """
     bits = shared.measure.weight_bits if first else []
-    network, lpips = shared.network, shared.lpips
-    arm = tokenizer_phases(name, work, recipes.tokenizer, shared.train, shared.real, network, lpips, bits)
+    arm = tokenizer_phases(work, recipes.tokenizer, shared.train, shared.yardstick, bits)
     if recipes.prior is None:
         return arm
-    prior = _prior_phases(name, work, recipes.prior, arm.tokenizer, shared)
-    refined = {
-        kind: _refined_phases(f"{name} {kind}", work, recipe, arm.tokenizer, prior, shared)
-        for kind, recipe in recipes.refiners.items()
-    }
+    listing = _Listing(work, shared, arm.tokenizer)
+    prior = listing.prior(recipes.prior)
+    refined = {kind: listing.refined(kind, recipe, prior) for kind, recipe in recipes.refiners.items()}
     chosen = next((each.trained for each in refined.values()), None)
-    swept = {
-        settings: _sweep_phase(f"{name} {settings}", work, settings, prior.trained, chosen, shared)
-        for settings in (shared.measure.sweep if first and sweep else [])
-    }
+    settings = shared.measure.sweep if first and sweep else []
+    swept = {each: listing.swept(each, prior.trained, chosen) for each in settings}
     return replace(arm, prior=replace(prior, refined=refined, sweep=swept))
 
 
-def _prior_phases(
-    name: str, work: ArmWork, recipe: Recipe[PriorExperiment], tokenizer: Phase[TokenizerResult], shared: Shared
-) -> PriorPhases:
-    measure = shared.measure
-    tokens = Phase(f"{name} tokens", work.write_tokens, {"tokenizer": tokenizer, "shards": shared.train}, TokensResult)
-    usage = Phase(
-        f"{name} codebook", work.count_codes, {"tokenizer": tokenizer, "shards": shared.held_out}, CodebookSummary
-    )
-    prior = Phase(
-        f"{name} prior", work.train_prior, {"tokenizer": tokenizer, "tokens": tokens, "recipe": recipe}, PriorResult
-    )
-    likelihood = Phase(
-        f"{name} likelihood",
-        work.bound_likelihood,
-        {"prior": prior, "shards": shared.held_out, "count": measure.reference_images},
-        LikelihoodResult,
-    )
-    codes = Phase(
-        f"{name} codes",
-        work.draw_codes,
-        {
+@dataclass(frozen=True)
+class _Listing:
+    """What the phases behind an arm's tokenizer have in common."""
+
+    work: ArmWork
+    shared: Shared
+    tokenizer: Phase[TokenizerResult]
+
+    def prior(self, recipe: Recipe[PriorExperiment]) -> PriorPhases:
+        work, shared, measure, tokenizer = self.work, self.shared, self.shared.measure, self.tokenizer
+        written = {"tokenizer": tokenizer, "shards": shared.train}
+        tokens = Phase(f"{work.title} tokens", work.write_tokens, written, TokensResult)
+        counted = {"tokenizer": tokenizer, "shards": shared.held_out}
+        usage = Phase(f"{work.title} codebook", work.count_codes, counted, CodebookSummary)
+        learned = {"tokenizer": tokenizer, "tokens": tokens, "recipe": recipe}
+        prior = Phase(f"{work.title} prior", work.train_prior, learned, PriorResult)
+        bounded = {"prior": prior, "shards": shared.held_out, "count": measure.reference_images}
+        likelihood = Phase(f"{work.title} likelihood", work.bound_likelihood, bounded, LikelihoodResult)
+        drawn = {
             "prior": prior,
             # Codes are the same, whatever decodes them afterwards.
             "sampling": replace(shared.sampling, refine=True, refiner_steps=1),
             "count": measure.samples,
             "like": None if measure.samples else shared.real,
             "seed": measure.seed,
-        },
-        CodesResult,
-    )
-    samples = Phase(
-        f"{name} samples",
-        work.measure_samples,
-        {"prior": prior, "codes": codes, **_of_samples(shared)},
-        SampleScores,
-    )
-    return PriorPhases(tokens, usage, prior, likelihood, codes, samples)
+        }
+        codes = Phase(f"{work.title} codes", work.draw_codes, drawn, CodesResult)
+        decoded = {"prior": prior, "codes": codes, **self._of_samples()}
+        samples = Phase(f"{work.title} samples", work.measure_samples, decoded, SampleScores)
+        return PriorPhases(tokens, usage, prior, likelihood, codes, samples)
 
+    def refined(self, kind: str, recipe: Recipe[RefinerExperiment], prior: PriorPhases) -> RefinedPhases:
+        work, shared, name = self.work, self.shared, f"{self.work.title} {kind}"
+        learned = {"tokenizer": self.tokenizer, "prior": prior.trained, "shards": shared.train, "recipe": recipe}
+        refiner = Phase(f"{name} refiner", work.train_refiner, learned, RefinerResult)
+        both = {"prior": prior.trained, "refiner": refiner}
+        measured = {**both, **shared.yardstick.inputs(), "refiner_steps": shared.sampling.refiner_steps}
+        reconstruction = Phase(f"{name} reconstructions", work.reconstruct_refined, measured, Reconstruction)
+        decoded = {**both, "codes": prior.codes, **self._of_samples(), "sampling": shared.sampling}
+        samples = Phase(f"{name} samples", work.measure_samples, decoded, SampleScores)
+        return RefinedPhases(refiner, reconstruction, samples)
 
-def _refined_phases(
-    name: str,
-    work: ArmWork,
-    recipe: Recipe[RefinerExperiment],
-    tokenizer: Phase[TokenizerResult],
-    prior: PriorPhases,
-    shared: Shared,
-) -> RefinedPhases:
-    trained = Phase(
-        f"{name} refiner",
-        work.train_refiner,
-        {"tokenizer": tokenizer, "prior": prior.trained, "shards": shared.train, "recipe": recipe},
-        RefinerResult,
-    )
-    refined = {"prior": prior.trained, "refiner": trained}
-    reconstruction = Phase(
-        f"{name} reconstructions",
-        work.reconstruct_refined,
-        {
-            **refined,
-            "real": shared.real,
+    def swept(
+        self, settings: str, prior: Phase[PriorResult], refiner: Phase[RefinerResult] | None
+    ) -> Phase[SweptSettings]:
+        shared, measure = self.shared, self.shared.measure
+        inputs = {
+            "prior": prior,
+            "refiner": refiner,
+            "real": shared.against,
             "network": shared.network,
-            "lpips": shared.lpips,
-            "refiner_steps": shared.sampling.refiner_steps,
-        },
-        Reconstruction,
-    )
-    samples = Phase(
-        f"{name} samples",
-        work.measure_samples,
-        {**refined, "codes": prior.codes, **_of_samples(shared), "sampling": shared.sampling},
-        SampleScores,
-    )
-    return RefinedPhases(trained, reconstruction, samples)
+            "sampling": shared.sampling,
+            "settings": settings,
+            "count": measure.sweep_samples,
+            "seed": measure.seed,
+        }
+        return Phase(f"{self.work.title} {settings}", self.work.measure_settings, inputs, SweptSettings)
 
-
-def _of_samples(shared: Shared) -> dict[str, Any]:
-    """What the measures of samples depend on, beside the samples."""
-    return {
-        "real": shared.against,
-        "network": shared.network,
-        "neighbours": shared.neighbours,
-        "pictured": shared.measure.pictured,
-    }
-
-
-def _sweep_phase(
-    name: str,
-    work: ArmWork,
-    settings: str,
-    prior: Phase[PriorResult],
-    refiner: Phase[RefinerResult] | None,
-    shared: Shared,
-) -> Phase[SweptSettings]:
-    inputs = {
-        "prior": prior,
-        "refiner": refiner,
-        "real": shared.against,
-        "network": shared.network,
-        "sampling": shared.sampling,
-        "settings": settings,
-        "count": shared.measure.sweep_samples,
-        "seed": shared.measure.seed,
-    }
-    return Phase(name, work.measure_settings, inputs, SweptSettings)
+    def _of_samples(self) -> dict[str, Any]:
+        """What the measures of samples depend on, beside the samples."""
+        shared = self.shared
+        return {
+            "real": shared.against,
+            "network": shared.network,
+            "neighbours": shared.neighbours,
+            "pictured": shared.measure.pictured,
+        }

@@ -107,14 +107,19 @@ class Recipe(Generic[Experiment]):
 
     Attributes:
         config: whose run folder and data are still to be named.
-        identity: the config without what only says where on this disk something lies, who reads it, or which checkpoint
-            is the best: a benchmark takes the last one.
     """
 
     config: Experiment
 
+    def shifted(self, seed: int) -> Recipe[Experiment]:
+        """The same training with a seed that is larger by ``seed``."""
+        training = self.config.training
+        return Recipe(replace(self.config, training=replace(training, seed=training.seed + seed)))
+
     @property
     def identity(self) -> Experiment:
+        """The config without what only says where on this disk something lies, who reads it, or which checkpoint is the
+        best: a benchmark takes the last one."""
         config = self.config
         nowhere: dict[str, Any] = {"train": "", "validation": ""}
         if isinstance(config, PriorExperiment):
@@ -147,8 +152,7 @@ def load_recipes(config: BenchmarkConfig, beside: Path, arm: ArmConfig, seed: in
     """
 
     def load(schema: type[Experiment], file: str, overrides: list[str] | None = None) -> Recipe[Experiment]:
-        experiment = load_config(schema, beside / file, overrides)
-        return Recipe(replace(experiment, training=replace(experiment.training, seed=experiment.training.seed + seed)))
+        return Recipe(load_config(schema, beside / file, overrides)).shifted(seed)
 
     kinds = arm.refiners_of(seed)
     return Recipes(

@@ -57,9 +57,16 @@ class Images:
         shards = ShardSet(self._shards[split])
         return Shards(split, len(shards), shards.fingerprint)
 
-    def describe(self, shards: Shards, count: int, network: FeatureNetwork) -> RealImages:
-        """Extract the features of ``count`` images, 0 for all; a file keeps them."""
-        found = RealImages(shards.split, self.reference(shards, count).description, network.fingerprint)
+    def describe(self, shards: Shards, count: int, network: FeatureNetwork | None) -> RealImages:
+        """Say which images ``count`` of a split are, 0 for all, and extract their features, which a file keeps.
+
+        Args:
+            network: None where nobody needs features.
+        """
+        images = self.reference(shards, count).description
+        if network is None:
+            return RealImages(shards.split, images)
+        found = RealImages(shards.split, images, network.fingerprint)
         self.features(found, network)
         return found
 

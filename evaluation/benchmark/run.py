@@ -115,7 +115,7 @@ def list_phases(
                 title = f"{name}_seed{seed}" if seed else name
                 work = ArmWork(title, out / "arms" / title, out / PICTURES / title, images, device)
                 recipes = load_recipes(config, beside, each, seed)
-                arms.append((name, arm_phases(title, work, recipes, shared, first=seed == 0, sweep=each.sweep)))
+                arms.append((name, arm_phases(work, recipes, shared, first=seed == 0, sweep=each.sweep)))
     return Benchmark(shared, arms)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from scq.engine.config import load_config
 from scq.engine.files import write_file
-from scq.evaluation.benchmark.arm import tokenizer_phases
+from scq.evaluation.benchmark.arm import ArmPhases, Yardstick, tokenizer_phases
 from scq.evaluation.benchmark.config import Recipe
 from scq.evaluation.benchmark.decoded import reconstruction_table, training_table
 from scq.evaluation.benchmark.images import Images
@@ -53,27 +53,18 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
     network = load_inception(config.inception_weights or None, device) if config.rfid else None
     lpips = Lpips(config.lpips_weights, device) if config.lpips_weights else None
     images = Images({"train": train, "test": held_out}, out / "features")
-    shards = images.packed("train")
-    held_out_shards = images.packed("test")
-    if network is None:
-        first, real = [], RealImages("test", images.reference(held_out_shards, config.images).description)
-    else:
-        inputs = {"shards": held_out_shards, "count": config.images, "network": network}
-        real = Phase("features of the held-out images", images.describe, inputs, RealImages)
-        first = [real]
-    listed = []
+    described = {"shards": images.packed("test"), "count": config.images, "network": network}
+    real = Phase("held-out images", images.describe, described, RealImages)
+    yardstick, shards = Yardstick(real, network, lpips), images.packed("train")
+    listed: list[tuple[str, ArmPhases]] = []
     for number, (title, changes) in enumerate(config.arms.items()):
         experiment = load_config(TokenizerExperiment, config_path.parent / config.tokenizer, changes)
         for seed in range(config.seeds.get(title, 1)):
             name = f"{number:02d}_{seed}"
-            training = replace(experiment.training, seed=experiment.training.seed + seed)
-            recipe = Recipe(replace(experiment, training=training))
-            work = ArmWork(title, out / name, out / PICTURES / name, images, device)
-            arm = tokenizer_phases(f"{name} {title}", work, recipe, shards, real, network, lpips, weight_bits=[])
-            listed.append((title, arm))
-    job = Job([*first, *(phase for _, arm in listed for phase in arm.listed())], out / "phases")
-    for phase in first:
-        job.run(phase)
+            work = ArmWork(f"{name} {title}", out / name, out / PICTURES / name, images, device)
+            listed.append((title, tokenizer_phases(work, Recipe(experiment).shifted(seed), shards, yardstick)))
+    job = Job([real, *(phase for _, arm in listed for phase in arm.listed())], out / "phases")
+    job.run(real)
     arms: dict[str, list[ArmResult]] = {title: [] for title in config.arms}
     for title, arm in listed:
         for phase in arm.listed():

@@ -95,7 +95,7 @@ class ArmWork:
     """Where one quantizer with one seed is trained and measured.
 
     Args:
-        title: for progress bars.
+        title: for people: phases' names begin with it.
         folder: for runs, models and codes.
         pictures: folder for what the report shows.
         images: the benchmark's.

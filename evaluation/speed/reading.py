@@ -1,5 +1,7 @@
 """How fast data is read: our stream, webdataset's own plain pipeline, and token shards, side by side in one run."""
 
+from __future__ import annotations
+
 import os
 import statistics
 import tempfile
@@ -30,16 +32,25 @@ def benchmark_data(
     seconds: float = 2.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measures images per second of each way to read, in turns, so that a busy machine disturbs all alike.
+    """Images per second of each way to read, measured in turns, so that a busy machine disturbs all alike.
 
-    shards: local set written by `pack`. tokens: token shards; by default 16x16 tokens for every image of the set are
-    written to a temporary folder (their values do not matter for speed). workers: loader processes of the two that
-    decode; the others read in this process. Each of `repeats` turns lasts `seconds` after a warm-up.
-    progress(done, total) counts measurements.
+    Args:
+        shards: local set written by `pack`.
+        tokens: token shards. None writes 16x16 tokens for every image of the set to a temporary folder; their values
+            do not matter for speed.
+        batch_size: images in a batch.
+        workers: loader processes of the two ways that decode; the others read in this process.
+        repeats: turns of each way.
+        seconds: that a turn lasts, after a warm-up.
+        progress: called with (done, total), counted in turns.
 
-    Returns {"images", "image_size", "batch_size", "workers", "cores", "ways": {name: {"median", "lowest", "highest",
-    "runs"}}, "stream_to_webdataset", "tokens_to_webdataset"}, rates in images per second, the last two as ratios of
-    medians. Raises DataError if the set is missing, remote, or has images of different sizes.
+    Returns:
+        ``{"images", "image_size", "batch_size", "workers", "cores", "ways": {name: {"median", "lowest", "highest",
+        "runs"}}, "stream_to_webdataset", "tokens_to_webdataset"}``, rates in images per second, the last two as ratios
+        of medians.
+
+    Raises:
+        DataError: the set is missing or remote, or has images of different sizes.
     """
     opened = ShardSet(shards)
     if opened.manifest["image_size"] is None:
@@ -78,7 +89,7 @@ def benchmark_data(
 
 
 def format_table(result: dict[str, Any]) -> str:
-    """The result of benchmark_data as a table for people."""
+    """The result of `benchmark_data` as a table for people."""
     base = result["ways"][WEBDATASET]["median"]
     lines = [
         f"{result['images']:,} images of {result['image_size']}x{result['image_size']}, batches of "

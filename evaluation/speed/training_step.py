@@ -32,10 +32,14 @@ def benchmark_step(
         shards: real images; latents of noise would be solved faster or slower than those of training.
         overrides: ``section.key=value`` for all of them.
         warmup: untimed steps of each, past k-means starts and compilation.
-        repeats: timed steps of each.
+        repeats: timed steps of each, at least 2.
+        progress: called with (done, total), counted in steps of all.
 
     Returns:
         one dict for each config: config, median_s, low_s and high_s (quartiles), ratio (median of the paired ratios).
+
+    Raises:
+        UserError, DataError: a config or the shards are unfit.
     """
     tasks, streams = [], []
     for path in configs:
