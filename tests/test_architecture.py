@@ -1,6 +1,7 @@
 """Imports go down the stairs and never in a circle, files stay readable, and nothing of this machine is committed."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,3 +118,12 @@ def test_nothing_of_this_machine_is_committed() -> None:
             text = path.read_text()
             for trace in ("/" + "work/", "/" + "root/", "files.python" + "hosted"):
                 assert trace not in text, f"{name} names a path or host of this machine: {trace}"
+
+
+@pytest.mark.parametrize(("way", "most"), [("The way of an image", 12), ("The way of a step of the prior", 5)])
+def test_the_ways_through_the_house_are_short_and_named_rightly(way: str, most: int) -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text()
+    (section,) = (part for part in page.split("\n## ") if part.startswith(way))
+    files = re.findall(r"^\d+\. `([\w/]+\.py)`", section, re.M)
+    assert 3 < len(files) <= most
+    assert all((REPOSITORY / file).is_file() for file in files)
