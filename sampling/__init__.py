@@ -1,1 +1,1 @@
-"""Drawing images: samplers, the diffusers pipeline, editing, the page."""
+"""Drawing images: samplers, the diffusers pipeline, editing, the Gradio page."""

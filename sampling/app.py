@@ -22,11 +22,11 @@ KEPT_SECONDS = 3600  # how long a drawn picture stays on the server
 
 
 def build_page(pipeline: SoftConvexPipeline, max_batch: int = 64, results: Sequence[Path] = ()) -> gr.Blocks:
-    """The page around one pipeline.
+    """Build the page for a pipeline.
 
     Args:
         max_batch: the most images that one request may draw.
-        results: folders with reports, or with folders of reports, to show.
+        results: folders to show reports from: their own, and those of their sub-folders.
     """
     prior, model = pipeline.prior.config, fingerprints(pipeline)
     with gr.Blocks(title="scq", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
@@ -46,21 +46,21 @@ def build_page(pipeline: SoftConvexPipeline, max_batch: int = 64, results: Seque
 
 
 def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True, auth: tuple[str, str] | None = None) -> str:
-    """Serve the page; returns its address, at once or (``block``) when interrupted.
+    """Serve the page and return its address: at once or, with ``block``, only when interrupted.
 
     Args:
         port: None for any free one.
-        auth: user and password that the page asks for; None lets everybody in.
+        auth: user name and password that the page asks for; None lets everybody in.
 
     Raises:
-        UserError: nobody can listen there: the address is not this machine's, or the port is taken.
+        UserError: the address is not one of this machine's, or the port is taken.
     """
     _refuse_address(host, port)
     try:
         _, address, _ = page.queue(max_size=256).launch(
             server_name=host, server_port=port, prevent_thread_lock=not block, quiet=not block, auth=auth,
             max_file_size=LARGEST_BYTES,
-            _frontend=False,  # else gradio looks at the page first, and gives up after 3 seconds on a busy machine
+            _frontend=False,  # otherwise gradio first requests the page, and gives up after 3 seconds on a busy machine
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"port {port} of {host} is not free; choose another with --port") from error
@@ -68,18 +68,18 @@ def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True, auth
 
 
 def _refuse_address(host: str, port: int | None) -> None:
-    """gradio says of every address that the port was not free; ask the system what is wrong with it."""
+    """Ask the system what is wrong with an address; gradio says of any failure that the port was not free."""
     bare = host.removeprefix("[").removesuffix("]")
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(bare, port or 0, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(bare, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
+            probe.bind(address)
     except (socket.gaierror, UnicodeError) as error:
-        raise UserError(f"--host {host} is no address and no name that is known here") from error
+        raise UserError(f"--host {host} is neither an address nor a known host name") from error
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"--host {host} is not an address of this machine; 0.0.0.0 is all of them") from error
+            raise UserError(f"--host {host} is not an address of this machine; 0.0.0.0 is all of its own") from error
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is not free; choose another with --port") from error
         raise UserError(f"cannot listen on port {port} of {host}: {error.strerror}") from error

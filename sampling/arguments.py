@@ -1,4 +1,4 @@
-"""The arguments of a drawing, checked and turned into tensors."""
+"""The arguments of a pipeline's call, checked and turned into tensors."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ LARGEST_SEED = 2**63 - 1
 
 
 def image_seeds(num_images: int, seed: int | None, generator: torch.Generator | None) -> torch.Tensor:
-    """(num_images,) int64 on the CPU: seed + i, or drawn by the generator, wherever it is, or by torch's global one.
+    """A seed for each image: ``seed`` + i, or drawn from the generator, or from torch's global one.
+
+    Args:
+        generator: on any device.
+
+    Returns:
+        (num_images,) int64 on the CPU.
 
     Raises:
-        ValueError: both are given, or the seeds do not fit into 64 bits.
+        ValueError: both a seed and a generator are given, or the seeds do not fit into 64 bits.
     """
     if seed is None:
         device = "cpu" if generator is None else generator.device
@@ -21,15 +27,23 @@ def image_seeds(num_images: int, seed: int | None, generator: torch.Generator | 
     if generator is not None:
         raise ValueError("give a seed or a generator, not both")
     if not -LARGEST_SEED <= seed <= LARGEST_SEED - num_images:
-        raise ValueError(f"seed={seed} does not fit into 64 bits with the seeds of {num_images} images from it on")
+        raise ValueError(
+            f"seed={seed} is out of range: the seeds of {num_images} images from it on must fit into 64 bits"
+        )
     return torch.arange(seed, seed + num_images)
 
 
 def image_labels(class_labels: list[int] | int | None, num_images: int, classes: int) -> torch.Tensor | None:
-    """(num_images,) int64 classes of a prior that knows so many.
+    """A class for each image.
+
+    Args:
+        classes: how many the prior has; 0 if it was trained without.
+
+    Returns:
+        (num_images,) int64; None if no labels are given.
 
     Raises:
-        ValueError: the prior knows none, there is not one for each image, or one is not among the classes.
+        ValueError: the prior has no classes, there is not one label for each image, or a label is out of range.
     """
     if class_labels is None:
         return None
@@ -48,17 +62,17 @@ def image_labels(class_labels: list[int] | int | None, num_images: int, classes:
 def codes_to_start_from(
     codes: torch.Tensor, mask: torch.Tensor | None, strength: float, seeds: torch.Tensor, mask_token: int, factor: int
 ) -> torch.Tensor:
-    """Codes (num_images, h, w) of the images to start from, the mask token where they are to be drawn anew.
+    """Codes (num_images, h, w) to start from, with the mask token where they are to be redrawn.
 
     Args:
         codes: (1 or num_images, h, w) int64.
-        mask: (1 or num_images, H, W) bool, the pixels to draw anew; None: a random share of the tokens.
+        mask: (1 or num_images, H, W) bool, the pixels to redraw; None for a random share of the tokens.
         strength: that share, in [0, 1].
         seeds: (num_images,) int64.
         factor: pixels along the side of a token.
 
     Raises:
-        ValueError: neither one image or mask, nor one for each of ``seeds``; ``strength`` is out of range.
+        ValueError: there is neither one image or mask, nor one for each seed; or ``strength`` is out of range.
     """
     redrawn = variation_mask(seeds, tuple(codes.shape[1:]), strength) if mask is None else tokens_under(mask, factor)
     for name, count in (("init_image", len(codes)), ("mask_image", len(redrawn))):

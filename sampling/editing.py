@@ -1,4 +1,4 @@
-"""Editing images as editing grids of codes: what is kept, what is drawn anew, and grids larger than the prior's."""
+"""Editing images by editing grids of codes: what is kept, what is redrawn, and grids larger than the prior's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from scq.engine.randomness import image_uniform
 
 Window = tuple[slice, slice]  # of a canvas: rows, columns
-# (step, of so many steps, grids (B, h, w)), after each step
-Look = Callable[[int, int, torch.Tensor], None]
-# Grids with masked tokens (B, h, w), seeds (B,) and what looks on -> filled grids.
-Draw = Callable[[torch.Tensor, torch.Tensor, Look], torch.Tensor]
+# Called after each step with the number of the step, the number of steps, and the grids (B, h, w).
+OnStep = Callable[[int, int, torch.Tensor], None]
+# Grids with masked tokens (B, h, w), seeds (B,) and what to call after each step -> filled grids.
+Draw = Callable[[torch.Tensor, torch.Tensor, OnStep], torch.Tensor]
 
 
 def tokens_under(mask: torch.Tensor, factor: int) -> torch.Tensor:
@@ -22,7 +22,7 @@ def tokens_under(mask: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def variation_mask(seeds: torch.Tensor, grid: tuple[int, int], strength: float) -> torch.Tensor:
-    """A random share of the tokens (B, h, w) of each image to draw anew.
+    """A random share of each image's tokens to redraw, bool (B, h, w).
 
     Args:
         seeds: (B,) int64.
@@ -40,11 +40,13 @@ def variation_mask(seeds: torch.Tensor, grid: tuple[int, int], strength: float) 
 def windows(canvas: tuple[int, int], grid: tuple[int, int], known: torch.Tensor) -> list[tuple[int, int]]:
     """Corners (top, left) of windows of the prior's size that cover a canvas, each overlapping the next by half.
 
-    Those nearest to what is known come first, so that an image grows outwards; with nothing known, from the top left.
+    Windows nearest to the known tokens come first, so that an image grows outwards; if nothing is known, it grows from
+    the top left.
 
     Args:
-        canvas, grid: (height, width) in tokens, the canvas at least as large.
-        known: (height, width) bool, of the canvas.
+        canvas: (height, width) in tokens, at least those of ``grid``.
+        grid: (height, width) of a window in tokens.
+        known: (height, width) bool, the known tokens of the canvas.
     """
     tops, lefts = (
         sorted({*range(0, whole - side, max(1, side // 2)), whole - side})
@@ -60,28 +62,34 @@ def windows(canvas: tuple[int, int], grid: tuple[int, int], known: torch.Tensor)
 
 
 def fill(
-    draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int, seeds: torch.Tensor, look: Look
+    draw: Draw, start: torch.Tensor, grid: tuple[int, int], mask_token: int, seeds: torch.Tensor, on_step: OnStep
 ) -> torch.Tensor:
     """Draw the masked tokens of grids of any size with a prior for grids of one size, window after window.
 
-    What one window has drawn is fixed for the next. A grid of the prior's own size is one window, drawn with the seeds
-    as they are.
+    What one window has drawn is fixed for the next. A grid of the prior's own size is a single window, drawn with the
+    seeds as they are.
 
     Args:
-        start: (B, H, W) int64, codes and the mask token; masked alike in all images, or of the prior's own size.
+        draw: fills grids of the prior's size.
+        start: (B, H, W) int64, codes and the mask token. All images must be masked alike, unless they have the prior's
+            size.
+        grid: (height, width) of the prior's grids.
         seeds: (B,) int64.
-        look: sees the whole grids, and the steps of all windows counted together.
+        on_step: gets the whole grids, and counts the steps of all windows together.
+
+    Returns:
+        (B, H, W) int64 codes.
 
     Raises:
-        ValueError: a grid smaller than the prior's.
+        ValueError: the grids are smaller than the prior's.
     """
     canvas = tuple(start.shape[1:])
     if canvas[0] < grid[0] or canvas[1] < grid[1]:
         raise ValueError(f"a grid of {canvas[0]}x{canvas[1]} tokens is smaller than the prior's {grid[0]}x{grid[1]}")
     if canvas == tuple(grid):
-        return draw(start, seeds, look)
+        return draw(start, seeds, on_step)
     tokens, masked = start.clone(), (start[0] == mask_token).cpu()
-    waiting = []  # the windows in which something is left to draw when their turn comes
+    waiting = []  # the windows that still have something to draw when their turn comes
     for number, (top, left) in enumerate(windows(canvas, grid, ~masked)):
         here = slice(top, top + grid[0]), slice(left, left + grid[1])
         if masked[here].any():
@@ -90,11 +98,11 @@ def fill(
     for done, (number, here) in enumerate(waiting):
         window = tokens[:, *here]
 
-        def look_at_all(step: int, steps: int, grids: torch.Tensor, done: int = done, here: Window = here) -> None:
+        def on_window_step(step: int, steps: int, grids: torch.Tensor, done: int = done, here: Window = here) -> None:
             whole = tokens.clone()
             whole[:, *here] = grids
-            look(done * steps + step, len(waiting) * steps, whole)
+            on_step(done * steps + step, len(waiting) * steps, whole)
 
         window_seeds = (image_uniform(seeds, purpose=f"window {number}").double() * 2**23).long() + (seeds << 23)
-        window.copy_(draw(window, window_seeds, look_at_all))
+        window.copy_(draw(window, window_seeds, on_window_step))
     return tokens

@@ -1,4 +1,4 @@
-"""A copy of a model for sharing: half the bytes, the same images but for rounding."""
+"""A copy of a model for sharing: half the bytes, and the same images up to rounding."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from scq.stage1_tokenizer.model_folder import MODEL_CLASSES
 def export_half(pipeline: SoftConvexPipeline, folder: Path) -> None:
     """Write ``pipeline`` with its networks' weights in float16; codebooks and statistics stay as they are.
 
-    The weights are rounded before the fingerprints are taken, so a tokenizer read from the copy is the one that prior
-    and refiner name.
+    The weights are rounded before fingerprints are computed, so that the tokenizer in the copy is the one that the
+    copy's prior and refiner name.
 
     Raises:
         UserError: ``folder`` holds anything but a model.
@@ -42,5 +42,5 @@ def export_half(pipeline: SoftConvexPipeline, folder: Path) -> None:
 
 
 def _rounded(network: nn.Module) -> set[str]:
-    """Names of the parameters that are rounded: all but the quantizer's."""
+    """The names of the parameters that are rounded: all but the quantizer's."""
     return {name for name, _ in network.named_parameters() if not name.startswith("quantizer.")}

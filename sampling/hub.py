@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from scq.engine.errors import UserError
 
-# Folders that this project's commands and its users keep models and data in: nobody's name on the hub is meant.
+# Folders in which this project's commands and its users keep models and data; they are not taken for users of the hub.
 LOCAL_FOLDERS = frozenset(
     ["runs", "model", "models", "checkpoints", "out", "output", "outputs", "shards", "tokens", "samples", "tmp", "home"]
     + ["configs", "data", "docs", "examples", "sampling"]
@@ -20,30 +20,33 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.md"]  # nothing that would have to 
 
 
 def is_hub_name(name: str) -> bool:
-    """Two words, and no such folder here, nor one that it could have been in, nor one that is usual here."""
+    """Whether a name means a model on the hub: it has the form user/model, and ``user`` is neither an existing folder
+    nor one of LOCAL_FOLDERS."""
     words = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*", name)
     return words is not None and words[1].lower() not in LOCAL_FOLDERS and not Path(name).parent.exists()
 
 
 def local_folder(name: str | Path, **access: Any) -> Path:
-    """The folder ``name``, or the copy on this disk of the hub's model of that name.
+    """The folder ``name``, or the local copy of the hub's model of that name, which is downloaded if need be.
 
     Args:
         access: token, revision and cache_dir, as diffusers' ``from_pretrained`` takes them.
 
     Raises:
-        UserError: a name for the hub, and it has no such model, or does not let us in.
+        UserError: the name is one for the hub, which has no such model or refuses access.
     """
     return from_hub(str(name), **access) if is_hub_name(str(name)) else Path(name)
 
 
 def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a model's folder to the hub and return the address of the commit; see `SoftConvexPipeline.push_to_hub`."""
     hub = HfApi(token=token)
     repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from scq"))
 
 
 def from_hub(name: str, **access: Any) -> Path:
+    """The local copy of a model of the hub, see `local_folder`."""
     try:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES, **access))
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
@@ -51,4 +54,5 @@ def from_hub(name: str, **access: Any) -> Path:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,7 +23,7 @@ from scq.engine.pictures import picture_grid
 from scq.engine.processes import rank_and_world_size
 from scq.sampling.arguments import codes_to_start_from, image_labels, image_seeds
 from scq.sampling.chunks import in_equal_chunks
-from scq.sampling.editing import Look, fill
+from scq.sampling.editing import OnStep, fill
 from scq.sampling.hub import local_folder, upload
 from scq.sampling.images import Output, Pictures, as_output, check_output_type, to_mask, to_pixels
 from scq.sampling.samplers import SAMPLERS, GuidedPrior, Step
@@ -43,12 +43,11 @@ StepCallback = Callable[["SoftConvexPipeline", int, int, dict[str, torch.Tensor]
 
 @dataclass
 class ImageOutput(BaseOutput):
-    """images: what ``output_type`` asked for; tokens: (N, h, w) int64; seeds: (N,) int64, each of which draws its image
-    again."""
+    """Images, and what they were decoded and drawn from."""
 
-    images: Output
-    tokens: torch.Tensor
-    seeds: torch.Tensor
+    images: Output  # of the type that ``output_type`` asks for
+    tokens: torch.Tensor  # (N, h, w) int64
+    seeds: torch.Tensor  # (N,) int64, each of which draws its image again
 
 
 class SoftConvexPipeline(DiffusionPipeline):
@@ -57,11 +56,11 @@ class SoftConvexPipeline(DiffusionPipeline):
     Args:
         tokenizer: of stage 1.
         prior: of stage 2, trained on the codes of that very tokenizer.
-        refiner: likewise, or None: dominant codes are decoded as they are.
-        scheduler: the defaults of sampling; None for the usual ones.
+        refiner: likewise; None to decode dominant codes as they are.
+        scheduler: the default sampling settings; None for those of `UnmaskingScheduler`.
 
     Attributes:
-        measured: how it was trained and what `scq evaluate` found, for the model card.
+        measured: how the model was trained and what `scq evaluate` found, for the model card.
 
     Raises:
         UserError: prior or refiner belongs to another tokenizer.
@@ -77,7 +76,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         scheduler: UnmaskingScheduler | None = None,
     ):
         super().__init__()
-        # Weights that were loaded in another dtype are rounded, and bear another fingerprint.
+        # Weights that were loaded in another dtype are rounded, and have another fingerprint.
         found = tokenizer.fingerprint() if tokenizer.dtype == torch.float32 else ""
         for name, part in (("prior", prior), ("refiner", refiner)):
             wanted = part.config.tokenizer_fingerprint if part is not None else ""
@@ -123,24 +122,27 @@ class SoftConvexPipeline(DiffusionPipeline):
         Args:
             num_images: how many.
             class_labels: one for each image, or one for all, for a class-conditional prior.
-            num_inference_steps: calls of the prior; None, here and below: as ``scheduler`` says.
-            temperature: of the codes' distribution, above 0.
-            guidance_scale: towards the class, 0 is the plain conditional.
-            generator: draws each image's seed; without it and ``seed``, torch's global one does.
-            init_image: one image, or one for each, to start from.
-            mask_image: one mask, or one for each; its light pixels are drawn anew (to whole tokens). With
-                ``init_image`` and no mask, a random share of the tokens is: a variation.
+            num_inference_steps: steps of the sampler; here and below, None means the value of ``scheduler``.
+            temperature: of the distribution of codes, above 0.
+            guidance_scale: strength of the guidance towards the class; 0 for none.
+            generator: draws each image's seed; without it and ``seed``, torch's global generator does.
+            init_image: the image to start from, or one for each.
+            mask_image: one mask, or one for each; its light pixels are redrawn, rounded up to whole tokens. With
+                ``init_image`` and no mask, a random share of the tokens is redrawn: a variation.
             strength: that share, in [0, 1].
             output_type: ``pil``, ``pt`` (uint8) or ``np`` (see `sampling.images.as_output`).
             callback_on_step_end: called as ``callback(pipeline, step, steps_left, {"tokens": (B, h, w)})`` after each
-                step of each batch, of all windows of a larger grid together; the tokens are the mask token where
-                nothing is revealed. What it returns is ignored, what it raises ends the drawing.
-            seed: of the first image; image i has seed + i, so any of them can be drawn again alone. Instead of
-                ``generator``.
-            start: (num_images, h, w) int64, codes to keep, and the prior's mask token where to draw; instead of
-                ``init_image``. A grid larger than the prior's is drawn window after window.
-            batch_size: images drawn together; changes the time, never the images.
+                step of each batch; on larger grids, the steps of all windows count together. The tokens are the mask
+                token where nothing is revealed yet. Its result is ignored; an exception in it ends the drawing.
+            seed: of the first image, instead of ``generator``. Image i has ``seed`` + i, so that any of them can be
+                drawn again alone.
+            start: (num_images, h, w) int64, instead of ``init_image``: codes to keep, and the prior's mask token where
+                to draw. A grid larger than the prior's is drawn window after window.
+            batch_size: images drawn together; it changes the time, never the images.
             sampling: further fields of UnmaskingScheduler, such as sampler or top_p.
+
+        Returns:
+            the images, their tokens and their seeds.
 
         Raises:
             ValueError: a setting is unknown or out of range, or two of them contradict each other.
@@ -160,7 +162,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             mask = None if mask_image is None else to_mask(mask_image, self.image_size)
             start = codes_to_start_from(codes, mask, strength, seeds, self.prior.mask_token, self.tokenizer.factor)
         elif mask_image is not None:
-            raise ValueError("mask_image says which part of init_image to draw anew; there is no init_image")
+            raise ValueError("mask_image says which part of init_image to redraw, but no init_image was given")
         if start is not None and (start.dim() != 3 or len(start) != num_images):
             raise ValueError(f"start must be ({num_images}, h, w), a grid for each image, not {tuple(start.shape)}")
         images, grids = [], []
@@ -178,12 +180,12 @@ class SoftConvexPipeline(DiffusionPipeline):
         return ImageOutput(as_output(torch.cat(images), output_type), torch.cat(grids), seeds)
 
     def inpaint(self, image: Pictures, mask: Pictures, num_images: int = 1, **settings: Any) -> ImageOutput:
-        """Draw the light part of ``mask`` anew; every other pixel stays as it was.
+        """Redraw the light part of ``mask``; every other pixel stays as it was.
 
         Args:
             image, mask: as ``init_image`` and ``mask_image`` of a call.
-            num_images: how many answers, if ``image`` is one image; else as many as there are images.
-            settings: of a call.
+            num_images: how many results, if ``image`` is a single one; otherwise there is one for each image.
+            settings: further arguments of a call.
         """
         kept, redrawn = to_pixels(image, self.image_size), to_mask(mask, self.image_size)
         num_images = num_images if len(kept) == 1 else len(kept)
@@ -196,17 +198,18 @@ class SoftConvexPipeline(DiffusionPipeline):
     def outpaint(
         self, image: Pictures, *, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0, **settings: Any
     ) -> ImageOutput:
-        """Continue an image beyond its borders, by so many pixels on each side, rounded up to whole tokens.
+        """Continue an image beyond its borders.
 
         Args:
             image: one image; it comes back as the tokenizer reconstructs it.
-            settings: of a call, ``num_images`` among them (default 1).
+            left, right, top, bottom: pixels to add on each side, rounded up to whole tokens.
+            settings: further arguments of a call, such as ``num_images`` (default 1).
 
         Raises:
-            ValueError: a negative number of pixels.
+            ValueError: a number of pixels is negative.
         """
         if min(left, right, top, bottom) < 0:
-            raise ValueError(f"an image grows by at least 0 pixels, not {min(left, right, top, bottom)}")
+            raise ValueError(f"an image can only grow, by 0 pixels or more, not by {min(left, right, top, bottom)}")
         left, right, top, bottom = (-(-pixels // self.tokenizer.factor) for pixels in (left, right, top, bottom))
         tokens = self.encode(image).indices[:1].cpu()  # (1, h, w)
         start = torch.nn.functional.pad(tokens, (left, right, top, bottom), value=self.prior.mask_token)
@@ -220,7 +223,7 @@ class SoftConvexPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, z_q: torch.Tensor, output_type: str = "pil") -> Output:
-        """Latents (B, F, h, w) -> images, of a type as in a call; `decode_tokens` is for codes."""
+        """Latents (B, F, h, w) -> images of a type as in a call. For codes, use `decode_tokens`."""
         check_output_type(output_type)
         return as_output(to_uint8(in_equal_chunks(self.tokenizer.decode, z_q.to(self.device))), output_type)
 
@@ -230,14 +233,14 @@ class SoftConvexPipeline(DiffusionPipeline):
         The codebook's hull is convex, so every point on the line is a convex combination of codes as well.
 
         Raises:
-            ValueError: fewer than two images asked for, or an unknown type of output.
+            ValueError: ``num_images`` is below 2, or the type of output is unknown.
         """
         check_output_type(output_type)
         if num_images < 2:
-            raise ValueError(f"num_images={num_images} must be at least 2, the two ends")
+            raise ValueError(f"num_images={num_images} must be at least 2, for the two ends")
         one, other = (self.encode(picture).z_q[:1] for picture in (first, second))
-        way = torch.linspace(0, 1, num_images, device=one.device)[:, None, None, None]
-        return self.decode(torch.lerp(one, other, way), output_type)
+        weights = torch.linspace(0, 1, num_images, device=one.device)[:, None, None, None]
+        return self.decode(torch.lerp(one, other, weights), output_type)
 
     def draw_tokens(
         self,
@@ -248,11 +251,20 @@ class SoftConvexPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         **sampling: float | str | None,
     ) -> torch.Tensor:
-        """Grids of codes (B, h, w) for these seeds (B,); labels (B,), start (B, h, w) and sampling as in a call."""
+        """Draw grids of codes (B, h, w).
+
+        Args:
+            seeds: (B,) int64.
+            labels: (B,) int64 classes.
+            start, callback_on_step_end, sampling: as in a call.
+
+        Raises:
+            ValueError: as in a call.
+        """
         prior, settings = self.prior, self.scheduler.for_length(self.prior.length, **sampling)
         if settings.guidance_scale > 0 and not prior.config.num_classes:
             scale = settings.guidance_scale
-            raise ValueError(f"guidance_scale={scale}: this prior knows no classes to be guided towards; leave it at 0")
+            raise ValueError(f"guidance_scale={scale}: this prior has no classes to be guided towards; leave it at 0")
         grid = tuple(prior.config.grid)
         if start is None:
             start = torch.full((len(seeds), *grid), prior.mask_token)
@@ -269,11 +281,11 @@ class SoftConvexPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 callback_on_step_end(self, step - 1, steps - step, {"tokens": tokens})
 
-        def draw(window: torch.Tensor, window_seeds: torch.Tensor, look: Look) -> torch.Tensor:
-            def look_at(step: Step) -> None:
-                look(step.step, step.steps, step.tokens)
+        def draw(window: torch.Tensor, window_seeds: torch.Tensor, on_step: OnStep) -> torch.Tensor:
+            def callback(step: Step) -> None:
+                on_step(step.step, step.steps, step.tokens)
 
-            return SAMPLERS[settings.sampler](predict, window, window_seeds, settings, look_at)
+            return SAMPLERS[settings.sampler](predict, window, window_seeds, settings, callback)
 
         return fill(draw, start.to(self.device), grid, prior.mask_token, seeds.to(self.device), report)
 
@@ -281,7 +293,12 @@ class SoftConvexPipeline(DiffusionPipeline):
     def decode_tokens(
         self, tokens: torch.Tensor, seeds: torch.Tensor | None = None, **sampling: float | str | None
     ) -> torch.Tensor:
-        """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W); seeds (B,) are a flow's, by default 0 .. B-1."""
+        """Grids of codes (B, h, w) -> uint8 images (B, 3, H, W).
+
+        Args:
+            seeds: (B,) int64, for a refiner that is a flow; by default 0 .. B-1.
+            sampling: as in a call.
+        """
         settings, tokens = self.scheduler.changed(**sampling), tokens.to(self.device)
         if self.refiner is None or not settings.refine:
             return to_uint8(in_equal_chunks(self.tokenizer.decode_indices, tokens))
@@ -300,9 +317,9 @@ class SoftConvexPipeline(DiffusionPipeline):
         return pixels.masked_fill(cells.to(pixels.device), 128)
 
     def stream(self, num_images: int, seed: int = 0, batch_size: int = 16) -> Iterator[Batch]:
-        """Images as batches, drawn as they are consumed: what metrics want. Classes take turns; image i has seed + i.
+        """Yield images in batches, drawn as they are consumed, for metrics. Classes take turns; image i has seed + i.
 
-        Of several processes each draws every so many batches.
+        Several processes take turns, too: each draws its own share of the batches.
         """
         classes = self.prior.config.num_classes
         rank, processes = rank_and_world_size()
@@ -314,7 +331,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             yield Batch(drawn.images, torch.tensor(labels or [-1] * len(positions)), positions)
 
     def as_model(self) -> Model:
-        """What it is made of."""
+        """The components of the pipeline."""
         return Model(self.tokenizer, self.prior, self.refiner, self.scheduler)
 
     def save_pretrained(
@@ -330,32 +347,35 @@ class SoftConvexPipeline(DiffusionPipeline):
         """Write every component, model_index.json and a model card; the folder appears when it is complete.
 
         Args:
-            push_to_hub: upload it as well, to ``repo_id`` (by default the folder's name), see `push_to_hub`.
-            safe_serialization: always; nothing else is written.
+            push_to_hub: also upload it to ``repo_id`` (by default, the folder's name), see `push_to_hub`.
+            safe_serialization: must be True, because weights are only written as safetensors.
 
         Raises:
-            UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``, or they are
-                not to be written as safetensors.
+            UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``, or
+                ``safe_serialization`` is False.
         """
         folder, model = Path(save_directory).resolve(), self.as_model()
         if not safe_serialization:
-            raise UserError("safe_serialization=False writes weights that run code when they are read; leave it out")
+            raise UserError("safe_serialization=False would write weights that can run code when read; leave it out")
         if any(network.dtype != torch.float32 for network in model.networks().values()):
-            raise UserError("these weights were rounded by a dtype; load them in float32, `scq export` writes halves")
+            raise UserError(
+                "these weights were rounded to another dtype; load the model in float32 to save it, or use "
+                "`scq export` for a copy in float16"
+            )
         if self.measured == Measured() and (origin := self.config.get("_name_or_path")):
-            # diffusers' own loader does not read what was measured: the card would lose its numbers and the licence.
+            # diffusers' own loader does not read what was measured, and the card would lose its numbers and licence.
             self.measured = read_measured(Path(origin))
         save_model(model, folder, self.measured)
         if push_to_hub:
             upload(folder, repo_id or folder.name, private, token)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
-        """Upload to the Hugging Face hub with this model's own card; returns the address of the commit.
+        """Upload to the Hugging Face hub with this model's own card, and return the address of the commit.
 
         Args:
-            repo_id: "you/model"; made where there is none.
-            private: whether a new one is; None: as the account says.
-            token: of the account; None: the one that is logged in.
+            repo_id: "you/model"; created if it does not exist.
+            private: whether a new repository is private; None for the account's default.
+            token: of the account; None for the one that is logged in.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
@@ -377,25 +397,27 @@ class SoftConvexPipeline(DiffusionPipeline):
         use_safetensors: bool = True,
         **parts: Any,
     ) -> Self:
-        """The pipeline in ``folder``: one that ``save_pretrained`` wrote, a run folder of a prior, or a model of the
-        Hugging Face hub, as "you/model".
+        """Load the pipeline in ``folder``.
 
         Args:
+            folder: one that ``save_pretrained`` wrote, the run folder of a prior, or the name of a model on the Hugging
+                Face hub, as "you/model".
+            device: to move it to; None leaves it on the CPU.
             dtype: to compute in, see `to`; ``torch_dtype`` is its older name in diffusers.
-            token, revision, cache_dir, local_files_only: of a model on the hub: who asks, which version, where copies
-                are kept, and whether only they are looked at.
-            use_safetensors: always; nothing else is read.
-            parts: components to take instead of the saved ones, as ``scheduler=UnmaskingScheduler(steps=8)``.
+            token, revision, cache_dir, local_files_only: for a model on the hub: the access token, the version, the
+                folder for downloaded copies, and whether to use only those.
+            use_safetensors: must be True, because nothing else is read.
+            parts: components to use instead of the saved ones, as ``scheduler=UnmaskingScheduler(steps=8)``.
 
         Raises:
             UserError: there is no pipeline, one of its components cannot be loaded, or ``parts`` names something that
                 is not a component.
         """
         if not use_safetensors:
-            raise UserError("use_safetensors=False would run code in the files that are read; leave it out")
+            raise UserError("use_safetensors=False would read files that can run code; leave it out")
         known = [each.name for each in fields(Model)]
         if unknown := parts.keys() - set(known):
-            raise UserError(f"a pipeline has no {', '.join(sorted(unknown))}; its parts are {', '.join(known)}")
+            raise UserError(f"a pipeline has no {', '.join(sorted(unknown))}; its components are {', '.join(known)}")
         access = {"token": token, "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
         saved, measured = open_model(local_folder(folder, **access))
         model = replace(saved, **parts)
@@ -406,25 +428,25 @@ class SoftConvexPipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, and compute in a dtype, as in any diffusers pipeline: ``to("cuda", torch.bfloat16)``.
 
-        A dtype is for the prior and the tokenizer's networks, where the work is. Quantizer and refiner stay in float32:
-        rounding would undo the convex detail that they are there for.
+        The dtype applies to the prior and the tokenizer's networks, where the work is. Quantizer and refiner stay in
+        float32: rounding would undo the convex detail that they exist for.
         """
         dtype = next((each for each in args if isinstance(each, torch.dtype)), kwargs.pop("dtype", None))
         super().to(*(each for each in args if not isinstance(each, torch.dtype)), **kwargs)
         if dtype is not None:
             networks = [network for name, network in self.tokenizer.named_children() if name != "quantizer"]
             for network in (self.prior, *networks):
-                nn.Module.to(network, dtype)  # ModelMixin's own warns of what it keeps in float32: nothing here
+                nn.Module.to(network, dtype)  # ModelMixin's own would warn of modules kept in float32; there are none
         return self
 
 
-# `DiffusionPipeline.from_pretrained(folder)` looks the class that a folder names up in diffusers.
+# `DiffusionPipeline.from_pretrained(folder)` looks up in diffusers the class that the folder names.
 diffusers.SoftConvexPipeline = SoftConvexPipeline
 
 
 def sample_sheet(tokenizer: ImageTokenizer, prior: MaskedTransformer) -> Image.Image:
-    """32 samples of a prior under training, always of the same seeds, classes in turn; for its run's pictures."""
-    # Not `stream`: it divides the images among processes, and the main one draws alone.
+    """32 samples of a prior in training, always with the same seeds, classes in turn; for the pictures of its run."""
+    # Not `stream`: it divides the images among processes, but only the main process draws these.
     pipeline, classes = SoftConvexPipeline(tokenizer, prior).to(prior.device), prior.config.num_classes
     labels = [i % classes for i in range(32)] if classes else None
     return picture_grid(pipeline(32, labels, seed=0, batch_size=32, output_type="pt").images, columns=8)

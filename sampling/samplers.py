@@ -1,7 +1,7 @@
 """Samplers: from masked tokens to grids of codes. Pure functions; every random number belongs to one image.
 
-All of them are called alike, see `Sampler`. Tokens of ``start`` that hold a code are fixed and never change; the masked
-ones are drawn. `SAMPLERS` names the samplers for the command line and the page.
+They all have the same signature, see `Sampler`. Tokens of ``start`` that hold a code never change; the masked ones are
+drawn. `SAMPLERS` names the samplers for the command line and the page.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scq.stage2_prior.scheduler import UnmaskingScheduler
 
 
 class Predict(Protocol):
-    """What a sampler asks of a prior.
+    """What a sampler needs of a prior.
 
     Attributes:
         mask_token: the number that stands for 'not known yet'.
@@ -45,7 +45,7 @@ Callback = Callable[[Step], None]
 
 
 class Sampler(Protocol):
-    """How every sampler is called."""
+    """The signature of every sampler."""
 
     def __call__(
         self,
@@ -55,12 +55,13 @@ class Sampler(Protocol):
         settings: UnmaskingScheduler,
         callback: Callback | None = None,
     ) -> torch.Tensor:
-        """Draw what is masked.
+        """Draw the masked tokens.
 
         Args:
             predict: logits for every token, given codes and mask tokens.
             start: (B, h, w) int64, fixed codes, and the mask token where codes are to be drawn.
             seeds: (B,) int64, one for each image: the same seed gives the same codes in any batch.
+            settings: a sampler reads those that concern it.
             callback: called after each step.
 
         Returns:
@@ -72,15 +73,15 @@ class Sampler(Protocol):
         ...
 
 
-# In what order tokens are revealed: (step, log-probability of the drawn codes (B, L), grid (h, w), seeds (B,),
-# settings) -> (B, L); those with the highest numbers come first.
+# The order in which tokens are revealed: (step, log-probability of the drawn codes (B, L), grid (h, w), seeds (B,),
+# settings) -> priorities (B, L), the highest first.
 Priority = Callable[[int, torch.Tensor, tuple[int, int], torch.Tensor, UnmaskingScheduler], torch.Tensor]
 
 
 def revealing(priority: Priority) -> Sampler:
-    """The sampler that reveals tokens for good, in every step as many as the schedule asks for.
+    """A sampler that reveals tokens for good, in each step as many as the schedule asks for.
 
-    Each step draws a code for every masked token, and reveals those of the highest priority.
+    Each step draws a code for every masked token, and reveals those with the highest priority.
     """
 
     def sample(
@@ -97,8 +98,8 @@ def revealing(priority: Priority) -> Sampler:
             drawn, log_probability = _draw(predict, tokens, seeds, step, settings)
             masked = tokens == predict.mask_token
             left = masked.sum(1)
-            # At least one token is revealed by every step while there are any, and all by the last. Rounding must not
-            # take a whole number for the one below: as many steps as tokens reveal one each.
+            # Each step reveals at least one token while any is masked, and the last one reveals all. 1e-9 keeps
+            # rounding from turning a whole number into the one below: with as many steps as tokens, each reveals one.
             share = (_masked_share(step + 1, settings) * drawable.double() + 1e-9).floor().long()
             remain = torch.minimum(share, (left - 1).clamp_min(0))
             if step + 1 == settings.steps:
@@ -116,8 +117,8 @@ def revealing(priority: Priority) -> Sampler:
 def noisy_confidence(
     step: int, log_probability: torch.Tensor, grid: tuple[int, int], seeds: torch.Tensor, settings: UnmaskingScheduler
 ) -> torch.Tensor:
-    """MaskGIT's order (Chang et al., CVPR 2022, section 3.2): the most confident tokens first, by their
-    log-probability and Gumbel noise that fades away."""
+    """MaskGIT's order (Chang et al., CVPR 2022, section 3.2): the most confident tokens first, by log-probability plus
+    Gumbel noise that fades to zero."""
     noise = image_gumbel(seeds, log_probability.shape[1], purpose=f"choice {step}")
     return log_probability + settings.choice_temperature * (1 - (step + 1) / settings.steps) * noise
 
@@ -125,7 +126,7 @@ def noisy_confidence(
 def halton_rank(
     step: int, log_probability: torch.Tensor, grid: tuple[int, int], seeds: torch.Tensor, settings: UnmaskingScheduler
 ) -> torch.Tensor:
-    """The order of a Halton sequence (Besnier et al., arXiv 2503.17076): the tokens of one step lie far apart and say
+    """The order of a Halton sequence (Besnier et al., arXiv 2503.17076): the tokens of a step are far apart, and so say
     little about each other."""
     rank = halton_order(*grid).argsort().to(log_probability.device)  # (L,)
     return -rank.float().expand_as(log_probability)
@@ -135,7 +136,7 @@ def random_order(
     step: int, log_probability: torch.Tensor, grid: tuple[int, int], seeds: torch.Tensor, settings: UnmaskingScheduler
 ) -> torch.Tensor:
     """Each image's own random order: the reverse process of an absorbing-state diffusion (Austin et al., arXiv
-    2107.03006). With a step for every token it draws from the network's any-order autoregressive model exactly."""
+    2107.03006). With one step per token, it samples exactly from the network's any-order autoregressive model."""
     return image_uniform(seeds, log_probability.shape[1], purpose="order")
 
 
@@ -147,7 +148,7 @@ def remask(
     callback: Callback | None = None,
 ) -> torch.Tensor:
     """ReMDM with a capped rate (Wang et al., arXiv 2503.00307): a step may mask revealed tokens again, so that early
-    mistakes can be mended. ``settings.remask`` is the cap, and there may be more steps than tokens."""
+    mistakes can be corrected. ``settings.remask`` is the cap, and there may be more steps than tokens."""
     settings.check()
     tokens, mask_token = start.flatten(1), predict.mask_token  # (B, L)
     drawable = tokens == mask_token
@@ -179,17 +180,17 @@ SAMPLERS: dict[str, Sampler] = {
 
 @dataclass
 class GuidedPrior:
-    """A prior as samplers ask it, guided towards its class (Ho and Salimans, arXiv 2207.12598).
+    """A prior as samplers call it, guided towards a class (Ho and Salimans, arXiv 2207.12598).
 
     Args:
         network: ``network(tokens, labels) -> logits``.
-        labels: (B,) int64 or None.
+        labels: (B,) int64; None for no class.
         no_class: the label that stands for 'no class'.
-        guidance_scale: s in  (1 + s) * logits(class) - s * logits(no class);  0 is the plain conditional.
+        guidance_scale: s in (1 + s) * logits(class) - s * logits(no class); 0 for no guidance.
         guidance_schedule: ``constant``, or ``linear``: s grows from 0 with the progress of the generation.
 
     Raises:
-        ValueError: an unknown schedule.
+        ValueError: the schedule is unknown.
     """
 
     network: Callable[..., torch.Tensor]
@@ -214,8 +215,8 @@ class GuidedPrior:
 
 @cache
 def halton_order(height: int, width: int) -> torch.Tensor:
-    """(height * width,) row-major numbers of positions, in the order in which the Halton sequence of bases 2 and 3
-    first falls on them."""
+    """The row-major numbers (height * width,) of positions, in the order in which the Halton sequence of bases 2 and 3
+    first reaches them."""
     order: dict[int, None] = {}
     number = 0
     while len(order) < height * width:
@@ -225,7 +226,7 @@ def halton_order(height: int, width: int) -> torch.Tensor:
 
 
 def _halton(number: int, base: int) -> float:
-    """The radical inverse: the digits of ``number`` in ``base``, mirrored at the point."""
+    """The radical inverse: the digits of ``number`` in ``base``, mirrored at the radix point."""
     value, weight = 0.0, 1.0
     while number:
         weight /= base
@@ -249,7 +250,7 @@ def _draw(
     log_probabilities = (predict(tokens, progress).float() / temperature).log_softmax(-1)  # (B, L, K)
     noise = image_gumbel(seeds, *log_probabilities.shape[1:], purpose=f"code {step}")
     drawn = (_likeliest(log_probabilities, settings) + noise).argmax(-1)
-    # Of the whole distribution: among few codes that are left, every choice would look sure.
+    # Of the whole distribution: if top_k or top_p leaves few codes, every choice among them would look confident.
     return drawn, log_probabilities.gather(-1, drawn[..., None]).squeeze(-1)
 
 
@@ -261,6 +262,6 @@ def _likeliest(logits: torch.Tensor, settings: UnmaskingScheduler) -> torch.Tens
     if settings.top_p < 1:
         ordered, codes = logits.sort(dim=-1, descending=True)
         share = ordered.softmax(-1)
-        beyond = share.cumsum(-1) - share >= settings.top_p  # what lies before a code is already enough
+        beyond = share.cumsum(-1) - share >= settings.top_p  # the codes before this one are already enough
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, codes, beyond), -math.inf)
     return logits

@@ -14,7 +14,7 @@ from PIL import Image
 from scq.data.stream import iterate_once
 from scq.engine.errors import UserError
 from scq.engine.measurements import Measured, TrainedFor, TrainingFacts
-from scq.sampling.editing import Look, fill, tokens_under, variation_mask, windows
+from scq.sampling.editing import OnStep, fill, tokens_under, variation_mask, windows
 from scq.sampling.images import to_mask
 from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
@@ -172,7 +172,7 @@ def test_windows_cover_the_canvas_and_begin_at_what_is_known() -> None:
 def test_every_window_sees_what_the_others_drew() -> None:
     """A prior that copies the code to the left: the whole canvas must become the one known code."""
 
-    def copy_left(start: torch.Tensor, seeds: torch.Tensor, look: Look) -> torch.Tensor:
+    def copy_left(start: torch.Tensor, seeds: torch.Tensor, on_step: OnStep) -> torch.Tensor:
         known = torch.where(start == 9, -1, start).amax((1, 2), keepdim=True)
         return torch.where(start == 9, known, start)
 
@@ -227,7 +227,7 @@ def test_saving_and_loading_take_diffusers_words(pipeline: SoftConvexPipeline, t
         tiny_run / "model", scheduler=faster, use_safetensors=True, local_files_only=True
     )
     assert loaded.scheduler.steps == 2
-    with pytest.raises(UserError, match="has no unet; its parts are tokenizer, prior"):
+    with pytest.raises(UserError, match="has no unet; its components are tokenizer, prior"):
         SoftConvexPipeline.from_pretrained(tiny_run / "model", unet=None)
     with pytest.raises(UserError, match="use_safetensors=False"):
         SoftConvexPipeline.from_pretrained(tiny_run / "model", use_safetensors=False)
@@ -237,7 +237,7 @@ def test_saving_and_loading_take_diffusers_words(pipeline: SoftConvexPipeline, t
 
 
 def test_guidance_without_classes_is_refused(pipeline: SoftConvexPipeline) -> None:
-    with pytest.raises(ValueError, match="this prior knows no classes"):
+    with pytest.raises(ValueError, match="this prior has no classes"):
         pipeline(1, seed=0, guidance_scale=3.0)
 
 
@@ -394,7 +394,7 @@ def test_mistakes_are_named(pipeline: SoftConvexPipeline, emoji_images: torch.Te
     ):
         with pytest.raises(ValueError, match="output_type must be pil, pt, np, not 'latent'"):
             wrong_output("latent")
-    with pytest.raises(ValueError, match="there is no mask"):
+    with pytest.raises(ValueError, match="no mask was given"):
         to_mask([], 32)
     with pytest.raises(UserError, match="no model in"):
         SoftConvexPipeline.from_pretrained(tmp_path)

@@ -42,7 +42,7 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
     most, side = min(MOST_ANSWERS, max_batch), pipeline.image_size
     with gr.Row():
         with gr.Column(scale=3):
-            # PNG: gradio's own format for a picture that it puts here loses detail.
+            # PNG, because gradio's default format for a picture that it shows here is lossy.
             editor = UploadedDrawing(
                 label="Image", sources=["upload", "clipboard"], height=420,
                 brush=gr.Brush(default_size=40, colors=["#ff00ff"], color_mode="fixed"), transforms=[], layers=False,
@@ -58,19 +58,19 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
                 borders = {
                     name: gr.Slider(
                         0, side, side // 2, step=pipeline.tokenizer.factor, label=name.title(),
-                        info=f"pixels, beside the image's {side}",
+                        info=f"Pixels to add to the image's {side}.",
                     )
                     for name in SIDES
                 }  # fmt: skip
         with gr.Column(scale=2):
             seed = gr.Number(0, label="Seed", precision=0)
-            count = gr.Slider(1, most, min(4, most), step=1, label="Answers")
+            count = gr.Slider(1, most, min(4, most), step=1, label="Results")
             controls = sampler_controls(pipeline)
             redraw = gr.Button("Redraw", variant="primary")
             cancel = gr.Button("Cancel")
         with gr.Column(scale=3):
             gallery = gr.Gallery(
-                label="Answers", columns=2, format="png", object_fit="contain", height=600, buttons=BUTTONS
+                label="Results", columns=2, format="png", object_fit="contain", height=600, buttons=BUTTONS
             )
 
     def edit(
@@ -100,7 +100,7 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
 def _job(
     pipeline: SoftConvexPipeline, edited: dict[str, Any] | None, what: str, strength: float, borders: dict[str, int]
 ) -> tuple[Callable[..., ImageOutput], dict[str, float]]:
-    """The call of the pipeline that a choice on the page stands for, and what it was told beside the picture."""
+    """The pipeline call for what was chosen on the page, and the settings of that choice."""
     image = None if edited is None else edited["background"]
     if image is None:
         raise gr.Error("Choose an image first.")
@@ -108,16 +108,16 @@ def _job(
         return partial(pipeline, init_image=image, strength=strength), {"strength": strength}
     if what == OUTPAINT:
         if not any(borders.values()):
-            raise gr.Error("Move a slider: the image does not grow on any side.")
+            raise gr.Error("Move a slider: as it is, the image does not grow on any side.")
         return partial(pipeline.outpaint, image, **borders), borders
     painted = np.zeros((image.height, image.width), bool)
     for layer in edited["layers"]:
         painted |= resized_mask(np.asarray(layer)[..., 3] > 0, painted.shape)
     if not painted.any():
-        raise gr.Error("Paint over the part that is to be drawn anew.")
+        raise gr.Error("Paint over the part that you want redrawn.")
     mask = to_mask(Image.fromarray(painted), pipeline.image_size)
     if not mask.any():
-        raise gr.Error("Paint within the middle square: the model sees no more of an image, and all paint is outside.")
+        raise gr.Error("Paint inside the central square: the model sees nothing else, and all your paint is outside.")
     return partial(pipeline.inpaint, image, mask), {}
 
 

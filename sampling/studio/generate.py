@@ -28,9 +28,10 @@ from scq.sampling.studio.steps import (
 
 
 def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, str]) -> gr.State:
-    """Build the tab; returns the state that holds the labelled images drawn last, for the other tabs.
+    """Build the tab and return the state that holds the labelled images drawn last, for the other tabs.
 
     Args:
+        max_batch: the most images that one request may draw.
         model: the pipeline's `fingerprints`.
     """
     drawn = gr.State([])
@@ -66,7 +67,7 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
                     else:
                         yield pictures + shown(pipeline.preview(event)), None, finished
         about = {"seed": first, "num_images": count, **settings, "model": model}
-        # Among gradio's own files of this component, which are deleted when they are old.
+        # In this component's cache of gradio, whose old files are deleted.
         yield pictures, zipped(finished, about, Path(download.GRADIO_CACHE)), finished
 
     drawing = generate.click(

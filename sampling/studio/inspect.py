@@ -17,11 +17,11 @@ from scq.sampling.studio.steps import BUTTONS, MODEL_QUEUE, SHOWN_SIDE, mistakes
 from scq.sampling.studio.uploads import UploadedImage
 from scq.stage1_tokenizer.quantizers import Mixture
 
-ERROR_GAIN = 4  # of the error maps, the same for every image, so that maps can be compared
+ERROR_GAIN = 4  # factor of the error maps; the same for every image, so that maps can be compared
 
 
 class Inspected(NamedTuple):
-    """What a session keeps of the image it looks at."""
+    """What a session keeps of the image that is inspected."""
 
     indices: torch.Tensor  # (h, w)
     support: torch.Tensor  # (h, w, S)
@@ -33,8 +33,8 @@ def inspect_tab(pipeline: SoftConvexPipeline) -> None:
     """Build the tab."""
     gr.Markdown(
         "What the tokenizer keeps of an image: decoded from **z_q**, the convex combinations of codes, and from the "
-        "**dominant codes** alone, which is all that the prior can draw"
-        + (", and from those as the **refiner** completes them." if pipeline.refiner is not None else ".")
+        "**dominant codes** alone, which are all that the prior can draw"
+        + (", and from those codes as the **refiner** completes them." if pipeline.refiner is not None else ".")
     )
     found = gr.State()
     picture = partial(gr.Image, None, format="png", interactive=False, buttons=BUTTONS)
@@ -95,8 +95,8 @@ def _large(pixels: torch.Tensor) -> Image.Image:
 
 
 def _coloured(pipeline: SoftConvexPipeline, encoding: Mixture) -> torch.Tensor:
-    """The dominant codes as colours (1, 3, H, W): the codebook's first three principal components, so codes that lie
-    close together look alike."""
+    """The dominant codes as colours (1, 3, H, W): the codebook's first three principal components, so that codes that
+    are close together look alike."""
     tokenizer = pipeline.tokenizer
     codes = tokenizer.codes().cpu()  # (K, F)
     # Exact, not by random projections, so that a code keeps its colour from one image to the next.
@@ -109,12 +109,12 @@ def _coloured(pipeline: SoftConvexPipeline, encoding: Mixture) -> torch.Tensor:
 
 
 def _usage(pipeline: SoftConvexPipeline, indices: torch.Tensor) -> Figure:
-    """How often each code is dominant: lately in training, where the quantizer counted, and in this image."""
+    """How often each code is dominant: recently in training, if the quantizer counted that, and in this image."""
     here = torch.bincount(indices.flatten(), minlength=pipeline.tokenizer.quantizer.codebook_size)
     trained = pipeline.tokenizer.quantizer.usage_counts()
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.add_subplot()
-    counts, title = (here, "in this image") if trained is None else (trained.cpu(), "in training, lately")
+    counts, title = (here, "in this image") if trained is None else (trained.cpu(), "in recent training")
     order = counts.argsort(descending=True)
     axis.bar(np.arange(len(counts)), counts[order] / counts.sum(), width=1.0, color="#7a9cc6")
     marked = here[order].nonzero().flatten().numpy()
@@ -122,7 +122,8 @@ def _usage(pipeline: SoftConvexPipeline, indices: torch.Tensor) -> Figure:
     axis.set_xlabel("codes, the most frequent first")
     axis.set_ylabel("share")
     axis.set_title(
-        f"{int((counts > 0).sum())} of {len(counts)} codes dominate {title}; {len(marked)} in this image", fontsize=9
+        f"{int((counts > 0).sum())} of {len(counts)} codes are dominant {title}; {len(marked)} in this image",
+        fontsize=9,
     )
     axis.legend(loc="upper right")
     return figure

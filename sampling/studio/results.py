@@ -13,26 +13,26 @@ from scq.sampling.studio.steps import BUTTONS
 
 REPORT = "report.md"
 NO_REPORTS = (
-    "No reports here. `scq benchmark quality` writes one; `scq app --results FOLDER` shows it. The project's own are "
-    "in `docs/results` of its repository, which an installed package does not carry."
+    "There are no reports here. `scq benchmark quality` writes one, and `scq app --results FOLDER` shows it. The "
+    "project's own are in `docs/results` of its repository, which is not part of an installed package."
 )
 _PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+\.png)\)")
 
 
 def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders with a report, by the names that the page shows: the folders given, and those right below them, in this
-    order. A name is the folder's own, with as many of the folders above it as tell it from the others."""
-    candidates = [place.resolve() for folder in folders for place in (folder, *sorted(folder.glob("*")))]
-    places = list(dict.fromkeys(place for place in candidates if (place / REPORT).is_file()))
+    """Folders with a report, by the names that the page shows: the given folders and their direct sub-folders, in this
+    order. A name is the folder's own, preceded by as many of its parents as make it unique."""
+    candidates = [path.resolve() for folder in folders for path in (folder, *sorted(folder.glob("*")))]
+    paths = list(dict.fromkeys(path for path in candidates if (path / REPORT).is_file()))
     names = {}
-    for place in places:
-        ends = (Path(*place.parts[-count:]).as_posix() for count in range(1, len(place.parts) + 1))
-        names[next(end for end in ends if sum(other.as_posix().endswith(f"/{end}") for other in places) <= 1)] = place
+    for path in paths:
+        ends = (Path(*path.parts[-count:]).as_posix() for count in range(1, len(path.parts) + 1))
+        names[next(end for end in ends if sum(other.as_posix().endswith(f"/{end}") for other in paths) <= 1)] = path
     return names
 
 
 def results_tab(folders: Sequence[Path]) -> None:
-    """Build the tab from the reports in ``folders``, which the page's user cannot choose: no other path is read."""
+    """Build the tab from the reports in ``folders``. Users of the page cannot choose other paths."""
     reports = find_reports(folders)
     if not reports:
         gr.Markdown(NO_REPORTS)
@@ -56,8 +56,8 @@ def _show(reports: dict[str, Path], name: str) -> tuple[str, list[tuple[Image.Im
 
 
 def _read(folder: Path) -> tuple[str, list[tuple[Image.Image, str]]]:
-    """A report's text without its pictures, and the pictures with their titles. What cannot be read is said in the
-    text: a report may still be being written, or have been copied without its pictures."""
+    """A report's text without its pictures, and the pictures with their titles. The text says what cannot be read: a
+    report may be unfinished, or have been copied without its pictures."""
     try:
         text = (folder / REPORT).read_text(encoding="utf-8")
     except (OSError, ValueError):

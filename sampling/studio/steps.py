@@ -1,4 +1,4 @@
-"""What the page's tabs share: controls of the sampler, drawing step by step, and answers to mistakes."""
+"""What the page's tabs share: controls of the sampler, drawing step by step, and messages for users' mistakes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from scq.sampling.images import enlarge, to_pictures
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.stage2_prior.scheduler import SAMPLERS
 
-MODEL_QUEUE = "model"  # everything that runs the network waits in one line, first come, first served
+MODEL_QUEUE = "model"  # everything that runs the networks waits in one queue, first come, first served
 BATCH = 16  # images drawn together; a cancelled drawing stops within a step of one batch
 SHOWN_SIDE = 128  # pixels; smaller images are enlarged to it
 LARGEST_SEED = 2**31
-BUTTONS = ["download", "fullscreen"]  # of pictures; gradio's own list also has one that uploads them to a public place
+BUTTONS = ["download", "fullscreen"]  # of pictures; gradio's own list also has one that uploads them to a public site
 
 
 class Cancelled(Exception):
-    """Nobody waits for the drawing any more."""
+    """The drawing was cancelled."""
 
 
 def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Component]:
-    """The settings of a drawing as controls, by the names that the pipeline has for them."""
+    """The controls for the settings of a drawing, by the names of the pipeline's arguments."""
     defaults, prior = pipeline.scheduler, pipeline.prior.config
     controls = {
         "num_inference_steps": gr.Slider(
@@ -45,7 +45,7 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
         "temperature": gr.Slider(0.1, 2.0, defaults.temperature, step=0.05, label="Temperature"),
         "choice_temperature": gr.Slider(
             0.0, 20.0, defaults.choice_temperature, step=0.5, label="Choice temperature",
-            info="maskgit: noise on which places are revealed first; 0 always takes the surest.",
+            info="maskgit: noise in the order of revealing; 0 always reveals the most confident tokens.",
         ),
         "top_p": gr.Slider(0.05, 1.0, defaults.top_p, step=0.05, label="Top p", info="1 draws among all codes."),
     }  # fmt: skip
@@ -57,10 +57,10 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
             defaults.guidance_scale,
             step=0.1,
             label="Guidance scale",
-            info="Towards the class, if any.",
+            info="Strength of the guidance towards the class, if one is chosen.",
         )
     if pipeline.refiner is not None:
-        controls["refine"] = gr.Checkbox(defaults.refine, label="Refiner", info="Give the convex detail back.")
+        controls["refine"] = gr.Checkbox(defaults.refine, label="Refiner", info="Restore the convex detail.")
     return controls
 
 
@@ -68,7 +68,7 @@ def chosen_settings(pipeline: SoftConvexPipeline, names: list[str], values: tupl
     """All settings of a drawing as arguments of the pipeline: the controls' values, and the model's own for the rest.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value is out of range.
     """
     chosen = dict(zip(names, values, strict=True))
     label = int(chosen.pop("class_labels", -1))
@@ -78,11 +78,12 @@ def chosen_settings(pipeline: SoftConvexPipeline, names: list[str], values: tupl
 
 
 def fingerprints(pipeline: SoftConvexPipeline) -> dict[str, str]:
-    """Which weights draw here, by the names of the pipeline's networks."""
+    """The fingerprints of the pipeline's networks, by name."""
     return {name: fingerprint(network) for name, network in pipeline.as_model().networks().items()}
 
 
 def checked_seed(seed: float | None) -> int:
+    """The seed as a whole number; if it is out of range, the page shows an error."""
     if seed is None or not 0 <= seed < LARGEST_SEED:
         raise gr.Error(f"The seed must be a whole number from 0 to {LARGEST_SEED - 1}.")
     return int(seed)
@@ -90,7 +91,7 @@ def checked_seed(seed: float | None) -> int:
 
 @contextmanager
 def mistakes_shown() -> Iterator[None]:
-    """What a user did wrong appears on the page in words."""
+    """Show a ValueError in the block as a message on the page."""
     try:
         yield
     except ValueError as error:
@@ -101,7 +102,7 @@ def step_by_step(draw: Callable[[Callable[..., None]], ImageOutput]) -> Iterator
     """The grids (B, h, w) after every step of a drawing, then what it returned.
 
     Args:
-        draw: takes the pipeline's ``callback_on_step_end``; runs in a thread, which waits after each step until the
+        draw: takes the pipeline's ``callback_on_step_end``; it runs in a thread, which waits after each step until the
             next grid is asked for. So nothing is drawn ahead, and no step begins after the iterator is closed.
     """
     events: SimpleQueue[torch.Tensor | ImageOutput | BaseException] = SimpleQueue()  # never holds more than one
@@ -116,7 +117,7 @@ def step_by_step(draw: Callable[[Callable[..., None]], ImageOutput]) -> Iterator
     def work() -> None:
         try:
             events.put(draw(look))
-        except BaseException as error:  # handed on to whoever reads the events
+        except BaseException as error:  # passed on to the reader of the events
             events.put(error)
 
     thread = threading.Thread(target=work, name="scq drawing", daemon=True)
@@ -144,8 +145,8 @@ def shown(pixels: torch.Tensor) -> list[Image.Image]:
 def labelled(
     pictures: list[Image.Image], seeds: torch.Tensor, settings: dict[str, Any], model: dict[str, str]
 ) -> list[Image.Image]:
-    """Pictures that carry what they were drawn with; it becomes PNG metadata: under ``scq`` the seed and the settings,
-    under ``scq_model`` the networks' fingerprints, both as JSON."""
+    """Add to pictures what they were drawn with. It becomes PNG metadata: the seed and the settings under ``scq``, the
+    fingerprints of the networks under ``scq_model``, both as JSON."""
     for picture, seed in zip(pictures, seeds.tolist(), strict=True):
         picture.info["scq"] = json.dumps({"seed": seed, **settings})
         picture.info["scq_model"] = json.dumps(model)
@@ -153,7 +154,7 @@ def labelled(
 
 
 def zipped(pictures: list[Image.Image], settings: dict[str, Any], folder: Path) -> str:
-    """A zip, somewhere in ``folder``, of labelled pictures as PNG files, and settings.json."""
+    """Write a zip of labelled pictures (PNG) and settings.json to a new folder in ``folder``, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkdtemp(dir=folder)) / "samples.zip"
     with zipfile.ZipFile(path, "w") as archive:

@@ -1,5 +1,5 @@
-"""Components that take pictures: bounded before they are decoded, and decoded as the data room does it. A file that is
-none gets an answer in words instead of an internal error."""
+"""Components that take pictures. Sizes are checked before anything is decoded, and decoding is that of the data room. A
+file that is not a picture gets a message in words instead of an internal error."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ from PIL import ExifTags, Image, ImageOps
 from scq.data.transforms import to_rgb
 from scq.engine.errors import BadImage
 
-LARGEST_BYTES = 20_000_000  # of one file, however it arrives: gradio itself bounds uploads, not pictures in a request
+LARGEST_BYTES = 20_000_000  # of one file, however it arrives: gradio itself limits uploads, but not data in a request
 LARGEST_PIXELS = 40_000_000  # of one picture; a few kilobytes of PNG can hold gigabytes of pixels
-# Formats whose header says how large the picture is, those that the data room reads. Containers of other files (ICO,
-# ICNS) need not tell the truth, and EPS would start another program.
+# Those formats of the data room whose header says how large the picture is. The headers of containers of other files
+# (ICO, ICNS) may be wrong, and EPS would start another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000")
 
 
 def open_bounded(encoded: bytes) -> Image.Image:
-    """An opened picture of which only the header was read.
+    """Open a picture, reading only its header.
 
     Raises:
         BadImage: it has more than LARGEST_BYTES or LARGEST_PIXELS.
-        UnidentifiedImageError and its kin: it is none.
+        UnidentifiedImageError and others: it is not a picture that Pillow can read.
     """
     if len(encoded) > LARGEST_BYTES:
-        raise BadImage(f"This file has {len(encoded) / 1e6:.0f} MB; at most {LARGEST_BYTES // 10**6} are taken.")
+        raise BadImage(f"This file has {len(encoded) / 1e6:.0f} MB; at most {LARGEST_BYTES // 10**6} MB are accepted.")
     Image.init()
     picture = Image.open(BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
     if picture.width * picture.height > LARGEST_PIXELS:
         raise BadImage(
             f"This image has {picture.width} x {picture.height} pixels; at most {LARGEST_PIXELS // 10**6} million are "
-            "taken."
+            "accepted."
         )
     return picture
 
 
 def read_upload(path: str | None, folder: str) -> bytes:
-    """What was uploaded to ``folder``. Gradio leaves it to a component to look whether a path that a client names lies
-    there, where the client leaves out that it is one.
+    """The bytes of a file that was uploaded to ``folder``.
+
+    A client may name any path, and gradio checks it only if the client marks it as a file. So it is checked here.
 
     Raises:
-        BadImage: the path is outside.
+        BadImage: the path is outside ``folder``.
         OSError: there is no such file.
     """
-    place = Path(path or "").resolve()
-    if not place.is_relative_to(Path(folder).resolve()):
-        raise BadImage("Only an image that was uploaded is read.")
-    return place.read_bytes()
+    file = Path(path or "").resolve()
+    if not file.is_relative_to(Path(folder).resolve()):
+        raise BadImage("Only uploaded images are read.")
+    return file.read_bytes()
 
 
 @contextmanager
@@ -64,13 +65,13 @@ def _readable() -> Iterator[None]:
     except BadImage as error:
         raise gr.Error(str(error)) from error
     except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-        raise gr.Error("This file is no image that can be read, or a damaged or far too large one.") from error
+        raise gr.Error("This file is not an image that can be read: it may be damaged, or far too large.") from error
 
 
 class UploadedImage(gr.Image):
     """gr.Image that gives upright 8-bit RGB, transparency on white."""
 
-    is_template = True  # gradio's word for: the page shows it as its parent
+    is_template = True  # tells gradio to show it on the page like its parent class
 
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:
         if payload is None:
@@ -84,15 +85,15 @@ class UploadedImage(gr.Image):
 
 
 class UploadedDrawing(gr.ImageEditor):
-    """gr.ImageEditor, likewise. Its layers (RGBA) lie on the picture as it is stored and are turned with it; what the
-    browser sends is upright already. There is no composite: nobody asks for it, so it is not decoded."""
+    """gr.ImageEditor, likewise. Its layers (RGBA) fit the picture as it is stored, and are rotated with it; what the
+    browser sends is already upright. The composite is not decoded, because nothing uses it."""
 
     is_template = True
 
     def convert_and_format_image(
         self, file: FileData | bytes | None, flatten_on_white: bool = False
     ) -> Image.Image | None:
-        """Gradio calls this for each part; `preprocess` decodes those that are wanted."""
+        """Open one part of what was edited. Gradio calls this for each; `preprocess` decodes those that are needed."""
         if file is None:
             return None
         return open_bounded(read_upload(file.path, self.GRADIO_CACHE) if isinstance(file, FileData) else file)
