@@ -1,1 +1,1 @@
-"""The commands of scq. With cli.py they sit on top of every room; each imports only what it needs when it runs."""
+"""The commands of scq. They may import any room, and no room imports them; each imports what it needs at run time."""

@@ -13,14 +13,14 @@ from scq.engine.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with --debug everywhere and mistakes in one line."""
+    """An ArgumentParser with --debug for every command, and one-line messages for mistakes."""
 
     def __init__(self, **keywords: Any):
         keywords.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(**keywords)
-        # Suppressed, not False: a sub-command's default would undo what was given before it.
+        # Suppressed, not False: a sub-command's default would undo a --debug that was given before it.
         self.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of a user's mistake"
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the full traceback of an error"
         )
 
     def error(self, message: str) -> None:
@@ -29,38 +29,42 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(commands: Any, name: str, run: Any, help: str, description: str = "") -> Parser:
+    """Add a command that calls ``run(options)``; its help begins with ``help`` as a sentence, then ``description``."""
     parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {description}")
     parser.set_defaults(run=run)
     return parser
 
 
 def add_model(parser: argparse.ArgumentParser, help: str, embedded: bool = False) -> None:
-    """``embedded``: without the option, the model that comes with the package is taken."""
+    """Add --model; with ``embedded``, the model that comes with the package is its default."""
     if embedded:
-        help = f"{help}; without it, the small one that comes with the package"
+        help = f"{help}; by default, the small one that comes with the package"
     parser.add_argument("--model", type=Path, required=not embedded, help=f"folder of {help}")
 
 
 def positive(text: str) -> int:
+    """A whole number of at least 1, as the type of an argument."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def natural(text: str) -> int:
+    """A whole number of at least 0, as the type of an argument."""
     if not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
 def port_number(text: str) -> int:
+    """A whole number from 1 to 65535, as the type of an argument."""
     if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a whole number from 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: a whole number from 1 to 65535")
     return int(text)
 
 
 def config_file(text: str) -> Path:
-    """A config: the user's own file, else one that comes with the package, as ``configs/cifar10/prior.yaml``."""
+    """A config: the user's own file, or else one of the package, such as ``configs/cifar10/prior.yaml``."""
     from scq.engine.config import PACKAGE
 
     own, packaged = Path(text), PACKAGE / text
@@ -68,12 +72,18 @@ def config_file(text: str) -> Path:
 
 
 def device() -> str:
+    """The device to compute on: the GPU if there is one."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_folder(folder: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        UserError: it cannot be created.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,10 +91,10 @@ def make_folder(folder: Path) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Make sure that a file can be written at the end of long work; what is there stays as it is.
+    """Make sure, before long work, that a file can be written at its end; an existing file stays as it is.
 
     Raises:
-        UserError: it cannot.
+        UserError: the file cannot be written.
     """
     if file.is_dir():
         raise UserError(f"cannot write to {file}: it is a folder")
@@ -97,7 +107,7 @@ def check_writable(file: Path) -> None:
 
 
 def say_once(text: str) -> None:
-    """Print the result from the main process only."""
+    """Print a result, from the main process only."""
     from accelerate import PartialState
 
     if PartialState().is_main_process:

@@ -1,4 +1,4 @@
-"""scq data: pack images into shards, and look after them."""
+"""scq data: pack images into shards, check them, and preview them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scq.engine.errors import UserError
 def add_data(commands: Any) -> None:
     from scq.data.transforms import PROTOCOLS
 
-    parser = commands.add_parser("data", help="pack images into shards, and look after them")
+    parser = commands.add_parser("data", help="pack images into shards, check them, and preview them")
     actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     pack = command(
@@ -21,7 +21,7 @@ def add_data(commands: Any) -> None:
         "pack",
         _pack,
         "pack images into WebDataset shards with a manifest",
-        "Killed at any moment and run again, it goes on and ends with the same bytes.",
+        "If it is killed, run it again: it resumes, and ends with the same bytes.",
     )
     pack.add_argument("source", help="folder, LMDB or archive of images; 'twemoji' for the installed emoji")
     pack.add_argument("out", type=Path, help="folder for the shards")
@@ -31,19 +31,19 @@ def add_data(commands: Any) -> None:
     pack.add_argument(
         "--crop",
         choices=sorted(PROTOCOLS),
-        help=f"how images become square, by default the usual way of the format. {protocols}".replace("%", "%%"),
+        help=f"how images are made square; by default, as is usual for the format. {protocols}".replace("%", "%%"),
     )
     pack.add_argument("--split", help="which part of the source, for formats that have several, e.g. train or test")
     pack.add_argument("--images-per-shard", type=positive, default=1000, help="images in each shard")
-    pack.add_argument("--workers", type=positive, help="processes; by default one for each core")
+    pack.add_argument("--workers", type=positive, help="number of processes; by default, one for each core")
     pack.add_argument("--keep-encoded", action="store_true", help="store the original bytes; needs --crop none")
-    pack.add_argument("--max-bad", type=float, default=0.01, help="largest share of unusable images, else it fails")
+    pack.add_argument("--max-bad", type=float, default=0.01, help="largest share of unusable images before it fails")
 
     check = command(actions, "check", _check, "verify shards against their manifest")
-    check.add_argument("out", metavar="SHARDS", help="folder or URL of what 'scq data pack' wrote")
+    check.add_argument("out", metavar="SHARDS", help="folder or URL of shards that 'scq data pack' wrote")
 
-    preview = command(actions, "preview", _preview, "draw a contact sheet of images spread over a set of shards")
-    preview.add_argument("out", metavar="SHARDS", help="folder or URL of what 'scq data pack' wrote")
+    preview = command(actions, "preview", _preview, "make a contact sheet of images spread over a set of shards")
+    preview.add_argument("out", metavar="SHARDS", help="folder or URL of shards that 'scq data pack' wrote")
     preview.add_argument("picture", type=Path, help="PNG file to write")
 
 
@@ -66,7 +66,7 @@ def _pack(options: argparse.Namespace) -> None:
             progress=bar,
         )
     bad = len(manifest["skipped"])
-    named = f", {bad} unusable ones left out (named in manifest.json)" if bad else ""
+    named = f", {bad} unusable images skipped (named in manifest.json)" if bad else ""
     print(f"{options.out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{named}")
 
 

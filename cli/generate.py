@@ -16,24 +16,31 @@ def add_sample(commands: Any) -> None:
         commands,
         "sample",
         _sample,
-        "draw images as PNG files",
-        "Image i is drawn with seed S + i: the same seed gives the same image in any batch.",
+        "draw images, and save them as PNG files",
+        "Image i is drawn with seed SEED + i: the same seed gives the same image in any batch.",
     )
     add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
     parser.add_argument("--num", type=positive, default=16, help="number of images")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images, named by their seeds")
     parser.add_argument("--class", dest="label", type=int, help="draw this class, for a class-conditional prior")
-    parser.add_argument("--batch-size", type=positive, default=16, help="images at a time")
-    parser.add_argument("--steps", type=positive, help="sampling steps; by default the model's own")
-    parser.add_argument("--temperature", type=float, help="of the codes' distribution; by default the model's own")
-    parser.add_argument("--guidance-scale", type=float, help="towards the class; by default the model's own")
+    parser.add_argument("--batch-size", type=positive, default=16, help="images that are drawn together")
+    parser.add_argument("--steps", type=positive, help="sampling steps; by default, the model's own number")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the networks; codes and refiner stay in fp32"
+        "--temperature", type=float, help="temperature of the distribution of codes; by default, the model's own"
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, help="strength of guidance towards the class; by default, the model's own"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="precision of the networks; codes and refiner stay in fp32",
     )
     parser.add_argument("--compile", action="store_true", help="compile the prior with torch.compile first")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help="other sampling settings, as sampler=halton or top_p=0.9"
+        "settings", nargs="*", metavar="key=value", help="other sampling settings, such as sampler=halton or top_p=0.9"
     )
 
 
@@ -51,7 +58,7 @@ def _sample(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None:
             settings[name] = value
     if options.seed > LARGEST_SEED - options.num:
-        raise UserError(f"--seed {options.seed} leaves no room for {options.num} seeds below {LARGEST_SEED + 1}")
+        raise UserError(f"--seed {options.seed} leaves no room for {options.num} seeds up to {LARGEST_SEED}; lower it")
     dtype = torch.bfloat16 if options.precision == "bf16" else None
     pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device(), dtype=dtype)
     if options.compile:
@@ -78,15 +85,17 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def add_app(commands: Any) -> None:
-    parser = command(commands, "app", _app, "open the Gradio page in which images are generated")
+    parser = command(commands, "app", _app, "serve a Gradio page for generating, editing and inspecting images")
     add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
     parser.add_argument("--port", type=port_number, default=7860, help="port to listen on")
-    parser.add_argument("--auth", type=_user_and_password, metavar="USER:PASSWORD", help="ask for these")
+    parser.add_argument(
+        "--auth", type=_user_and_password, metavar="USER:PASSWORD", help="ask users for this name and password"
+    )
     parser.add_argument("--max-batch", type=positive, default=64, help="the most images one request may draw")
     parser.add_argument(
         "--results", type=Path, action="append", default=[], metavar="FOLDER",
-        help="show the report of this benchmark, too; repeat for several",
+        help="also show the report of the benchmark in this folder; may be repeated",
     )  # fmt: skip
 
 
@@ -97,16 +106,16 @@ def _app(options: argparse.Namespace) -> None:
 
     for folder in options.results:
         if not folder.is_dir():
-            raise UserError(f"--results {folder} is no folder")
+            raise UserError(f"--results {folder} is not a folder")
         if not find_reports([folder]):
-            raise UserError(f"--results {folder} holds no report.md, nor does a folder in it")
+            raise UserError(f"--results {folder} holds no report.md, and neither do the folders in it")
     pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     page = build_page(pipeline, options.max_batch, [*options.results, *default_results()])
     serve(page, options.host, options.port, auth=options.auth)
 
 
 def default_results() -> list[Path]:
-    """The folders of the project's own reports: a checkout has one, an installed package none."""
+    """The folders with the project's own reports: a checkout has one, an installed package has none."""
     from scq.engine.config import PACKAGE
 
     results = PACKAGE / "docs" / "results"
@@ -126,11 +135,11 @@ def add_export(commands: Any) -> None:
         "export",
         _export,
         "write a copy of a model for sharing, its weights in half precision",
-        "The folder is what from_pretrained reads and a model hub takes, with a model card.",
+        "The folder has a model card, can be loaded with from_pretrained, and can be uploaded to a model hub.",
     )
     add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the copy; a model in it is replaced")
-    parser.add_argument("--license", help="of the weights, for the model card, as cc-by-4.0 or mit")
+    parser.add_argument("--license", help="licence of the weights, for the model card, such as cc-by-4.0 or mit")
 
 
 def _export(options: argparse.Namespace) -> None:

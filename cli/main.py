@@ -14,14 +14,14 @@ from scq.engine.memory import keep_freed_memory
 DESCRIPTION = """\
 scq: image generation with soft convex quantization.
 
-  scq quickstart                        the whole way on real images, in minutes, without a GPU
+  scq quickstart                        the whole pipeline on real images, in minutes, without a GPU
   scq data pack CIFAR shards/cifar10/train --format cifar10 --size 32
   scq data pack CIFAR shards/cifar10/test --format cifar10 --size 32 --split test
   scq train tokenizer --config configs/cifar10/tokenizer_scq.yaml
   scq tokenize --model runs/cifar10/tokenizer_scq --data shards/cifar10/train --out tokens/cifar10
   scq tokenize --model runs/cifar10/tokenizer_scq --data shards/cifar10/test --out tokens/cifar10_test
   scq train prior --config configs/cifar10/prior.yaml
-  scq sample --num 16 --out samples     with the small model that comes with the package; --model takes another
+  scq sample --num 16 --out samples     with the small model that comes with the package, or with --model
   scq evaluate --model runs/cifar10/prior --data shards/cifar10/test --out evaluation.json
   scq benchmark quality --config configs/benchmarks/cifar10_cpu.yaml --out runs/cifar10_cpu
   scq app
@@ -29,7 +29,11 @@ scq: image generation with soft convex quantization.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for a user's mistake, 130 for an interruption."""
+    """Run one command.
+
+    Returns:
+        the exit code: 0, 2 after a user's mistake, 130 after an interruption.
+    """
     parser = build_parser()
     options = parser.parse_args(arguments)
     keep_freed_memory()
@@ -38,12 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if "debug" in options:
             raise
-        # A file that cannot be read or written, a disk that is full: nothing that a traceback would explain.
+        # A file that cannot be read or written, or a full disk: a traceback would explain nothing.
         named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         print(f"scq: {' '.join(named.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("scq: interrupted; run the same command again to go on", file=sys.stderr)
+        print("scq: interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     if "torch" in sys.modules:
         from scq.engine.processes import leave_processes
@@ -53,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = Parser(prog="scq", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     measure.add_quickstart(commands)

@@ -19,23 +19,25 @@ def add_train(commands: Any) -> None:
     for name, open_stage, help in (
         ("tokenizer", _tokenizer_stage, "stage 1: train an autoencoder with a quantizer"),
         ("prior", _prior_stage, "stage 2: train a masked transformer over the dominant codes"),
-        ("refiner", _refiner_stage, "stage 2: train a network that gives dominant codes their convex detail back"),
+        ("refiner", _refiner_stage, "stage 2: train a network that restores the convex detail of dominant codes"),
     ):
         each = command(
             stages,
             name,
             _train(open_stage),
             help,
-            "Run again, it goes on from its newest checkpoint. For several processes or GPUs: "
+            "Run it again to resume from the newest checkpoint. For several processes or GPUs: "
             f"accelerate launch --module scq train {name} --config FILE",
         )
         each.add_argument(
             "--config", type=config_file, required=True, help="YAML file; those under configs/ come with the package"
         )
         each.add_argument(
-            "--dry-run", action="store_true", help="print parameters, memory, steps per epoch, time; train nothing"
+            "--dry-run", action="store_true", help="print parameters, memory, steps per epoch and time; train nothing"
         )
-        each.add_argument("overrides", nargs="*", metavar="key=value", help="for example training.steps=1000")
+        each.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="replaces a value of the config, as training.steps=1000"
+        )
 
 
 def _train(open_stage: Callable[[argparse.Namespace], Stage]) -> Callable[[argparse.Namespace], None]:
@@ -81,11 +83,11 @@ def add_tokenize(commands: Any) -> None:
     add_model(parser, "a tokenizer that 'scq train tokenizer' wrote")
     parser.add_argument("--data", required=True, help="shards that 'scq data pack' wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tokens")
-    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images that are encoded together")
     parser.add_argument(
         "--views", type=positive, default=1, help="augmented views of each image; 2 adds its mirror image"
     )
-    parser.add_argument("--cache", help="folder that keeps the shards of a URL; without it every image is a request")
+    parser.add_argument("--cache", help="folder that keeps the shards of a URL; without it, every image is a request")
 
 
 def _tokenize(options: argparse.Namespace) -> None:

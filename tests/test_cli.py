@@ -134,7 +134,7 @@ def test_an_address_that_nobody_can_listen_at_says_why() -> None:
         for host, asked, words in (
             ("127.0.0.1", port, f"port {port} of 127.0.0.1 is not free"),
             ("192.0.2.7", 7860, "--host 192.0.2.7 is not an address of this machine"),
-            ("no host", 7860, "--host no host is no address"),
+            ("no host", 7860, "--host no host is neither an address nor"),
         ):
             with pytest.raises(UserError, match=words):
                 serve(page, host, asked, block=False)
