@@ -48,8 +48,8 @@ class BlockOrder:
 
     In every epoch the shards are shuffled and divided into blocks of SHARDS_PER_BLOCK; then the images of each block
     are shuffled. An image may come at any time in the epoch, but its neighbours in time come from the same few shards.
-    The shuffle is therefore only as good as the mix of images in so many shards of the source. Every image still comes
-    exactly once per epoch, and the order is still a pure function of (seed, position).
+    The shuffle is therefore only as good as the mix of images in that many shards of the source. Every image still
+    comes exactly once per epoch, and the order is still a pure function of (seed, position).
     """
 
     def __init__(self, shard_sizes: list[int], seed: int):

@@ -30,7 +30,7 @@ def with_retries(read: Callable[[], T], what: str) -> T:
     """Call read() until it succeeds, and return its result.
 
     Raises:
-        DataError: the last attempt failed, or the error is one that a retry cannot mend; the message names `what`.
+        DataError: the last attempt failed, or the error is one that a retry cannot fix; the message names `what`.
     """
     for pause in (*PAUSES, None):
         try:
@@ -228,7 +228,7 @@ class CachedStorage(Storage):
 
 @contextlib.contextmanager
 def only_one_process(path: Path) -> Iterator[None]:
-    """Wait until no other process is in the block for the same path; a process that died holds up nobody."""
+    """Wait until no other process is in the block for the same path; a dead process does not block the others."""
     with path.open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -59,6 +59,8 @@ class LoopConfig:
 
 @dataclass
 class DataConfig:
+    """The images that a stage is trained and scored on, and how they are read."""
+
     train: str = "shards/train"  # a folder of shards, or its URL
     validation: str = ""  # a folder of shards held out from training; empty for none
     flip: bool = True  # horizontal flips with probability 1/2

@@ -50,7 +50,7 @@ def mask_tokens(
 
     Args:
         codes: (B, L) int64.
-        progress: (B,) uniform in [0, 1); the moment of the generation that each image stands for.
+        progress: (B,) uniform in [0, 1); how far along the simulated generation of each image is.
         order: (B, L) uniform; the tokens with the smallest numbers are masked.
         schedule: see :func:`mask_share`.
 
@@ -70,7 +70,7 @@ def masked_count(progress: torch.Tensor, length: int, schedule: str = "cosine") 
 
 
 def loss_weight(hidden: torch.Tensor, length: int, weighting: str = "tokens") -> torch.Tensor:
-    """The weight (B,) that a masked token's cross-entropy has in the mean over a batch.
+    """For each image, the weight (B,) of a masked token's cross-entropy in the mean over a batch.
 
     Args:
         hidden: (B,) masked tokens of each image, >= 1.

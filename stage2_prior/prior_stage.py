@@ -227,7 +227,7 @@ class _LossOfPrior(nn.Module):
 
 
 def _mask_progress(positions: torch.Tensor, seed: int) -> torch.Tensor:
-    """The moment of the generation that each image stands for, (B,) in [0, 1)."""
+    """How far along the simulated generation of each image is, (B,) in [0, 1)."""
     return image_uniform(positions, seed=seed, purpose="mask progress")
 
 

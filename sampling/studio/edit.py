@@ -83,7 +83,7 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
         with mistakes_shown():
             settings = chosen_settings(pipeline, list(controls), values)
             call = partial(call, seed=first, num_images=count, output_type="pt", **settings)
-            for event in step_by_step(lambda look: call(callback_on_step_end=look)):
+            for event in step_by_step(lambda on_step: call(callback_on_step_end=on_step)):
                 if isinstance(event, ImageOutput):
                     yield labelled(shown(event.images), event.seeds, {"edit": what, **about, **settings}, model)
                 else:

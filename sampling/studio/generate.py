@@ -59,7 +59,7 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
                 pipeline, min(BATCH, count - start), seed=first + start, output_type="pt", **settings
             )  # fmt: skip
             with mistakes_shown():
-                for event in step_by_step(lambda look, call=call: call(callback_on_step_end=look)):
+                for event in step_by_step(lambda on_step, call=call: call(callback_on_step_end=on_step)):
                     if isinstance(event, ImageOutput):
                         finished += labelled(to_pictures(event.images), event.seeds, settings, model)
                         pictures += labelled(shown(event.images), event.seeds, settings, model)
@@ -67,7 +67,7 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
                     else:
                         yield pictures + shown(pipeline.preview(event)), None, finished
         about = {"seed": first, "num_images": count, **settings, "model": model}
-        # In this component's cache of gradio, whose old files are deleted.
+        # In gradio's cache of this component, from which old files are deleted.
         yield pictures, zipped(finished, about, Path(download.GRADIO_CACHE)), finished
 
     drawing = generate.click(

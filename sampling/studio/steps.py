@@ -108,7 +108,7 @@ def step_by_step(draw: Callable[[Callable[..., None]], ImageOutput]) -> Iterator
     events: SimpleQueue[torch.Tensor | ImageOutput | BaseException] = SimpleQueue()  # never holds more than one
     cancelled, wanted = threading.Event(), threading.Semaphore(0)
 
-    def look(pipeline: SoftConvexPipeline, step: int, left: int, found: dict[str, torch.Tensor]) -> None:
+    def on_step(pipeline: SoftConvexPipeline, step: int, left: int, found: dict[str, torch.Tensor]) -> None:
         events.put(found["tokens"].clone())
         wanted.acquire()
         if cancelled.is_set():
@@ -116,7 +116,7 @@ def step_by_step(draw: Callable[[Callable[..., None]], ImageOutput]) -> Iterator
 
     def work() -> None:
         try:
-            events.put(draw(look))
+            events.put(draw(on_step))
         except BaseException as error:  # passed on to the reader of the events
             events.put(error)
 
