@@ -1,4 +1,4 @@
-"""The rFID that chooses a tokenizer's best checkpoint; that training uses it, test_tokenizer.py and test_resume.py see."""
+"""The rFID that chooses a tokenizer's best checkpoint, and what it needs."""
 
 import pytest
 
