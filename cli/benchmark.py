@@ -10,7 +10,7 @@ from scq.cli.common import Parser, add_model, command, config_file, device, natu
 
 
 def add_benchmark(commands: Any) -> None:
-    parser = commands.add_parser("benchmark", help="measure speed, side by side with what others use")
+    parser = commands.add_parser("benchmark", help="compare quality and speed with what others use, side by side")
     subjects = parser.add_subparsers(title="subjects", metavar="SUBJECT", required=True, parser_class=Parser)
     data = command(
         subjects,

@@ -12,11 +12,19 @@ from typing import Any
 from scq.engine.errors import UserError
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows an option's default where there is one: not for a flag, an empty list, or what has to be given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False or action.default == []
+        return action.help if unset else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with --debug for every command, and one-line messages for mistakes."""
 
     def __init__(self, **keywords: Any):
-        keywords.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        keywords.setdefault("formatter_class", HelpFormatter)
         super().__init__(**keywords)
         # Suppressed, not False: a sub-command's default would undo a --debug that was given before it.
         self.add_argument(

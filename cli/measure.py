@@ -14,8 +14,8 @@ def add_quickstart(commands: Any) -> None:
         commands,
         "quickstart",
         _quickstart,
-        "run the whole main job on emoji: shards, two tokenizers, two priors, samples, FID, report",
-        "Seven to fifteen minutes on two CPU cores. Run again, it reuses what is finished and goes on with the rest.",
+        "run everything once on emoji: shards, two tokenizers, two priors, samples, FID, report",
+        "Seven to fifteen minutes on two CPU cores. Run it again, and it reuses what is finished and does the rest.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for everything it makes")
 

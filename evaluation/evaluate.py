@@ -19,7 +19,7 @@ from scq.evaluation.metrics.codebook import CodebookUsage, codebook_usage
 from scq.evaluation.metrics.features import FeatureSet
 from scq.evaluation.metrics.networks import FeatureNetwork
 from scq.evaluation.neighbours import FirstImages, nearest_images
-from scq.evaluation.pictures import stacked_rows
+from scq.evaluation.pictures import save_picture, stacked_rows
 from scq.evaluation.reconstructions import evaluate_reconstructions
 from scq.evaluation.reference import Progress, Reference, image_counter
 from scq.evaluation.samples import describe, evaluate_samples, evaluate_with_second, sample_features
@@ -142,7 +142,7 @@ def _evaluate_drawn(
         )
         if samples.picture is not None and rank_and_world_size()[0] == 0:
             rows = [("samples", nearest.samples), ("nearest training images", nearest.neighbours)]
-            stacked_rows(rows).save(samples.picture)
+            save_picture(stacked_rows(rows), samples.picture)
     return scores
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from scq.engine.files import atomic_write
 from scq.engine.pictures import picture_grid
 
 TITLE_HEIGHT = 28  # pixels
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG whole or not at all."""
+    with atomic_write(path) as file:
+        picture.save(file, format="PNG", optimize=True)
 
 
 def stacked_rows(rows: list[tuple[str, torch.Tensor]]) -> Image.Image:

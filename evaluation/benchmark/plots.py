@@ -19,7 +19,7 @@ from PIL import Image
 from scq.engine.files import atomic_write
 from scq.engine.pictures import picture_grid
 from scq.evaluation.benchmark.results import ArmResult, Curve
-from scq.evaluation.pictures import TITLE_HEIGHT, stacked_rows, write_title
+from scq.evaluation.pictures import TITLE_HEIGHT, save_picture, stacked_rows, write_title
 from scq.evaluation.reconstructions import rounded_bits
 
 matplotlib.use("Agg")
@@ -37,12 +37,6 @@ def save_images(path: Path, images: torch.Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     strip = images.cpu().permute(2, 0, 3, 1).flatten(1, 2)  # (H, N W, 3)
     save_picture(Image.fromarray(strip.numpy()), path)
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    with atomic_write(path) as file:
-        picture.save(file, format="PNG", optimize=True)
 
 
 def load_images(path: Path) -> torch.Tensor:

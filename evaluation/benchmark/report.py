@@ -21,10 +21,10 @@ from scq.evaluation.benchmark.plots import (
     draw_reconstructions,
     draw_samples,
     draw_sweep,
-    save_picture,
 )
 from scq.evaluation.benchmark.results import CODES, ArmResult, BenchmarkResults
 from scq.evaluation.benchmark.tables import Seeds, comparison, markdown_table, spread, widest_range
+from scq.evaluation.pictures import save_picture
 
 
 def write_report(results: BenchmarkResults, out: Path) -> None:
