@@ -153,15 +153,24 @@ class TokenizerTask(Task):
     @torch.no_grad()
     def picture(self, averaged: ImageTokenizer) -> Image.Image:
         """Rows of originals, reconstructions from z_q, and reconstructions from the dominant codes alone."""
-        images = self.pictured.to(averaged.device)
-        encoding = averaged.encode(to_float(images))
-        rows = [images, to_uint8(averaged.decode(encoding.z_q))]
-        if averaged.quantizer.has_codes:
-            rows.append(to_uint8(averaged.decode_indices(encoding.indices)))
-        return picture_grid(torch.cat(rows).cpu(), columns=len(images))
+        rows = reconstruction_rows(averaged, self.pictured.to(averaged.device))
+        return picture_grid(rows.cpu(), columns=len(self.pictured))
 
     def score(self, averaged: ImageTokenizer) -> dict[str, float] | None:
         return None if self.measure is None else {self.score_name: self.measure(averaged)}
+
+
+def reconstruction_rows(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) uint8, then their reconstructions from z_q, and then those from the codes if there are any.
+
+    Returns:
+        (2 N, 3, H, W) or (3 N, 3, H, W) uint8.
+    """
+    encoding = tokenizer.encode(to_float(images))
+    rows = [images, to_uint8(tokenizer.decode(encoding.z_q))]
+    if tokenizer.quantizer.has_codes:
+        rows.append(to_uint8(tokenizer.decode_indices(encoding.indices)))
+    return torch.cat(rows)
 
 
 def _compiled(tokenizer: ImageTokenizer) -> nn.Module:

@@ -55,10 +55,10 @@ from scq.evaluation.neighbours import nearest_images
 from scq.evaluation.reconstructions import evaluate_reconstructions
 from scq.evaluation.samples import evaluate_samples, sample_features
 from scq.sampling.pipeline import SoftConvexPipeline
-from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
+from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 from scq.stage1_tokenizer.losses import PerceptualLoss
 from scq.stage1_tokenizer.model_folder import load_tokenizer
-from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage, reconstruction_rows
 from scq.stage1_tokenizer.write_tokens import write_tokens
 from scq.stage2_prior.likelihood import likelihood_bound
 from scq.stage2_prior.prior_stage import PriorExperiment, PriorStage
@@ -143,17 +143,11 @@ class ArmWork:
             )
         images = torch.cat([batch.images for batch in islice(reference.batches(), 4)]).to(self.device)
         stats = model.quantizer(model.latents(to_float(images))).stats
-        self._picture_reconstructions(model, images[:PICTURED_RECONSTRUCTIONS])
+        shown = reconstruction_rows(model, images[:PICTURED_RECONSTRUCTIONS])
+        save_images(self.pictures / "reconstructions.png", shown)
         known = {name: float(stats[name]) for name in ("dominant_is_nearest", "dominant_weight") if name in stats}
         usage = None if found.codebook is None else found.codebook.summary()
         return ReconstructionsResult(found.soft, found.ways, usage, **known)
-
-    def _picture_reconstructions(self, tokenizer: ImageTokenizer, images: Tensor) -> None:
-        encoding = tokenizer.encode(to_float(images))
-        rows = [images, to_uint8(tokenizer.decode(encoding.z_q))]
-        if tokenizer.quantizer.has_codes:
-            rows.append(to_uint8(tokenizer.decode_indices(encoding.indices)))
-        save_images(self.pictures / "reconstructions.png", torch.cat(rows))
 
     def write_tokens(self, tokenizer: TokenizerResult, shards: Shards) -> TokensResult:
         """Write the codes of all images, for the prior, and count them."""
