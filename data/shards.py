@@ -17,6 +17,7 @@ from scq.data.manifest import contents_fingerprint, parse_manifest, require_plai
 from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, default_cache, open_storage
 from scq.engine.errors import DataError
 from scq.engine.files import atomic_write
+from scq.engine.references import shown
 
 MANIFEST, FORMAT = "manifest.json", "scq-images-1"
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("label", "<u4")])
@@ -138,7 +139,7 @@ class ShardSet:
         if isinstance(self.storage, LocalStorage) and not (self.storage.directory / MANIFEST).is_file():
             unfinished = (self.storage.directory / "pack.jsonl").is_file()
             hint = "the pack was interrupted, run it again" if unfinished else "write it with `scq data pack`"
-            raise DataError(f"no packed images at '{self.location}' ({MANIFEST} is missing): {hint}")
+            raise DataError(f"no packed images at '{shown(self.location)}' ({MANIFEST} is missing): {hint}")
         manifest = parse_manifest(self.storage.read(MANIFEST), self.storage.describe(MANIFEST), FORMAT)
         for shard in manifest["shards"]:
             require_plain_name(shard["name"], self.storage.describe(MANIFEST))

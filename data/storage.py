@@ -1,4 +1,7 @@
-"""The bytes of files in a folder, on an http server, or at any URL that fsspec knows (s3, gs, ...).
+"""The bytes of files in a folder, or behind a URL of one of a few protocols (http, s3, gs, ...), which fsspec reads.
+
+A location may come from a file that somebody else wrote. So the protocols are a short list, and fsspec's chained URLs,
+some of which run code or write files, are never parsed.
 
 A failing read is retried with growing pauses, because networks and network file systems fail now and then; the final
 error names the file. Handles belong to one process and are reopened after a fork.
@@ -8,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -19,7 +23,9 @@ import fsspec
 
 from scq.engine.errors import DataError
 from scq.engine.files import atomic_write, sha256_of
+from scq.engine.references import HIDDEN, shown, without_urls
 
+PROTOCOLS = ("file", "http", "https", "s3", "gs", "hf")
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts at a failing read
 OPEN_FILES = 64
 PIECE = 2**24
@@ -42,9 +48,8 @@ def with_retries(read: Callable[[], T], what: str) -> T:
         except Exception as error:  # every fsspec backend raises errors of its own
             if pause is None:
                 tries = len(PAUSES) + 1
-                raise DataError(
-                    f"{what} cannot be read after {tries} tries: {type(error).__name__}: {error}"
-                ) from error
+                reason = f"{type(error).__name__}: {without_urls(str(error))}"
+                raise DataError(f"{what} cannot be read after {tries} tries: {reason}") from error
             time.sleep(pause)
     raise AssertionError("unreachable")
 
@@ -75,7 +80,7 @@ class Storage(ABC):
 
     def describe(self, name: str) -> str:
         """What messages call the file."""
-        return f"'{self.location.rstrip('/')}/{name}'"
+        return f"'{shown(self.location).rstrip('/')}/{name}'"
 
 
 class LocalStorage(Storage):
@@ -125,7 +130,11 @@ _connections: list[Any] = []
 
 
 class RemoteStorage(Storage):
-    """A folder behind a URL, read by range requests."""
+    """A folder behind a URL, read by range requests.
+
+    Raises:
+        DataError: the URL is chained or of a protocol that is not one of PROTOCOLS, or its library is not installed.
+    """
 
     def __init__(self, location: str):
         self.location = location
@@ -135,10 +144,15 @@ class RemoteStorage(Storage):
     def _connect(self) -> tuple[Any, str]:
         # A connection belongs to the process that made it.
         if self._system is None or self._system[0] != os.getpid():
+            protocol, url = _checked(self.location)
             try:
-                system, path = fsspec.core.url_to_fs(self.location)
+                # Not fsspec's url_to_fs, which would look for chains in the URL.
+                system_of = fsspec.get_filesystem_class(protocol)
+                system = system_of(**system_of._get_kwargs_from_urls(url))
+                path = system_of._strip_protocol(url)
             except (ImportError, ValueError) as error:
-                raise DataError(f"'{self.location}' cannot be opened: {error}") from error
+                reason = without_urls(str(error))
+                raise DataError(f"'{shown(self.location)}' cannot be opened: {reason}") from error
             _connections.append(system)
             self._system = (os.getpid(), system, path.rstrip("/"))
         return self._system[1:]
@@ -234,16 +248,40 @@ def only_one_process(path: Path) -> Iterator[None]:
         yield
 
 
+def _checked(location: str) -> tuple[str, str]:
+    """The protocol of a URL, and the URL with the protocol in lower case.
+
+    Raises:
+        DataError: see `RemoteStorage`.
+    """
+    protocol, mark, rest = location.partition("://")
+    protocol = protocol.lower()
+    host = re.match(r"([^/?#]*@)?\[[0-9A-Fa-f:.]+\]", rest)  # an IPv6 address, which may hold '::'
+    if not mark or protocol not in PROTOCOLS or "::" in rest[host.end() if host else 0 :]:
+        allowed = ", ".join(f"{each}://" for each in PROTOCOLS)
+        raise DataError(
+            f"'{shown(location)}' cannot be opened: a set lies in a folder, or at a URL without '::' that begins with "
+            f"one of {allowed}"
+        )
+    if HIDDEN in rest:
+        raise DataError(
+            f"'{location}' lacks its credentials, which are never saved: give the whole URL again, or name them in the "
+            "config as ${oc.env:VARIABLE}"
+        )
+    return protocol, f"{protocol}://{rest}"
+
+
 def is_remote(location: str | os.PathLike) -> bool:
     """Whether the location is a URL rather than a local folder."""
-    return "://" in os.fspath(location) or "::" in os.fspath(location)
+    text = os.fspath(location)
+    return "://" in text or ("::" in text and not Path(text).exists())
 
 
 def open_storage(location: str | os.PathLike) -> LocalStorage | RemoteStorage:
     """The storage at a path or URL.
 
     Raises:
-        DataError: fsspec cannot open the URL.
+        DataError: see `RemoteStorage`.
     """
     return RemoteStorage(os.fspath(location)) if is_remote(location) else LocalStorage(location)
 

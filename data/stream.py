@@ -13,6 +13,7 @@ from scq.data.order import BlockOrder, EpochOrder, ResumableStream, create_order
 from scq.data.shards import ShardSet
 from scq.data.transforms import decode
 from scq.engine.errors import BadImage, DataError
+from scq.engine.references import shown
 
 CACHE_BYTES = 512 * 2**20  # decoded sets smaller than this stay in memory
 
@@ -48,7 +49,7 @@ class ImageReader:
         try:
             return np.asarray(decode(encoded))
         except BadImage as error:
-            raise DataError(f"image '{self.shards.key(image)}' of '{self.shards.location}' {error}") from error
+            raise DataError(f"image '{self.shards.key(image)}' of '{shown(self.shards.location)}' {error}") from error
 
     def read(self, images: np.ndarray) -> np.ndarray:
         """The images with these numbers (n,), uint8 (n, 3, H, W).
@@ -120,7 +121,7 @@ class ImageStream(ResumableStream):
     Neither world_size nor workers changes the sequence.
 
     Args:
-        shards: folder written by `pack`, or its URL (http, s3, gs).
+        shards: folder written by `pack`, or its URL (see data.storage.PROTOCOLS).
         batch_size: global, images per step over all ranks.
         workers: loader processes per rank; 0 decodes in this process.
         shuffle: True shuffles every epoch fully (beyond 2**27 images in blocks of shards, see BlockOrder). "blocks"

@@ -12,6 +12,7 @@ from scq.data.stream import Batch, ImageStream
 from scq.engine.errors import UserError
 from scq.engine.measurements import RealSet
 from scq.engine.processes import rank_and_world_size
+from scq.engine.references import shown
 from scq.evaluation.metrics.features import FeatureSet, cached_features, extract_features
 from scq.evaluation.metrics.networks import FeatureNetwork
 
@@ -47,7 +48,7 @@ class Reference:
         self.count = count or self.stream.num_images
         self.batch_size = batch_size
         if self.count > self.stream.num_images:
-            raise UserError(f"{shards} holds {self.stream.num_images} images, {self.count} were asked for")
+            raise UserError(f"{shown(shards)} holds {self.stream.num_images} images, {self.count} were asked for")
         source, protocol = self.stream.manifest["source"], self.stream.manifest["protocol"]
         self.description = RealSet(
             dataset=source.get("name") or source["format"],  # older packs have no name

@@ -21,6 +21,7 @@ from scq.engine.measurements import Measured, TrainedFor, TrainingFacts
 from scq.engine.optimizers import create_optimizer
 from scq.engine.pictures import picture_grid
 from scq.engine.randomness import image_uniform
+from scq.engine.references import shown
 from scq.engine.stage import PROBED_IMAGES, Probe, Stage, Task, Terms
 from scq.stage1_tokenizer.autoencoder import ArchitectureConfig, ImageTokenizer, QuantizerConfig, to_float, to_uint8
 from scq.stage1_tokenizer.losses import LossConfig, TokenizerLoss
@@ -207,7 +208,7 @@ class ImageStage(Stage):
         )
         if stream.image_size != self.image_size:
             raise UserError(
-                f"{data.train} holds images of {stream.image_size} pixels, but architecture.image_size is "
+                f"{shown(data.train)} holds images of {stream.image_size} pixels, but architecture.image_size is "
                 f"{self.image_size}; pack the images again with --size, or change the config"
             )
         return stream

@@ -21,6 +21,7 @@ from scq.engine.measurements import Measured, TrainedFor
 from scq.engine.optimizers import create_optimizer
 from scq.engine.pictures import picture_grid
 from scq.engine.randomness import image_gumbel, image_uniform, standard_normal
+from scq.engine.references import shown
 from scq.engine.stage import Probe, Task, Terms
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
 from scq.stage1_tokenizer.model_folder import load_tokenizer, save_network
@@ -254,7 +255,7 @@ class RefinerStage(ImageStage):
         if self.prior is not None and self.prior.config.num_classes not in (0, stream.num_classes):
             raise UserError(
                 f"the prior {self.config.prior} has {self.prior.config.num_classes} classes, but "
-                f"{self.config.data.train} has {stream.num_classes}; train on the data of the prior, or set "
+                f"{shown(self.config.data.train)} has {stream.num_classes}; train on the data of the prior, or set "
                 "resampled_share=0"
             )
         return stream

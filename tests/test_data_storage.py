@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import socket
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from data_samples import write_folder
+from fsspec.implementations.local import LocalFileSystem
 
 from scq.data.check import check
 from scq.data.pack import pack
@@ -22,6 +24,7 @@ from scq.data.shards import ShardSet
 from scq.data.storage import LocalStorage, RemoteStorage, with_retries
 from scq.data.stream import ImageStream, iterate_once
 from scq.engine.errors import DataError
+from scq.engine.references import Referenced
 
 NUM_IMAGES = 30
 
@@ -178,20 +181,110 @@ def test_check_reads_a_remote_set(server, tmp_path, shards):
     assert check(server.url) == [f"'{server.url}shard-000002.tar' cannot be read: FileNotFoundError"]
 
 
-def test_any_fsspec_url(shards, tmp_path):
-    memory = fsspec.filesystem("memory")
+class Bucket(fsspec.get_filesystem_class("memory")):
+    """What stands for a library of a cloud's storage: folders in memory, under a protocol of its own."""
+
+    protocol = "s3"
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("s3://").strip("/")
+
+
+def test_other_urls_are_read_by_fsspec(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(fsspec, "get_filesystem_class", {"s3": Bucket, "file": LocalFileSystem}.__getitem__)
     for path in shards.iterdir():
-        memory.pipe(f"/bucket/set/{path.name}", path.read_bytes())
+        Bucket().pipe(f"/bucket/set/{path.name}", path.read_bytes())
     expected = read(shards)
-    assert same(read("memory://bucket/set"), expected)
-    assert same(read("memory://bucket/set/", cache=tmp_path / "cache"), expected)
+    assert same(read("s3://bucket/set"), expected)
+    assert same(read("S3://bucket/set/", cache=tmp_path / "cache"), expected)
     assert same(read(f"file://{shards}"), expected)
-    memory.rm("/bucket", recursive=True)
+    Bucket().rm("/bucket", recursive=True)
 
 
-def test_an_unknown_protocol_is_named():
-    with pytest.raises(DataError, match=r"'nosuch://x' cannot be opened: .*nosuch"):
-        ImageStream("nosuch://x", batch_size=1)
+@pytest.mark.parametrize(
+    "location",
+    [
+        "nosuch://x",
+        "memory://bucket/set",
+        "ftp://{host}/set",
+        "github://user:repo@main/set",
+        "local://{folder}",
+        "reference::{url}x.json",
+        "reference://x?fo={url}x.json",
+        "simplecache::{url}",
+        "filecache::file://{folder}",
+        "blockcache::{url}",
+        "dir::file://{folder}",
+        "zip://set::{url}x.zip",
+        "file://{folder}::{url}",
+        "{url}::reference://",
+        "http://[::1]:1/set::simplecache",
+        "://{host}",
+    ],
+)
+def test_a_url_is_of_a_known_protocol_and_not_a_chain(location, server, shards):
+    location = location.format(url=server.url, host=f"127.0.0.1:{server.server_port}", folder=shards)
+    for opened in (lambda: ImageStream(location, batch_size=1), lambda: RemoteStorage(location)):
+        with pytest.raises(DataError, match="begins with one of file://, http://, https://, s3://, gs://, hf://") as no:
+            opened()
+        assert "\n" not in str(no.value)
+    assert server.log == [], "nothing was asked for"
+
+
+def test_a_folder_may_have_colons_in_its_name(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "a::b")
+    assert same(read(tmp_path / "a::b"), read(shards))
+
+
+def test_an_address_of_ipv6_is_not_a_chain(shards):
+    class Server(http.server.ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+
+    try:
+        server = Server(("::1", 0), Handler)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    server.root, server.log, server.failures, server.ranges = shards, [], 0, True
+    server.daemon_threads = True
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert same(read(f"http://[::1]:{server.server_port}/"), read(shards))
+        server.shutdown()
+
+
+def test_a_server_cannot_lead_to_a_file(server, shards, monkeypatch):
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: self.answer(302, b"", {"Location": f"file://{shards}/manifest.json"})
+    )
+    with pytest.raises(DataError, match=r"manifest.json' cannot be read"):
+        ImageStream(server.url, batch_size=1)
+
+
+def test_messages_do_not_tell_credentials(server, tmp_path):
+    server.root, host = tmp_path, f"127.0.0.1:{server.server_port}"
+    closed = "127.0.0.1:9"
+    for url, told in (
+        (f"http://ada:hunter2@{host}/set", f"http://***@{host}/set"),
+        (f"http://{host}/set?X-Amz-Signature=hunter2", f"http://{host}/set?***"),
+        (f"http://ada:hunter2@{closed}/set", f"http://***@{closed}/set"),
+        (Referenced(f"http://{host}/hunter2/set", f"http://{host}/${{oc.env:KEY}}/set"), "/${oc.env:KEY}/set"),
+        (Referenced("/nowhere/hunter2", "/nowhere/${oc.env:KEY}"), "/nowhere/${oc.env:KEY}"),
+        ("nosuch://ada:hunter2@bucket/set", "nosuch://***@bucket/set"),
+    ):
+        with pytest.raises(DataError, match=re.escape(told)) as error:
+            ImageStream(url, batch_size=1)
+        assert "hunter2" not in str(error.value)
+    server.failures = 1000
+    monkey = RemoteStorage(f"http://ada:hunter2@{host}/set")
+    with pytest.raises(DataError, match="503") as error:
+        monkey.read_range("shard-000000.tar", 0, 1)
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_url_without_its_credentials_says_so():
+    with pytest.raises(DataError, match="lacks its credentials, which are never saved"):
+        RemoteStorage("http://***@127.0.0.1/set")
 
 
 def test_a_local_read_survives_a_lost_handle(shards):
