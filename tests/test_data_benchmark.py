@@ -1,11 +1,16 @@
 """The reading benchmark on a small set: every way is measured, and the table says what the numbers say."""
 
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
 import pytest
 from data_samples import write_folder
 
 from scq.data.pack import pack
 from scq.engine.errors import DataError
-from scq.evaluation.speed.reading import STREAM, TOKENS, WEBDATASET, benchmark_data, format_table
+from scq.evaluation.speed.reading import STREAM, TOKENS, WEBDATASET, _webdataset, benchmark_data, format_table
 
 
 def test_every_way_is_measured(tmp_path):
@@ -38,3 +43,34 @@ def test_what_cannot_be_measured_is_named(tmp_path):
     (tmp_path / "out" / manifest["shards"][1]["name"]).unlink()
     with pytest.raises(DataError, match="not a complete folder"):
         benchmark_data(tmp_path / "out")
+
+
+class _Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_shard_is_unpickled(tmp_path):
+    folder = write_folder(tmp_path / "photos", 40)
+    manifest = pack(folder, tmp_path / "out", format="folder", size=32, images_per_shard=40, workers=0)
+    shard, trap = tmp_path / "out" / manifest["shards"][0]["name"], tmp_path / "ran"
+    with tarfile.open(shard) as tar:
+        members = [(member, tar.extractfile(member).read()) for member in tar]
+    with tarfile.open(shard, "w") as tar:
+        for member, data in members:
+            tar.addfile(member, io.BytesIO(data))
+            if member.name.endswith(".png"):
+                for suffix in ("pyd", "pickle", "pth"):
+                    data = pickle.dumps(_Touch(trap))
+                    hostile = tarfile.TarInfo(member.name.removesuffix("png") + suffix)
+                    hostile.size = len(data)
+                    tar.addfile(hostile, io.BytesIO(data))
+    pickle.loads(pickle.dumps(_Touch(trap)))
+    assert trap.exists(), "such a pickle runs code"
+    trap.unlink()
+    for workers in (0, 1):
+        next(iter(_webdataset([shard], 8, workers)))
+        assert not trap.exists()

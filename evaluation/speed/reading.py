@@ -16,6 +16,7 @@ from scq.data.shards import ShardSet
 from scq.data.stream import Batch, ImageStream
 from scq.data.tokens import TokenStream, TokenWriter
 from scq.engine.errors import DataError
+from scq.engine.references import shown
 
 WEBDATASET, STREAM = "webdataset, plain pipeline", "scq, decoding every image"
 IN_MEMORY, TOKENS = "scq, decoded images in memory", "scq, token shards"
@@ -54,10 +55,11 @@ def benchmark_data(
     """
     opened = ShardSet(shards)
     if opened.manifest["image_size"] is None:
-        raise DataError(f"the images of '{opened.location}' have different sizes: batches cannot be compared")
-    files = [Path(opened.location).expanduser() / shard["name"] for shard in opened.manifest["shards"]]
+        raise DataError(f"the images of '{shown(opened.location)}' have different sizes: batches cannot be compared")
+    # Absolute, because webdataset takes the first word of pipe:... for a protocol, and runs what follows.
+    files = [Path(opened.location).expanduser().absolute() / shard["name"] for shard in opened.manifest["shards"]]
     if not all(file.is_file() for file in files):
-        raise DataError(f"'{opened.location}' is not a complete folder of this machine: run `scq data check`")
+        raise DataError(f"'{shown(opened.location)}' is not a complete folder of this machine: run `scq data check`")
     with tempfile.TemporaryDirectory(prefix="scq-benchmark-") as folder:
         token_folder = tokens if tokens is not None else _write_tokens(Path(folder), len(opened))
         ways: dict[str, Callable[[], Iterator[Any]]] = {
@@ -121,7 +123,8 @@ def _webdataset(files: list[Path], batch_size: int, workers: int) -> Iterator[li
     import webdataset
 
     dataset = webdataset.WebDataset([str(file) for file in files], shardshuffle=False, empty_check=False)
-    dataset = dataset.repeat().shuffle(SHUFFLE_BUFFER).decode("torchrgb8").to_tuple("png;jpg", "cls")
+    decoded = ["png", "jpg", "cls"]  # webdataset would unpickle whatever else a shard holds
+    dataset = dataset.repeat().shuffle(SHUFFLE_BUFFER).decode("torchrgb8", only=decoded).to_tuple("png;jpg", "cls")
     return iter(webdataset.WebLoader(dataset.batched(batch_size), batch_size=None, num_workers=workers))
 
 
