@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,14 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        the exit code: 0, 2 after a user's mistake, 130 after an interruption.
+        the exit code: 0, 2 after a user's mistake, 130 after an interruption, 141 where the reader of the output left.
     """
-    parser = build_parser()
-    options = parser.parse_args(arguments)
-    keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that cannot be shown must not end a command
+            stream.reconfigure(errors="backslashreplace")
+    options = argparse.Namespace()
     try:
+        build_parser().parse_args(arguments, options)
+        keep_freed_memory()
         options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where it may still fail with a message
+    except SystemExit:
+        _drop_unwritable_output()
+        raise
     except (UserError, OSError) as error:
+        left = isinstance(error, BrokenPipeError) and _reader_left()
+        _drop_unwritable_output()
+        if left:
+            return 128 + signal.SIGPIPE  # `scq data check ... | head -1`; a shell reports it so
         if "debug" in options:
             raise
         # A file that cannot be read or written, or a full disk: a traceback would explain nothing.
@@ -54,6 +70,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         leave_processes()
     return 0
+
+
+def _drop_unwritable_output() -> None:
+    """Forget what was printed where it cannot be written, or Python would complain about it at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return False
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,14 +2,18 @@
 
 import argparse
 import hashlib
+import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import gradio
 import pytest
-from helpers import run_scq
+from helpers import REPOSITORY, run_scq
 from PIL import Image
 
 from scq.cli.main import build_parser, main
@@ -165,6 +169,44 @@ def test_sampling_settings_out_of_range_are_named(tiny_run: Path, tmp_path: Path
     result = run_scq("sample", "--model", tiny_run / "model", "--out", tmp_path, "--class", 3)
     assert result.returncode == 2
     assert "class" in result.stderr
+
+
+def scq_prints_to(command: list[object], output: int | IO[str], **environment: str) -> subprocess.CompletedProcess:
+    """Run the command line with its output going somewhere, written at its end as usual."""
+    environment = {"PYTHONUNBUFFERED": "", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "scq", *map(os.fsencode, map(str, command))], cwd=REPOSITORY, stdout=output,
+        stderr=subprocess.PIPE, env={**os.environ, **environment}, timeout=100,
+    )  # fmt: skip
+
+
+def test_a_name_that_the_output_cannot_encode_ends_nothing(tmp_path: Path) -> None:
+    photos = tmp_path / os.fsdecode(b"photos \xe9\xf6")  # Latin-1, which is no UTF-8
+    photos.mkdir()
+    Image.linear_gradient("L").save(photos / os.fsdecode(b"\xff \xe2\x82\xac.png"))
+    for encoding, shards in (("ascii", "日本"), ("utf-8", os.fsdecode(b"\xfc"))):
+        command = ["data", "pack", photos, tmp_path / shards, "--format", "folder", "--size", 32]
+        done = scq_prints_to(command, subprocess.PIPE, PYTHONIOENCODING=encoding)
+        assert (done.returncode, done.stderr) == (0, b"pack: 1/1\n")
+        assert b"1 images in 1 shards" in done.stdout
+        assert (tmp_path / shards / "manifest.json").is_file()
+
+
+def test_output_that_nobody_takes_ends_in_no_traceback(emoji: dict[str, Path]) -> None:
+    for command, code, unbuffered in (
+        (["data", "check", emoji["test"]], 141, ""),
+        (["data", "check", emoji["test"]], 141, "1"),
+        (["--help"], 0, ""),
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = scq_prints_to(command, writer, PYTHONUNBUFFERED=unbuffered)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (code, b"")
+    with Path("/dev/full").open("w") as full:
+        done = scq_prints_to(["data", "check", emoji["test"]], full)
+    assert done.returncode == 2
+    assert re.fullmatch(rb"scq: .*No space left on device\n", done.stderr)
 
 
 def test_packing_ordinary_photos_from_the_command_line(tmp_path: Path) -> None:
