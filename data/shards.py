@@ -14,9 +14,9 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from scq.data.manifest import contents_fingerprint, parse_manifest, require_plain_name
-from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, default_cache, open_storage
+from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, open_storage
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write
+from scq.engine.files import atomic_write, cache_folder
 from scq.engine.references import shown
 
 MANIFEST, FORMAT = "manifest.json", "scq-images-1"
@@ -129,7 +129,7 @@ class ShardSet:
         self._rows: np.ndarray | None = None
         self._kept: CachedStorage | None = None
         if isinstance(self.storage, RemoteStorage):
-            folder = Path(cache).expanduser() if cache else default_cache()
+            folder = Path(cache).expanduser() if cache else cache_folder()
             digests = {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
             self._kept = CachedStorage(self.storage, folder / self.fingerprint[:16], digests)
             if cache:

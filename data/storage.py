@@ -284,9 +284,3 @@ def open_storage(location: str | os.PathLike) -> LocalStorage | RemoteStorage:
         DataError: see `RemoteStorage`.
     """
     return RemoteStorage(os.fspath(location)) if is_remote(location) else LocalStorage(location)
-
-
-def default_cache() -> Path:
-    """The folder for the indexes of remote sets: $SCQ_CACHE, or scq in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("SCQ_CACHE") or f"{cache}/scq").expanduser()

@@ -6,16 +6,20 @@ that the project writes goes through this module, except logs, which are appende
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 from scq.engine.errors import UserError
+from scq.engine.progress import say
 
 _CLASS_FILES = ("model_index.json", "config.json")  # where diffusers records the class of the model in a folder
 
@@ -124,6 +128,38 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file as hexadecimal text; the file is read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """The folder for what another run need not make again: $SCQ_CACHE, or scq in the user's cache folder.
+
+    A cache is optional. A user without a home, or whose home cannot be written, gets a folder that goes with the
+    process.
+    """
+    named = Path(os.environ.get("SCQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "scq"))
+    return _cache_folder(named)
+
+
+@cache
+def _cache_folder(named: Path) -> Path:
+    with suppress(RuntimeError):  # the user has no home
+        named = named.expanduser()
+    if named.parts[0] != "~" and is_writable(named):
+        return named
+    say(f"nothing can be kept in {named}, so that every run makes it again; SCQ_CACHE may name another folder")
+    folder = Path(tempfile.mkdtemp(prefix="scq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be written to a folder, which is created if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _class_in(folder: Path) -> str | None:

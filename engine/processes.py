@@ -68,6 +68,26 @@ def same_everywhere(value: Tensor) -> Tensor:
     return value
 
 
+def is_forked() -> bool:
+    """Whether this process is the fork of one that had loaded scq.
+
+    The threads of a parent's OpenMP do not exist in its forks, and whoever asks for them waits forever. A fork
+    therefore computes in one thread.
+    """
+    return _forked
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):  # Windows has no forks
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def leave_processes() -> None:
     """Destroy the process group, if there is one; call this last."""
     if dist.is_available() and dist.is_initialized():

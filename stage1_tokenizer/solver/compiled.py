@@ -3,19 +3,19 @@
 A row's moves are a hundred operations each. As short tensor operations, which is how `batched` does them for all rows
 at once, they would cost more to start than to do.
 
-numba compiles at the first call and keeps the result on disk. Rows are shared among threads of OpenMP, which on Linux
-are torch's own: threads of another pool would compete with torch's, which spin for a while after their work.
+numba compiles at the first call, and the result is kept on disk. Rows are shared among threads of OpenMP, which on
+Linux are torch's own: threads of another pool would compete with torch's, which spin for a while after their work.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from scq.engine.processes import is_forked
 from scq.stage1_tokenizer.solver.batched import SolvedRows
 from scq.stage1_tokenizer.solver.codebook import Codebook
 from scq.stage1_tokenizer.solver.compiled_rows import ROWS_PER_PART, combine_all, gradient_all, in_blocks, solve_all
@@ -38,8 +38,8 @@ def solve_rows(book: Codebook, z: Tensor, reg: Tensor, *, tol: float, max_iter: 
     support = np.empty((n, room), np.int64)
     weights = np.zeros((n, room))
     size, residual, moves = np.empty(n, np.int64), np.empty(n), np.empty(n, np.int64)
-    with _threads():
-        solve_all(*given, *in_blocks(given[1]), 0.5 * tol, max_iter, support, weights, size, residual, moves)
+    found = support, weights, size, residual, moves
+    _in_threads(solve_all, *given, *in_blocks(given[1]), 0.5 * tol, max_iter, *found)
     width = int(size.max())
     return SolvedRows(
         torch.from_numpy(support[:, :width].copy()),
@@ -53,8 +53,7 @@ def solve_rows(book: Codebook, z: Tensor, reg: Tensor, *, tol: float, max_iter: 
 def combine_rows(book: Codebook, support: Tensor, weights: Tensor) -> Tensor:
     """See `batched.combine_rows`."""
     combined = np.zeros((len(support), book.dim))
-    with _threads():
-        combine_all(*_arrays(book.codes, support, weights), combined)
+    _in_threads(combine_all, *_arrays(book.codes, support, weights), combined)
     return torch.from_numpy(combined).to(weights.dtype)
 
 
@@ -67,9 +66,8 @@ def gradient_rows(
     latents = target + codes[nearest]  # (N, F)
     grad_z, grad_reg = np.empty((n, dim)), np.empty(n)
     grad_codes = np.zeros((min(_GRADIENT_PARTS, -(-n // ROWS_PER_PART)), *codes.shape))  # (parts, K, F)
-    with _threads():
-        given = _arrays(grad, latents, codes, nearest, reg[:, 0], support, weights)
-        gradient_all(*given, grad_z, grad_codes, grad_reg)
+    given = _arrays(grad, latents, codes, nearest, reg[:, 0], support, weights)
+    _in_threads(gradient_all, *given, grad_z, grad_codes, grad_reg)
     return (
         torch.from_numpy(grad_z).to(grad.dtype),
         torch.from_numpy(grad_codes.sum(0)).to(grad.dtype),
@@ -82,12 +80,17 @@ def _arrays(*tensors: Tensor) -> list[np.ndarray]:
     return [(x.double() if x.is_floating_point() else x).contiguous().numpy() for x in tensors]
 
 
-@contextmanager
-def _threads() -> Iterator[None]:
-    """Hold numba's threads, as many as torch has."""
+def _in_threads(shared: Any, *arguments: Any) -> None:
+    """Call a function that shares its rows among numba's threads, as many as torch has; the bits do not depend on them.
+
+    In a fork, which has none of them, Python runs the same loop over the same compiled parts.
+    """
+    if is_forked():
+        shared.py_func(*arguments)
+        return
     threads = torch.get_num_threads()
     with _turn:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         if torch.get_num_threads() != threads:  # when numba starts OpenMP's threads, it sets their number for torch too
             torch.set_num_threads(threads)
-        yield
+        shared(*arguments)

@@ -9,11 +9,13 @@ linear system of the support is
 so any code that enters or leaves changes the matrix by v_k v_k^T, and its inverse by one rank-one update (Sherman and
 Morrison). Rounding errors add up on the way; a fresh factorisation takes them out of the solution.
 
-All compiled code is in this one file, because numba tells by a function's file whether its cache is still good.
+All compiled code is in this one file, because a function's file tells whether its kept code is still good.
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from scq.stage1_tokenizer.solver.kept_code import njit
 
 ROWS_PER_PART = 128  # what a thread takes at a time
 _BLOCK = 64  # codes priced together; a lane is a position in a block, and the best code of a lane is a candidate
@@ -22,7 +24,7 @@ _ENTERING = 2  # codes that may enter a support after one pricing pass, one from
 _LEAST_PIVOT = 1e-9  # of an update: below it the inverse is built again
 
 # Not "ninf": padding has price -inf.
-_OPTIONS = {"cache": True, "error_model": "numpy", "fastmath": {"nnan", "nsz", "reassoc", "contract", "arcp"}}
+_OPTIONS = {"error_model": "numpy", "fastmath": {"nnan", "nsz", "reassoc", "contract", "arcp"}}
 compiled = njit(nogil=True, **_OPTIONS)
 inlined = njit(nogil=True, inline="always", **_OPTIONS)  # a call would count every array's references up and down
 compiled_in_parallel = njit(nogil=True, parallel=True, **_OPTIONS)
@@ -79,17 +81,25 @@ def gradient_all(grad, z, codes, nearest, reg, support, weights, grad_z, grad_co
 @compiled_in_parallel
 def combine_all(codes, support, weights, combined):
     """Add C^T p of weights (N, S) and support (N, S) to ``combined`` (N, F)."""
-    for row in prange(len(support)):
-        for s in range(support.shape[1]):
-            weight = weights[row, s]
-            if weight > 0.0:
-                for f in range(codes.shape[1]):
-                    combined[row, f] += weight * codes[support[row, s], f]
+    parts = -(-len(support) // ROWS_PER_PART)
+    for part in prange(parts):
+        first, last = _edges(part, parts, len(support))
+        _combine(codes, support, weights, first, last, combined)
 
 
 @inlined
 def _edges(part, parts, n):
     return part * n // parts, (part + 1) * n // parts
+
+
+@compiled
+def _combine(codes, support, weights, first, last, combined):
+    for row in range(first, last):
+        for s in range(support.shape[1]):
+            weight = weights[row, s]
+            if weight > 0.0:
+                for f in range(codes.shape[1]):
+                    combined[row, f] += weight * codes[support[row, s], f]
 
 
 @compiled
