@@ -1,4 +1,8 @@
-"""The tab that shows what was measured: reports that benchmarks wrote."""
+"""The tab that shows what was measured: reports that benchmarks wrote.
+
+A report may come from somebody else. Nothing outside the folder that was named is read, pictures are bounded as uploads
+are, and its Markdown makes no reader's browser fetch anything.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,14 @@ from pathlib import Path
 import gradio as gr
 from PIL import Image
 
+from scq.data.transforms import to_rgb
 from scq.sampling.studio.steps import BUTTONS
+from scq.sampling.studio.uploads import LARGEST_BYTES, open_bounded
 
 REPORT = "report.md"
+MOST_PICTURES = 64  # of one report
+LARGEST_REPORT = 1_000_000  # bytes of its text
+SHOWN_SIDE = 2400  # pixels, at most, of a picture as it is shown
 NO_REPORTS = (
     "There are no reports here. `scq benchmark quality` writes one, and `scq app --results FOLDER` shows it. The "
     "project's own are in `docs/results` of its repository, which is not part of an installed package."
@@ -21,9 +30,15 @@ _PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+\.png)\)")
 
 def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
     """Folders with a report, by the names that the page shows: the given folders and their direct sub-folders, in this
-    order. A name is the folder's own, preceded by as many of its parents as make it unique."""
-    candidates = [path.resolve() for folder in folders for path in (folder, *sorted(folder.glob("*")))]
-    paths = list(dict.fromkeys(path for path in candidates if (path / REPORT).is_file()))
+    order. A name is the folder's own, preceded by as many of its parents as make it unique.
+
+    A symbolic link that leads out of a given folder is not followed.
+    """
+    paths: dict[Path, None] = {}
+    for root in (folder.resolve() for folder in folders):
+        for path in (root, *sorted(root.glob("*"))):
+            if (report := (path / REPORT).resolve()).is_file() and report.is_relative_to(root):
+                paths[path.resolve()] = None
     names = {}
     for path in paths:
         ends = (Path(*path.parts[-count:]).as_posix() for count in range(1, len(path.parts) + 1))
@@ -59,18 +74,43 @@ def _read(folder: Path) -> tuple[str, list[tuple[Image.Image, str]]]:
     """A report's text without its pictures, and the pictures with their titles. The text says what cannot be read: a
     report may be unfinished, or have been copied without its pictures."""
     try:
-        text = (folder / REPORT).read_text(encoding="utf-8")
+        text = _bytes_in(folder, REPORT, LARGEST_REPORT).decode()
     except (OSError, ValueError):
         return "This report cannot be read.", []
     pictures = []
 
     def taken(found: re.Match[str]) -> str:
         title, file = found.group(1), Path(found.group(2)).name
+        if len(pictures) == MOST_PICTURES:
+            return f"*The picture {file} is not shown: a report has at most {MOST_PICTURES}.*"
         try:
-            with Image.open(folder / file) as picture:
-                pictures.append((picture.convert("RGB"), title))
-        except OSError:
+            picture = to_rgb(open_bounded(_bytes_in(folder, file, LARGEST_BYTES)))
+        except FileNotFoundError:
             return f"*The picture {file} is missing.*"
+        except Exception:  # Pillow's decoders raise nearly everything on broken files
+            return f"*The picture {file} cannot be shown: it is damaged, too large, or not in this folder.*"
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        pictures.append((picture, title))
         return ""
 
-    return _PICTURE.sub(taken, text), pictures
+    return harmless(_PICTURE.sub(taken, text)), pictures
+
+
+def harmless(markdown: str) -> str:
+    """Markdown that makes a browser fetch nothing: HTML becomes text, a picture a link, and a diagram code."""
+    markdown = re.sub(r"!+\[", "[", markdown)
+    markdown = re.sub(r"(```+|~~~+)\s*mermaid", r"\1text", markdown, flags=re.IGNORECASE)
+    return re.sub(r"<(?=[a-z/!?])", "&lt;", markdown, flags=re.IGNORECASE)
+
+
+def _bytes_in(folder: Path, name: str, largest: int) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is larger than ``largest``, no regular file, or a link that leads out of the folder.
+    """
+    path = (folder / name).resolve(strict=True)
+    if not path.is_relative_to(folder) or not path.is_file() or path.stat().st_size > largest:
+        raise ValueError(f"{name} is not read")
+    return path.read_bytes()
