@@ -36,10 +36,16 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def command(commands: Any, name: str, run: Any, help: str, description: str = "") -> Parser:
-    """Add a command that calls ``run(options)``; its help begins with ``help`` as a sentence, then ``description``."""
+def command(
+    commands: Any, name: str, run: Any, help: str, description: str = "", keep_freed_memory: bool = True
+) -> Parser:
+    """Add a command that calls ``run(options)``; its help begins with ``help`` as a sentence, then ``description``.
+
+    Args:
+        keep_freed_memory: see `scq.engine.memory.keep_freed_memory`; not for a server.
+    """
     parser = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}. {description}")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, keep_freed_memory=keep_freed_memory)
     return parser
 
 

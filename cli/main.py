@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
     try:
         build_parser().parse_args(arguments, options)
-        keep_freed_memory()
+        if options.keep_freed_memory:
+            keep_freed_memory()
         options.run(options)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where it may still fail with a message

@@ -1,9 +1,10 @@
-"""How the C library allocates memory on a CPU."""
+"""How the C library allocates memory on a CPU: a training keeps what it frees, a server gives it back."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any
 
 # Environment variable -> (parameter number of mallopt(3), our value).
 _SETTINGS = {
@@ -23,8 +24,28 @@ def keep_freed_memory() -> bool:
     Returns:
         whether the C library accepted the settings; False if it is not glibc.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = _function_of_libc("mallopt")
     if mallopt is None:
         return False
     taken = [mallopt(*choice) for variable, choice in _SETTINGS.items() if variable not in os.environ]
     return all(taken)
+
+
+def give_back_freed_memory() -> bool:
+    """Return the heap's free pages to the system, those between pages in use, too.
+
+    By default, glibc returns only what is free at the heap's end. After a few large requests to a server, that may be
+    little.
+
+    Returns:
+        whether the C library can do so; False if it is not glibc.
+    """
+    trim = _function_of_libc("malloc_trim")
+    if trim is None:
+        return False
+    trim(0)
+    return True
+
+
+def _function_of_libc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

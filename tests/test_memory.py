@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from scq.engine.memory import keep_freed_memory
+from scq.engine.memory import give_back_freed_memory, keep_freed_memory
 
 FAULTS = """
 import resource
@@ -46,3 +46,28 @@ def test_it_says_whether_the_c_library_took_it(monkeypatch):
     assert keep_freed_memory() is sys.platform.startswith("linux")
     monkeypatch.setattr("scq.engine.memory.ctypes.CDLL", lambda name: object())
     assert keep_freed_memory() is False
+
+
+PIECES = """
+import psutil
+from scq.engine.memory import give_back_freed_memory
+
+pieces = [bytearray(50_000) for _ in range(8000)]  # 400 MB of the heap
+kept = pieces[::100]
+del pieces
+before = psutil.Process().memory_info().rss
+give_back_freed_memory()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's function")
+def test_a_server_gives_freed_memory_back_though_some_between_is_in_use():
+    run = subprocess.run([sys.executable, "-c", PIECES], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 300e6
+
+
+def test_it_says_whether_the_c_library_gives_back(monkeypatch):
+    assert give_back_freed_memory() is sys.platform.startswith("linux")
+    monkeypatch.setattr("scq.engine.memory.ctypes.CDLL", lambda name: object())
+    assert give_back_freed_memory() is False
