@@ -26,7 +26,7 @@ from scq.engine.fingerprint import fingerprint
 from scq.sampling.app import build_page, serve
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.sampling.studio.edit import INPAINT, OUTPAINT, VARY
-from scq.sampling.studio.steps import step_by_step
+from scq.sampling.studio.steps import step_by_step, zipped
 from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
@@ -371,3 +371,9 @@ def test_a_password_keeps_others_out(pipeline: SoftConvexPipeline) -> None:
         assert len(generate(Client(address, auth=("ada", "secret"), verbose=False))) == 3
     finally:
         page.close()
+
+
+def test_a_clock_before_1980_can_be_zipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "localtime", lambda *_: time.gmtime(0))
+    with zipfile.ZipFile(zipped([], {"steps": 4}, tmp_path)) as files:
+        assert json.loads(files.read("settings.json")) == {"steps": 4}

@@ -158,7 +158,8 @@ def zipped(pictures: list[Image.Image], settings: dict[str, Any], folder: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkdtemp(dir=folder)) / "samples.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("settings.json", json.dumps(settings, indent=2) + "\n")
+        # An entry without a date: the clock may stand before 1980, where a zip's begins.
+        archive.writestr(zipfile.ZipInfo("settings.json"), json.dumps(settings, indent=2) + "\n")
         for picture in pictures:
             about = PngInfo()
             for name in ("scq", "scq_model"):
