@@ -1,6 +1,8 @@
 """CIFAR-10 from torchvision's download, the binary version, or an image folder with splits."""
 
+import io
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from scq.data.source import Entry, FolderSource, Source, existing_directory
+from scq.data.source import Entry, FolderSource, Source, existing_directory, read_file
+from scq.data.storage import with_retries
 from scq.engine.errors import DataError
 
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PIXELS = 3 * 32 * 32
+LARGEST_BATCH = 2**25  # bytes; 10,000 images take 31 million
 
 
 class _Inert:
@@ -25,8 +29,11 @@ class _Inert:
         self.state = state
 
 
-class _BatchReader(pickle.Unpickler):
-    """Reads the pickled batches without running any code that a file may name: every class becomes an inert record."""
+class _BatchReader(pickle._Unpickler):
+    """Reads the pickled batches without running any code that a file may name: every class becomes an inert record.
+
+    It is pickle's reader in Python. Six bytes of a file make the one in C take 32 GiB, for a memo of that many places.
+    """
 
     ALLOWED = frozenset(("_reconstruct", "ndarray", "dtype"))
 
@@ -47,18 +54,20 @@ def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
     Raises:
         DataError: the file is not a CIFAR-10 batch.
     """
+    encoded = with_retries(lambda: read_file(path), f"'{path}'")
+    if len(encoded) > LARGEST_BATCH:
+        raise DataError(f"'{path}' is not a CIFAR-10 batch: it has {len(encoded):,} bytes")
     try:
         if path.suffix == ".bin":
-            rows = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 1 + PIXELS)  # (n, label + pixels)
+            rows = np.frombuffer(encoded, np.uint8).reshape(-1, 1 + PIXELS)  # (n, label + pixels)
             pixels, labels = rows[:, 1:], rows[:, 0].tolist()
         else:
-            with path.open("rb") as file:
-                batch = _BatchReader(file, encoding="latin1").load()
+            batch = _BatchReader(io.BytesIO(encoded), encoding="latin1").load()
             raw = batch["data"].state[-1]
             raw = raw.encode("latin1") if isinstance(raw, str) else raw
             pixels, labels = np.frombuffer(raw, np.uint8).reshape(-1, PIXELS), [int(x) for x in batch["labels"]]
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"'{path}' is not a CIFAR-10 batch: {error}") from error
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
+        raise DataError(f"'{path}' is not a CIFAR-10 batch: {type(error).__name__}: {error}") from error
     if len(pixels) != len(labels) or any(not 0 <= label < 10 for label in labels):
         raise DataError(f"'{path}' is not a CIFAR-10 batch: {len(pixels)} images, {len(labels)} labels")
     return pixels.reshape(-1, 3, 32, 32), labels
@@ -84,9 +93,9 @@ class Cifar10Source(Source):
             raise DataError(f"CIFAR-10 has the splits 'train' and 'test', not '{split}'")
         root = existing_directory(path)
         self.folder: FolderSource | None = None
-        self.files = self._batch_files(root)
+        self.batches = self._batch_files(root)
         self.class_names = CLASS_NAMES
-        if not self.files:
+        if not self.batches:
             if not (root / self.split).is_dir():
                 raise DataError(
                     f"'{path}' holds neither CIFAR-10 batches (data_batch_1 ...) nor a folder '{self.split}': "
@@ -109,13 +118,19 @@ class Cifar10Source(Source):
         return []
 
     def __len__(self) -> int:
-        return len(self.folder) if self.folder is not None else sum(len(read_batch(file)[1]) for file in self.files)
+        return len(self.folder) if self.folder is not None else sum(len(read_batch(file)[1]) for file in self.batches)
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        yield from self.folder.files() if self.folder is not None else ((file.name, file) for file in self.batches)
+
+    def passed_over(self) -> Counter[str]:
+        return self.folder.passed_over() if self.folder is not None else Counter()
 
     def entries(self) -> Iterator[Entry]:
         if self.folder is not None:
             yield from self.folder.entries()
             return
-        for file in self.files:
+        for file in self.batches:
             pixels, labels = read_batch(file)
             for i, label in enumerate(labels):
                 yield Entry(f"{file.stem}/{i:05d}", label, pixels[i].tobytes())

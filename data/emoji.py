@@ -2,10 +2,11 @@
 
 import hashlib
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from scq.data.source import Entry, Source, existing_directory
+from scq.data.source import Entry, Files, Source, existing_directory, list_folder, read_file
 from scq.engine.errors import DataError
 
 
@@ -34,7 +35,7 @@ class EmojiSource(Source):
             self.root = Path(found.origin).parent / "assets" / "72x72"
         else:
             self.root = existing_directory(path)
-        names = sorted(p.name for p in self.root.glob("*.png"))
+        names = [file.name for file in list_folder(self.root).images if file.suffix.lower() == ".png"]
         self.names = [n for n in names if split is None or emoji_split(Path(n).stem) == split]
 
     def __len__(self) -> int:
@@ -44,8 +45,22 @@ class EmojiSource(Source):
         for name in self.names:
             yield Entry(Path(name).stem, 0, str(self.root / name))
 
+    def files(self) -> Iterator[tuple[str, Path]]:
+        for name in self.names:
+            yield name, self.root / name
+
+    def survey(self) -> Files:
+        files = super().survey()
+        # The files of a package are written when it is installed, and are the same every time.
+        return files._replace(times="") if self.path == "twemoji" else files
+
+    def passed_over(self) -> Counter[str]:
+        listing = list_folder(self.root)
+        others = Counter(file.suffix.lower() for file in listing.images if file.suffix.lower() != ".png")
+        return listing.passed_over + others + Counter({"folder": len(listing.folders)})
+
     def load(self, entry: Entry) -> bytes:
-        return Path(entry.where).read_bytes()
+        return read_file(entry.where)
 
 
 # Skin tones, the style selector and the gender signs: what distinguishes the variants of one picture.

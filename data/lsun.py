@@ -1,39 +1,18 @@
 """LSUN in its own format: one LMDB file per category and split, or the zip it is downloaded as."""
 
-import os
+import lzma
 import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from scq.data.lmdb_file import LmdbFile
 from scq.data.source import Entry, Source, existing_directory
 from scq.engine.errors import DataError
 from scq.engine.files import atomic_write
 
-_environments: dict[str, tuple[int, Any]] = {}  # directory -> (process id, LMDB environment)
-
-
-def open_lmdb(directory: Path) -> Any:
-    """The LMDB environment of a directory, read-only. LMDB allows one per process, which must not be used after a fork.
-
-    Raises:
-        DataError: data.mdb is not a readable LMDB file.
-    """
-    import lmdb
-
-    path, process = os.path.realpath(directory), os.getpid()
-    owner, environment = _environments.get(path, (process, None))
-    if owner != process:
-        environment.close()  # only this process's copy of its parent's mapping
-    if environment is None or owner != process:
-        try:
-            environment = lmdb.open(path, readonly=True, lock=False, readahead=False)
-        except lmdb.Error as error:
-            raise DataError(f"'{path}/data.mdb' is not a readable LMDB file: {error}") from error
-        _environments[path] = (process, environment)
-    return environment
+LARGEST_RATIO = 100  # of unpacked to packed bytes; encoded images hardly shrink
 
 
 def unpack(archive: Path) -> Path:
@@ -54,20 +33,40 @@ def unpack(archive: Path) -> Path:
             members = [info for info in opened.infolist() if Path(info.filename).name == "data.mdb"]
             if len(members) != 1:
                 raise DataError(f"'{archive}' is not an LSUN archive: it holds {len(members)} files data.mdb, not one")
-            size = members[0].file_size
-            if target.is_file() and target.stat().st_size == size:
+            (member,) = members
+            if _is_unpacked(member, archive, target):
                 return folder
+            if member.file_size > LARGEST_RATIO * member.compress_size:
+                raise DataError(f"'{archive}' would unpack to {member.file_size:,} bytes, which no images do")
             free = shutil.disk_usage(archive.parent).free
-            if free < size:
-                raise DataError(f"unpacking '{archive}' needs {size:,} bytes on its disk, but only {free:,} are free")
+            if free < member.file_size:
+                needed = f"{member.file_size:,} bytes on its disk, but only {free:,} are free"
+                raise DataError(f"unpacking '{archive}' needs {needed}")
             folder.mkdir(exist_ok=True)
-            with opened.open(members[0]) as packed, atomic_write(target) as file:
+            with opened.open(member) as packed, atomic_write(target) as file:
                 shutil.copyfileobj(packed, file, 2**20)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"'{archive}' is damaged: {error}") from error
+    except RuntimeError as error:  # it is encrypted, or compressed in a way that zipfile does not know
+        raise DataError(f"'{archive}' cannot be unpacked: {error}") from error
     except OSError as error:
-        raise DataError(f"'{archive}' cannot be unpacked into its own folder: {error.strerror}") from error
+        raise DataError(f"'{archive}' cannot be unpacked into its own folder: {error.strerror or error}") from error
     return folder
+
+
+def _is_unpacked(member: zipfile.ZipInfo, archive: Path, target: Path) -> bool:
+    """Whether this very file was unpacked before; its contents are compared if the archive is the newer one."""
+    if not target.is_file() or target.stat().st_size != member.file_size:
+        return False
+    if target.stat().st_mtime_ns >= archive.stat().st_mtime_ns:
+        return True
+    checksum = 0
+    with target.open("rb") as file:
+        while piece := file.read(2**20):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum == member.CRC
 
 
 class LsunSource(Source):
@@ -89,8 +88,11 @@ class LsunSource(Source):
     def __init__(self, path: str, split: str | None = None):
         super().__init__(path, split)
         zipped = Path(path).expanduser()
-        directory = unpack(zipped) if zipped.suffix == ".zip" and zipped.is_file() else existing_directory(path)
-        self.directory = self._find(directory, split)
+        is_zip = zipped.suffix == ".zip" and zipped.is_file()
+        data = self._find(unpack(zipped) if is_zip else existing_directory(path), split) / "data.mdb"
+        self.archive = zipped if is_zip else data
+        self._file = LmdbFile(data)
+        self._count: int | None = None
 
     def _find(self, directory: Path, split: str | None) -> Path:
         if (directory / "data.mdb").is_file():
@@ -108,16 +110,16 @@ class LsunSource(Source):
         raise DataError(f"'{self.path}' holds several LSUN sets ({names}): give the path of one of them")
 
     def __len__(self) -> int:
-        return open_lmdb(self.directory).stat()["entries"]
+        if self._count is None:
+            self._count = sum(1 for _ in self._file.items())  # which finds a damaged file before any work
+        return self._count
+
+    def files(self) -> Iterator[tuple[str, Path]]:
+        yield self.archive.name, self.archive
 
     def entries(self) -> Iterator[Entry]:
-        with open_lmdb(self.directory).begin() as transaction:
-            for key in transaction.cursor().iternext(values=False):
-                yield Entry(bytes(key).decode("ascii", "backslashreplace"), 0, bytes(key))
+        for key, value in self._file.items():
+            yield Entry(key.decode("ascii", "backslashreplace"), 0, value)
 
     def load(self, entry: Entry) -> bytes:
-        with open_lmdb(self.directory).begin() as transaction:
-            value = transaction.get(entry.where)
-        if value is None:
-            raise OSError(f"key '{entry.key}' vanished from {self.directory / 'data.mdb'}")
-        return value
+        return self._file.read(entry.where)

@@ -13,6 +13,14 @@ from PIL import Image, ImageOps
 
 from scq.engine.errors import BadImage, DataError
 
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    HEIF_SUFFIXES = frozenset[str]()
+else:
+    register_heif_opener()
+    HEIF_SUFFIXES = frozenset((".heic", ".heif", ".hif"))  # what phones save
+
 WHITE = (255, 255, 255, 255)
 
 
