@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,12 +30,16 @@ from scq.data import shards
 from scq.data.manifest import parse_manifest
 from scq.data.source import Entry, Source
 from scq.data.sources import open_source
+from scq.data.storage import with_retries
 from scq.data.transforms import PROTOCOLS, decode, get_protocol
 from scq.engine.errors import BadImage, DataError
 from scq.engine.files import atomic_write, remove_leftovers, sha256_of, write_json
+from scq.engine.progress import say
 
 JOURNAL = "pack.jsonl"
+TIMES = "source_times.json"  # beside the manifest, which is the same on every machine that packs the same source
 ENTRIES_PER_TASK = 16
+FEWER_WORKERS = "pack again with fewer workers; packing resumes where it stopped"
 Progress = Callable[[int, int], None]
 # A packed image: (entry, suffix, encoded bytes, (width, height)); one that cannot be used: (entry, None, reason, None).
 Packed = tuple[Entry, str | None, bytes | str, tuple[int, int] | None]
@@ -56,8 +61,9 @@ def pack(
 ) -> dict[str, Any]:
     """Pack a source into WebDataset tar shards and manifest.json below `out`.
 
-    An image that cannot be read or is smaller than the crop is skipped and named in the manifest. If the set is already
-    complete with the same settings, nothing is done; an interrupted pack is resumed.
+    An image that is damaged or smaller than the crop is skipped and named in the manifest. One that cannot be read is
+    tried again, and then ends the pack. If the set is already complete with the same source and settings, nothing is
+    done; an interrupted pack is resumed.
 
     Args:
         format: of the source, see data.sources.
@@ -74,8 +80,8 @@ def pack(
         the manifest.
 
     Raises:
-        DataError: the source is missing, the settings contradict each other or what is already in `out`, too many
-            images are unusable, or the disk is full or not writable.
+        DataError: the source is missing, was changed since, or cannot be read; the settings contradict each other or
+            what is already in `out`; too many images are unusable; or the disk is full or not writable.
     """
     images = open_source(format, source, split)
     crop = crop or ("none" if keep_encoded and size is None else images.default_crop)
@@ -86,6 +92,8 @@ def pack(
         raise DataError(f"images per shard must be at least 1, not {images_per_shard}")
     if not 0 <= max_bad <= 1:
         raise DataError(f"the largest share of unusable images must be in 0..1, not {max_bad}")
+    Image.init()  # every decoder, while there are files and memory to load it: a missing one would look like bad images
+    files = images.survey()
     settings = {
         "format": shards.FORMAT,
         "source": {
@@ -95,6 +103,7 @@ def pack(
             "split": images.split,
             "images": len(images),
         },
+        "source_files": files._asdict(),
         "protocol": {
             "crop": crop,
             "size": size,
@@ -114,14 +123,15 @@ def pack(
             if finished := _finished(directory, settings):  # by another process, just before we got the lock
                 return finished
             done = _resume(directory, journal, settings)
-            bad_allowed = math.floor(max_bad * len(images) + 1e-9)
+            bad_allowed = math.floor(max_bad * settings["source"]["images"] + 1e-9)
             with packers as submit:
-                _write_shards(images, directory, journal, done, images_per_shard, submit, bad_allowed, progress)
-            manifest = _manifest(settings, done)
+                _write_shards(images, directory, journal, done, settings, submit, bad_allowed, progress)
+            manifest = _manifest(settings, done, images.passed_over())
             shards.build_index(directory, manifest)
+            write_json(directory / TIMES, {"times": files.times})
             write_json(directory / shards.MANIFEST, manifest)
             (directory / JOURNAL).unlink(missing_ok=True)
-    except OSError as error:  # not from an unreadable image: those are skipped and named
+    except OSError as error:
         reason = error.strerror or error
         raise DataError(
             f"packing stopped at '{error.filename or directory}': {reason}; run it again to resume"
@@ -157,9 +167,18 @@ def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """How two settings differ, in words; empty if they do not."""
     flat = [{**s, **{f"source {k}": v for k, v in s["source"].items()}, **s["protocol"]} for s in (old, new)]
-    # The name follows from the path, and packs older than this field have none.
-    changed = [k for k in flat[1] if k not in ("source", "protocol", "source name") and flat[0].get(k) != flat[1][k]]
-    return ", ".join(f"{key} was {flat[0].get(key)!r}, now {flat[1][key]!r}" for key in changed)
+    # The name follows from the path, and packs older than this field have none. The files are compared below.
+    apart = ("source", "protocol", "source name", "source_files")
+    changed = [k for k in flat[1] if k not in apart and flat[0].get(k) != flat[1][k]]
+    words = [f"{key} was {flat[0].get(key)!r}, now {flat[1][key]!r}" for key in changed]
+    before, now = old.get("source_files") or {}, new["source_files"]  # older packs do not know their files
+    newest = f"'{now['newest']}' was written last"
+    if before.get("names_and_sizes", now["names_and_sizes"]) != now["names_and_sizes"]:
+        sizes = f"{before['bytes']} bytes before, now {now['bytes']}"
+        words.append(f"names or sizes of the source's files changed, {sizes}; {newest}")
+    elif before.get("times", now["times"]) != now["times"]:
+        words.append(f"the source's files were written again, {newest}")
+    return ", ".join(words)
 
 
 def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -169,9 +188,20 @@ def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
         return None
     manifest = parse_manifest(path.read_bytes(), str(path), shards.FORMAT)
     (directory / JOURNAL).unlink(missing_ok=True)  # left behind if a pack was killed between its last two steps
-    if difference := _difference(manifest, {**settings, "pillow": manifest["pillow"]}):
+    if difference := _difference(_with_times(manifest, directory), {**settings, "pillow": manifest["pillow"]}):
         raise DataError(f"'{directory}' already holds another set ({difference}): delete it or choose another folder")
     return manifest
+
+
+def _with_times(manifest: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The manifest with the times of the source's files, if they are known: whoever deletes TIMES keeps the set."""
+    try:
+        times = json.loads((directory / TIMES).read_bytes())["times"]
+    except FileNotFoundError:
+        return manifest
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"'{directory / TIMES}' is damaged: delete it, and the times are not compared") from error
+    return {**manifest, "source_files": {**manifest.get("source_files", {}), "times": times}}
 
 
 def _resume(directory: Path, journal: IO[bytes], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -187,15 +217,19 @@ def _resume(directory: Path, journal: IO[bytes], settings: dict[str, Any]) -> li
             raise DataError(f"'{directory}' holds shards without a manifest ({stray[0]} ...): choose another folder")
         _append(journal, settings)
         return []
-    before, *records = map(json.loads, lines)
-    if difference := _difference(before, settings):
+    try:
+        before, *records = map(json.loads, lines)
+        difference = _difference(before, settings)
+        named = [(directory / record["name"], record["sha256"]) for record in records]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"'{directory / JOURNAL}' is damaged: delete '{directory}' and pack again") from error
+    if difference:
         raise DataError(
             f"'{directory}' holds an unfinished pack with other settings ({difference}): "
             "delete it or choose another folder"
         )
-    for record in records:
-        path = directory / record["name"]
-        if not path.is_file() or sha256_of(path) != record["sha256"]:
+    for path, sha256 in named:
+        if not path.is_file() or sha256_of(path) != sha256:
             raise DataError(
                 f"shard '{path}' of the unfinished pack is missing or changed: delete '{directory}' and pack again"
             )
@@ -209,15 +243,28 @@ def _append(journal: IO[bytes], record: dict[str, Any]) -> None:
 
 
 def _pack_entries(source: Source, crop: str, size: int | None, keep: bool, entries: list[Entry]) -> list[Packed]:
-    """Load, crop and encode some entries; an unusable one gets the reason instead of bytes."""
+    """Load, crop and encode some entries; an unusable one gets the reason instead of bytes.
+
+    Raises:
+        DataError: one cannot be read or handled here and now, which says nothing about the image.
+    """
     packed: list[Packed] = []
     for entry in entries:
         try:
-            loaded = source.load(entry)
+            loaded = with_retries(lambda entry=entry: source.load(entry), f"'{entry.key}'")
             image = PROTOCOLS[crop].apply(decode(loaded), size)
-        except (BadImage, OSError) as error:
+        except BadImage as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno is not None:  # of the system, not of a decoder
+                raise DataError(
+                    f"packing stopped at '{entry.key}': {cause.strerror}; run it again to resume"
+                ) from error
             packed.append((entry, None, str(error), None))
             continue
+        except DataError as error:
+            raise DataError(f"packing stopped: {error}; run it again to resume") from error
+        except MemoryError as error:
+            raise DataError(f"packing stopped at '{entry.key}': memory ran out; {FEWER_WORKERS}") from error
         if keep and isinstance(loaded, bytes):
             suffix = (Image.open(io.BytesIO(loaded)).format or "img").lower()
             packed.append((entry, "jpg" if suffix == "jpeg" else suffix, loaded, image.size))
@@ -251,14 +298,17 @@ def _packers(source: Source, crop: str, size: int | None, keep: bool, workers: i
         yield lambda entries: lambda: _pack_entries(source, crop, size, keep, entries)
         return
     task = (source, crop, size, keep)
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=task) as pool:
+    try:
+        started = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=task)
+    except (OSError, NotImplementedError) as error:  # a container without /dev/shm, for one
+        say(f"packing in one process, because several cannot share a lock on this machine: {error}")
+        yield lambda entries: lambda: _pack_entries(source, crop, size, keep, entries)
+        return
+    with started as pool:
         try:
             yield lambda entries: pool.submit(_run_task, entries).result
         except BrokenProcessPool as error:
-            raise DataError(
-                "a packing process was killed, perhaps because memory ran out: pack again with fewer workers; packing "
-                "resumes where it stopped"
-            ) from error
+            raise DataError(f"a packing process was killed, perhaps because memory ran out: {FEWER_WORKERS}") from error
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -308,7 +358,7 @@ def _write_shards(
     directory: Path,
     journal: IO[bytes],
     done: list[dict[str, Any]],
-    images_per_shard: int,
+    settings: dict[str, Any],
     submit: Callable,
     bad_allowed: int,
     progress: Progress | None,
@@ -316,7 +366,7 @@ def _write_shards(
     """Write the shards that are not done yet, and append their records to `done` and to the journal."""
     import webdataset  # imported here because it takes a second, which `--help` and readers need not spend
 
-    total = len(source)
+    total, images_per_shard = settings["source"]["images"], settings["images_per_shard"]
     seen = min(len(done) * images_per_shard, total)
     bad = [skipped for record in done for skipped in record["skipped"]]
     packed = _in_order(source, len(done), images_per_shard, submit)
@@ -353,7 +403,7 @@ def _refuse(bad: list[dict[str, str]], seen: int, total: int, allowed: int) -> N
     )
 
 
-def _manifest(settings: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(settings: dict[str, Any], done: list[dict[str, Any]], passed_over: Counter[str]) -> dict[str, Any]:
     """The manifest of the finished set; image_size is None if the images differ in size or are not square."""
     sizes = {tuple(s) for record in done for s in record["sizes"]}
     common = next(iter(sizes)) if len(sizes) == 1 else None
@@ -362,8 +412,11 @@ def _manifest(settings: dict[str, Any], done: list[dict[str, Any]]) -> dict[str,
     num_images = sum(record["images"] for record in done)
     if num_images == 0:
         raise DataError(f"none of the images of '{settings['source']['path']}' can be used")
+    files = settings["source_files"]
     return {
         **settings,
+        "source_files": {"bytes": files["bytes"], "names_and_sizes": files["names_and_sizes"]},
+        "passed_over": dict(sorted(passed_over.items())),
         "num_images": num_images,
         "image_size": common[0] if common else None,
         "bytes": sum(record["bytes"] for record in done),

@@ -17,9 +17,11 @@ import webdataset
 from data_samples import encoded, photo, pixels, tree_bytes, write_folder, write_lmdb
 from PIL import Image
 
+from scq.cli.main import main
 from scq.data.check import check, preview
-from scq.data.pack import pack
+from scq.data.pack import TIMES, pack
 from scq.data.shards import ShardSet, key_of, member_name
+from scq.data.source import IMAGE_SUFFIXES, FolderSource, Source
 from scq.data.transforms import PROTOCOLS, decode
 from scq.engine.errors import DataError
 from scq.evaluation.reference import Reference
@@ -207,6 +209,180 @@ def test_too_many_bad_images_fail_and_are_named(folder, tmp_path):
     assert "\n" not in message
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert packed(folder, tmp_path / "out", max_bad=0.1)["num_images"] == 37  # nothing done before is lost
+
+
+TRANSIENT = [errno.ESTALE, errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE]
+
+
+def failing(monkeypatch, error, times):
+    """Let the reading of every file fail so many times."""
+    monkeypatch.setattr("scq.data.storage.PAUSES", (0.001, 0.002))
+    load, tries = FolderSource.load, {}
+
+    def fail(self, entry):
+        tries[entry.key] = tries.get(entry.key, 0) + 1
+        if tries[entry.key] <= times:
+            raise OSError(error, os.strerror(error), entry.where)
+        return load(self, entry)
+
+    monkeypatch.setattr(FolderSource, "load", fail)
+
+
+@pytest.mark.parametrize("error", TRANSIENT, ids=errno.errorcode.get)
+def test_what_cannot_be_read_for_a_moment_is_not_lost(error, folder, tmp_path, monkeypatch):
+    packed(folder, tmp_path / "whole")
+    failing(monkeypatch, error, times=2)
+    packed(folder, tmp_path / "out")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("error", [*TRANSIENT, errno.EACCES], ids=errno.errorcode.get)
+def test_what_cannot_be_read_at_all_ends_the_pack_which_resumes(error, workers, folder, tmp_path, monkeypatch):
+    packed(folder, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        failing(patch, error, times=99)
+        with pytest.raises(DataError, match=rf"{os.strerror(error)}.*; run it again to resume") as caught:
+            packed(folder, tmp_path / "out", max_bad=1.0, workers=workers)
+        assert "'cats/photo.0000.jpg'" in str(caught.value)
+    packed(folder, tmp_path / "out")
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")
+
+
+def test_a_file_that_vanishes_while_packing_is_named(folder, tmp_path):
+    def remove(done, total):
+        (folder / "dogs" / "photo.0039.jpg").unlink(missing_ok=True)
+
+    with pytest.raises(
+        DataError, match=r"'dogs/photo.0039.jpg' cannot be read: No such file or directory; run it again"
+    ):
+        packed(folder, tmp_path / "out", max_bad=1.0, progress=remove)
+    with pytest.raises(DataError, match="source images was 41, now 40"):
+        packed(folder, tmp_path / "out", max_bad=1.0)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_a_machine_without_files_or_memory_is_not_the_images_fault(error, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("scq.data.transforms.to_rgb", lambda image: (_ for _ in ()).throw(error))
+        with pytest.raises(DataError, match=r"'cats/photo.0000.jpg': (Too many open files|memory ran out); .*resume"):
+            packed(folder, tmp_path / "out", max_bad=1.0)
+    assert packed(folder, tmp_path / "out")["num_images"] == 41
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "Function not implemented"), NotImplementedError("no locks")])
+def test_without_shared_locks_one_process_packs(error, folder, tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise error
+
+    packed(folder, tmp_path / "whole")
+    monkeypatch.setattr("scq.data.pack.ProcessPoolExecutor", refuse)
+    packed(folder, tmp_path / "out", workers=2)
+    assert "packing in one process" in capsys.readouterr().err
+    assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "whole")
+
+
+def replace_by_another(file):
+    file.write_bytes(encoded(photo(7), "PNG"))
+    os.utime(file, (2e9, 2e9))
+
+
+def replace_by_one_of_equal_size(file):
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+    os.utime(file, (2e9, 2e9))
+
+
+CHANGES = {
+    "another file": (
+        replace_by_another,
+        r"names or sizes .*, \d+ bytes before, now \d+; 'dogs/photo.0005.webp' was written",
+    ),
+    "equal size": (replace_by_one_of_equal_size, r"files were written again, 'dogs/photo.0005.webp' was written last"),
+    "older": (lambda file: os.utime(file, (1e9, 1e9)), "files were written again"),
+    "name": (lambda file: file.rename(file.with_name("x.webp")), "names or sizes of the source's files changed"),
+    "one less": (lambda file: file.unlink(), "source images was 41, now 40"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_was_changed_is_another_source(change, folder, tmp_path):
+    def stop(done, total):
+        if done >= 32:
+            raise InterruptedError(errno.EINTR, "stopped")
+
+    packed(folder, tmp_path / "out")
+    with pytest.raises(DataError, match="stopped"):
+        packed(folder, tmp_path / "unfinished", progress=stop)
+    do, words = CHANGES[change]
+    do(folder / "dogs" / "photo.0005.webp")
+    with pytest.raises(DataError, match=f"already holds another set .*{words}"):
+        packed(folder, tmp_path / "out")
+    with pytest.raises(DataError, match=f"an unfinished pack with other settings .*{words}"):
+        packed(folder, tmp_path / "unfinished")
+
+
+def test_a_copy_with_other_times_gives_the_same_set_and_can_be_kept(folder, tmp_path):
+    manifest = packed(folder, tmp_path / "out")
+    for file in folder.rglob("*.*"):
+        os.utime(file, (1e9, 1e9))
+    packed(folder, tmp_path / "again")
+    ours, theirs = tree_bytes(tmp_path / "out"), tree_bytes(tmp_path / "again")
+    assert ours.pop(TIMES) != theirs.pop(TIMES)
+    assert ours == theirs
+    with pytest.raises(DataError, match="were written again"):
+        packed(folder, tmp_path / "out")
+    (tmp_path / "out" / TIMES).unlink()
+    assert packed(folder, tmp_path / "out") == manifest
+
+
+def test_a_set_packed_before_files_were_known_is_still_taken(folder, tmp_path):
+    manifest = packed(folder, tmp_path / "out")
+    for name in ("source_files", "passed_over"):
+        del manifest[name]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "out" / TIMES).unlink()
+    assert packed(folder, tmp_path / "out") == manifest
+
+
+def test_an_installed_package_may_be_installed_again(tmp_path, monkeypatch):
+    settings = {"format": "emoji", "split": "test", "size": 8}
+    first = packed("twemoji", tmp_path / "out", **settings)
+    survey = Source.survey
+    monkeypatch.setattr(Source, "survey", lambda self: survey(self)._replace(times="later"))
+    assert packed("twemoji", tmp_path / "out", **settings) == first
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b"null", b"{", b'{"name": 3, "sha256": ""}', b'{"name": "x"}', b"\xff"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_journal_is_one_line(line, place, folder, tmp_path):
+    def stop(done, total):
+        if done >= 32:
+            raise InterruptedError(errno.EINTR, "stopped")
+
+    with pytest.raises(DataError, match="stopped"):
+        packed(folder, tmp_path / "out", progress=stop)
+    journal = tmp_path / "out" / "pack.jsonl"
+    lines = journal.read_bytes().splitlines()
+    lines[place] = line
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(DataError, match="is damaged: delete"):
+        packed(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_what_is_passed_over_is_said(readable, folder, tmp_path, monkeypatch, capsys):
+    for number in range(5):
+        (folder / "cats" / f"IMG_{number}.xcf").write_text("no image for us")
+    (folder / "dogs" / "IMG_1.heic").write_text("")
+    monkeypatch.setattr("scq.data.source.IMAGE_SUFFIXES", IMAGE_SUFFIXES - {".heic"})
+    monkeypatch.setattr("scq.data.transforms.HEIF_SUFFIXES", {".heic"} if readable else frozenset())
+    command = ["data", "pack", str(folder), str(tmp_path / "out"), "--format", "folder", "--size", "32"]
+    for _ in range(2):  # once more, when nothing is left to do
+        assert main(command) == 0
+        words = capsys.readouterr().out
+        assert "41 images in 1 shards\npassed over: 1 .heic, 5 .xcf\n" in words
+        assert ("pip install 'scq[heif]'" in words) == (not readable)
+    assert ShardSet(tmp_path / "out").manifest["passed_over"] == {".heic": 1, ".xcf": 5}
 
 
 def test_one_image_smaller_than_the_crop_gives_one_clear_line(tmp_path):
