@@ -46,7 +46,7 @@ class LoopConfig:
     batch_size: int = 64  # images per step over all processes together
     accumulate: int = 1  # micro-batches into which a process divides its share of a step's images, to save memory
     seed: int = 0
-    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 if the hardware computes in it natively
+    precision: str = "auto"  # auto | fp32 | bf16; auto is what is faster here (see resolve_precision)
     compile: bool = False
     gradient_checkpointing: bool = False  # recompute activations in the backward pass instead of storing them
     ema_decay: float = 0.999

@@ -17,7 +17,7 @@ from scq.engine.errors import UserError
 from scq.engine.loop import Loop, Trained
 from scq.engine.progress import say
 from scq.engine.stage import Stage
-from scq.engine.tracking import RunFolder
+from scq.engine.tracking import RunFolder, begun_precision
 
 
 def run(stage: Stage) -> Trained:
@@ -33,13 +33,16 @@ def run(stage: Stage) -> Trained:
     config = stage.config
     if not config.out:
         raise UserError(f"out is empty: name a folder for the run, for example out=runs/{stage.name}")
-    accelerator = make_accelerator(config.training)
+    accelerator = make_accelerator(config.training, begun_precision(config))
     stream = stage.open_stream(accelerator)
     task = stage.build(accelerator)
-    folder = RunFolder(config.out, config, accelerator)
+    # What `auto` stands for is recorded, so that a run that goes on elsewhere keeps it.
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    recorded = dataclasses.replace(config, training=dataclasses.replace(config.training, precision=precision))
+    folder = RunFolder(config.out, recorded, accelerator)
     if folder.is_main:
         size = sum(p.numel() for p in task.modules["model"].parameters()) / 1e6
-        say(f"{stage.title}: {size:.1f}M parameters, {stream.num_images} {stream.unit}, {folder.path}")
+        say(f"{stage.title}: {size:.1f}M parameters, {stream.num_images} {stream.unit}, {precision}, {folder.path}")
         say(stream.order_description)
     trained = Loop(task, stream, folder, f"train {stage.title}").run()
     if folder.is_main:

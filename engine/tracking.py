@@ -111,18 +111,34 @@ class RunFolder:
             ) from error
 
     def _refuse_other_settings(self) -> None:
-        saved_path = self.path / "config.yaml"
-        # Before the first checkpoint, there is nothing that other settings could contradict.
-        if not saved_path.is_file() or not whole_checkpoints(self.path / "checkpoints"):
+        saved, asked = _saved_settings(self.path, type(self._config)), _flatten(as_dict(self._config))
+        if saved is None:
             return
-        saved = _flatten(as_dict(load_config(type(self._config), saved_path)))
-        asked = _flatten(as_dict(self._config))
+        if saved["training.precision"] == "auto":  # older runs did not record which one that was
+            saved["training.precision"] = asked["training.precision"]
         for key in sorted(saved.keys() | asked.keys()):
             if key not in _FREE_KEYS and saved.get(key) != asked.get(key):
                 raise UserError(
                     f"{self.path} holds a run with {key}={saved.get(key)!r}, but this run asks for {asked.get(key)!r}; "
                     "choose another out=... or delete that folder"
                 )
+
+
+def begun_precision(config: Any) -> str | None:
+    """The precision of the run that ``config.out`` holds, bf16 or fp32; None without a run, or if it is not known."""
+    saved = _saved_settings(Path(config.out), type(config))
+    return None if saved is None or saved["training.precision"] == "auto" else saved["training.precision"]
+
+
+def _saved_settings(run: Path, schema: type) -> dict[str, Any] | None:
+    """The flat settings of the run in a folder.
+
+    None before its first checkpoint: there is nothing yet that other settings could contradict.
+    """
+    path = run / "config.yaml"
+    if not path.is_file() or not whole_checkpoints(run / "checkpoints"):
+        return None
+    return _flatten(as_dict(load_config(schema, path)))
 
 
 def read_metrics(run: Path) -> list[dict]:
