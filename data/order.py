@@ -4,6 +4,8 @@ Every reader of images or tokens, with any number of processes and workers, asks
 position. An order does not remember what was read.
 """
 
+from typing import Any
+
 import numpy as np
 
 from scq.engine.errors import DataError
@@ -157,11 +159,15 @@ class ResumableStream:
     def __init__(self, seed: int, contents: str):
         self.seed, self.contents, self.images_seen = seed, contents, 0
 
-    def state_dict(self) -> dict[str, int | str]:
+    def measured(self) -> dict[str, float]:
+        """What a line of the log says of the data; every process must call it, and gets the same."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
         """{"images_seen", "seed", "fingerprint" of the contents}: enough to resume at the very next image."""
         return {"images_seen": self.images_seen, "seed": self.seed, "fingerprint": self.contents}
 
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state.
 
         Raises:

@@ -66,6 +66,9 @@ class DataConfig:
     flip: bool = True  # horizontal flips with probability 1/2
     workers: int = 0  # decoding processes per training process
     cache: str = ""  # folder that caches the shards of a URL; empty: every image is a range request
+    # Share of the training images that may be unusable. The next image takes the place of each, the log names it once,
+    # and the metrics count them. 0: the first one ends the training.
+    max_bad: float = 0.0
     # full shuffles all images in every epoch; blocks shuffles the shards, then the images within blocks of shards. With
     # blocks, a batch needs only a few shards; with full, a cache would have to fetch nearly one for every image.
     shuffle: str = "full"
@@ -144,6 +147,7 @@ def _ranges(config: object) -> list[tuple[str, bool, str]]:
     if isinstance(config, DataConfig):
         return [
             ("workers", config.workers >= 0, "at least 0"),
+            ("max_bad", 0 <= config.max_bad < 1, "in [0, 1)"),
             ("shuffle", config.shuffle in ("full", "blocks"), "full or blocks"),
         ]
     return []

@@ -158,6 +158,7 @@ class Loop:
         speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         progress(done, self.training.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
         values["learning_rate"] = self.optimizer.learning_rate * self._learning_rate_share(done - 1)
+        values |= self.stream.measured()
         with self.meter.paused():
             if scored and self.is_main:
                 values |= self.task.score(self.task.average.module.eval()) or {}

@@ -27,6 +27,7 @@ _FREE_KEYS = frozenset(
         "data.validation",
         "data.workers",
         "data.cache",
+        "data.max_bad",
         "training.steps",
         "training.log_every",
         "score.images",

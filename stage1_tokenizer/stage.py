@@ -205,6 +205,7 @@ class ImageStage(Stage):
             flip=data.flip,
             shuffle="blocks" if data.shuffle == "blocks" else True,
             cache=data.cache or None,
+            max_bad=data.max_bad,
         )
         if stream.image_size != self.image_size:
             raise UserError(
@@ -253,8 +254,9 @@ class TokenizerStage(ImageStage):
     def build(self, accelerator: Accelerator, probe: Probe | None = None) -> TokenizerTask:
         if probe is not None:
             return TokenizerTask(self.config, accelerator, probe.batch.images)
-        shown = self.config.data.validation or self.config.data.train
-        pictured = next(iterate_once(shown, batch_size=PICTURED_IMAGES)).images
+        data = self.config.data
+        shown, max_bad = (data.validation, 0.0) if data.validation else (data.train, data.max_bad)
+        pictured = next(iterate_once(shown, batch_size=PICTURED_IMAGES, max_bad=max_bad)).images
         return TokenizerTask(self.config, accelerator, pictured, self.score)
 
     def export(self, averaged: ImageTokenizer, folder: Path, steps: int) -> None:

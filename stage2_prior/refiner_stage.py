@@ -265,7 +265,8 @@ class RefinerStage(ImageStage):
             images = probe.batch.images
             return RefinerTask(self.config, accelerator, self.tokenizer, self.prior, images, images)
         data = self.config.data
-        measured, held_out = _images(data.train), _images(data.validation or data.train)
+        measured = _images(data.train, data.max_bad)
+        held_out = _images(data.validation) if data.validation else measured
         return RefinerTask(self.config, accelerator, self.tokenizer, self.prior, measured, held_out)
 
     def export(self, averaged: ConvexRefiner, folder: Path, steps: int) -> None:
@@ -278,9 +279,9 @@ class RefinerStage(ImageStage):
         save_model(refined, folder, Measured(training=facts, license=self.known.license))
 
 
-def _images(shards: str) -> Tensor:
+def _images(shards: str, max_bad: float = 0.0) -> Tensor:
     """Up to MEASURED_IMAGES images (n, 3, H, W) uint8, always the same ones."""
-    stream = ImageStream(shards, batch_size=64)
+    stream = ImageStream(shards, batch_size=64, max_bad=max_bad)
     count = min(MEASURED_IMAGES, stream.num_images)
     batches = islice(stream.iterate(), -(-count // 64))
     return torch.cat([batch.images for batch in batches])[:count]

@@ -1,6 +1,7 @@
 """The stream: one global order, whatever the processes, workers and the point of resuming."""
 
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -212,8 +213,6 @@ def test_images_of_different_sizes_are_named(tmp_path):
 
 
 def test_a_missing_index_is_built_again_and_a_stale_one_is_not_used(shards, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     (index,) = copy.glob("index-*.npy")
@@ -227,8 +226,6 @@ def test_a_missing_index_is_built_again_and_a_stale_one_is_not_used(shards, tmp_
 
 
 def test_a_damaged_image_is_named(shards, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     row, key = ShardSet(copy).rows[3], ShardSet(copy).key(3)
@@ -244,6 +241,91 @@ def test_a_damaged_image_is_named(shards, tmp_path):
             take(ImageStream(copy, batch_size=4, shuffle=False, workers=workers), 1)
         said[workers] = str(raised.value)
     assert said[0] == said[1], "no traceback of the worker in front of it"
+
+
+BAD = (3, 17, 18)
+
+
+@pytest.fixture(scope="module")
+def damaged(shards, tmp_path_factory):
+    """The set with three images that cannot be decoded, two of them neighbours."""
+    folder = tmp_path_factory.mktemp("damaged") / "out"
+    shutil.copytree(shards, folder)
+    rows = ShardSet(folder).rows
+    for image in BAD:
+        shard = folder / f"shard-{rows['shard'][image]:06d}.tar"
+        data, start = bytearray(shard.read_bytes()), int(rows["offset"][image])
+        data[start + 40 : start + 120] = bytes(80)
+        shard.write_bytes(data)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (4, 0), (1, 2)])
+def test_the_next_image_takes_the_place_of_an_unusable_one_for_any_reader(shards, damaged, world_size, workers):
+    settings = {"batch_size": 8, "seed": 5, "flip": True}
+    whole = join(take(ImageStream(shards, **settings), 16))
+    numbers = EpochOrder(NUM_IMAGES, 5).images(np.arange(128))
+    stand_in = np.array([{3: 4, 17: 19, 18: 19}.get(image, image) for image in numbers])
+    assert (stand_in != numbers).sum() > 6
+    good = join(list(iterate_once(shards, 8)))
+    pixels = good[0][stand_in]
+    mirrored = torch.from_numpy(flips(5, np.arange(128)))
+    pixels[mirrored] = pixels[mirrored].flip(-1)
+    ranks = [
+        ImageStream(damaged, **settings, max_bad=0.1, rank=r, world_size=world_size, workers=workers)
+        for r in range(world_size)
+    ]
+    batches = zip(*(take(rank, 16) for rank in ranks), strict=True)
+    found = join([batch for step in batches for batch in step])
+    assert same(found, [pixels, good[1][stand_in], whole[2]])
+    assert set().union(*(rank.bad for rank in ranks)) == set(BAD)
+    assert same([c[40:] for c in found], join(take(ImageStream(damaged, **settings, max_bad=0.1), 11, start=40)))
+
+
+def test_unusable_images_are_counted_and_named_once_also_after_a_resume(damaged, capsys):
+    settings = {"batch_size": NUM_IMAGES, "max_bad": 0.1}
+    first = ImageStream(damaged, **settings)
+    next(iter(first))
+    assert first.measured() == {"bad_images": 3.0}
+    next(iter(first))
+    said = " ".join(capsys.readouterr().err.split())
+    for image in BAD:
+        assert said.count(f"'{ShardSet(damaged).key(image)}'") == 1
+    second = ImageStream(damaged, **settings)
+    second.load_state_dict(first.state_dict())
+    assert second.measured() == {"bad_images": 3.0}
+    next(iter(second))
+    assert capsys.readouterr().err == ""
+    assert second.state_dict() == {**first.state_dict(), "images_seen": 3 * NUM_IMAGES}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_unusable_images_than_allowed_end_the_stream(damaged, workers):
+    key = ShardSet(damaged).key(3)
+    with pytest.raises(DataError, match=f"^image '{key}' of "):
+        take(ImageStream(damaged, batch_size=NUM_IMAGES, shuffle=False, workers=workers), 1)
+    stream = ImageStream(damaged, batch_size=NUM_IMAGES, shuffle=False, max_bad=0.05, workers=workers)
+    with pytest.raises(DataError, match=f"3 images cannot be used, but at most 2 may be bad .*'{key}'"):
+        take(stream, 1)
+    with pytest.raises(DataError, match=r"in \[0, 1\), not 1"):
+        ImageStream(damaged, batch_size=4, max_bad=1.0)
+
+
+def test_without_unusable_images_nothing_is_said_of_them(shards):
+    stream = ImageStream(shards, batch_size=8, max_bad=0.1)
+    next(iter(stream))
+    assert stream.measured() == {"bad_images": 0.0}
+    assert "bad" not in stream.state_dict()
+    assert ImageStream(shards, batch_size=8).measured() == {}
+
+
+def test_an_image_of_another_size_than_its_set_is_named(shards, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    manifest = copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"image_size": 16', '"image_size": 32'))
+    with pytest.raises(DataError, match="is 16x16, but its set is of 32 pixels"):
+        next(ImageStream(copy, batch_size=4).iterate())
 
 
 SIZES = [10, 7, 0, 12, 9, 30, 1, 1, 25] * 6

@@ -124,7 +124,7 @@ class Recipe(Generic[Experiment]):
         nowhere: dict[str, Any] = {"train": "", "validation": ""}
         if isinstance(config, PriorExperiment):
             return replace(config, out="", tokenizer="", data=replace(config.data, **nowhere))
-        data = replace(config.data, **nowhere, cache="", workers=0)
+        data = replace(config.data, **nowhere, cache="", workers=0, max_bad=0.0)
         if isinstance(config, RefinerExperiment):
             return replace(config, out="", tokenizer="", prior="", data=data)
         loss = replace(config.loss, perceptual_weights="")
