@@ -127,7 +127,7 @@ def pack(
             with packers as submit:
                 _write_shards(images, directory, journal, done, settings, submit, bad_allowed, progress)
             manifest = _manifest(settings, done, images.passed_over())
-            shards.build_index(directory, manifest)
+            manifest["index_sha256"] = shards.build_index(directory, manifest)
             write_json(directory / TIMES, {"times": files.times})
             write_json(directory / shards.MANIFEST, manifest)
             (directory / JOURNAL).unlink(missing_ok=True)
@@ -186,7 +186,7 @@ def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     path = directory / shards.MANIFEST
     if not path.is_file():
         return None
-    manifest = parse_manifest(path.read_bytes(), str(path), shards.FORMAT)
+    manifest = parse_manifest(path.read_bytes(), f"'{path}'", shards.FORMAT)
     (directory / JOURNAL).unlink(missing_ok=True)  # left behind if a pack was killed between its last two steps
     if difference := _difference(_with_times(manifest, directory), {**settings, "pillow": manifest["pillow"]}):
         raise DataError(f"'{directory}' already holds another set ({difference}): delete it or choose another folder")

@@ -4,24 +4,29 @@ The index gives the location of every image's bytes inside the tar files, so tha
 once, kept beside the shards, and mapped into memory: processes on one machine share its pages.
 """
 
+import contextlib
+import hashlib
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
 
-from scq.data.manifest import contents_fingerprint, parse_manifest, require_plain_name
-from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, open_storage
+from scq.data.arrays import is_intact, map_array
+from scq.data.manifest import IMAGES, MANIFEST, contents_fingerprint, parse_manifest
+from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, open_storage, with_retries
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write, cache_folder
+from scq.engine.files import atomic_write, cache_folder, write_file
 from scq.engine.references import shown
 
-MANIFEST, FORMAT = "manifest.json", "scq-images-1"
+FORMAT = IMAGES
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("label", "<u4")])
 LONGEST_NAME = 16384  # bytes; no file system allows a path that is longer than this when percent-encoded
+LONGEST_LABEL = 32  # bytes of a .cls member that are read
 
 
 def member_name(key: str) -> str:
@@ -48,27 +53,40 @@ def scan_shard(path: Path, shard: int) -> np.ndarray:
         rows (n,) of dtype ROW, in the order of the images.
 
     Raises:
-        DataError: the file cannot be read as a tar file.
+        DataError: the file cannot be read as a tar file of images and labels.
     """
+
+    def scan() -> np.ndarray:
+        try:
+            return np.array([tuple(row) for row in _members(path, shard)], ROW)
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise DataError(f"shard '{path}' is damaged ({error}): run `scq data check`") from error
+
+    return with_retries(scan, f"shard '{path}'")
+
+
+def _members(path: Path, shard: int) -> list[list[int]]:
+    """The values of ROW for each image of a shard."""
     rows: list[list[int]] = []
-    current, row, label = "", None, 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                name, suffix = member.name.rsplit(".", 1)
-                if name != current:
-                    current, row, label = name, None, 0
-                if suffix == "cls":
-                    label = int(tar.extractfile(member).read())
-                else:
-                    row = [member.offset_data, member.size, shard, 0]
-                    rows.append(row)
-                if row is not None:  # webdataset sorts members by suffix: the label may precede or follow the image
-                    row[3] = label
-                tar.members = []  # otherwise tarfile keeps every member, and memory grows with the shard
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(f"shard '{path}' cannot be read: {error}") from error
-    return np.array([tuple(row) for row in rows], ROW)
+    current, row, label, end = "", None, 0, 0
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            # Links and sparse files would lead elsewhere, or claim more bytes than there are.
+            if not member.isreg() or member.issparse() or member.offset_data < end or member.size < 0:
+                raise ValueError(f"at byte {member.offset} is no file that a pack writes")
+            end = member.offset_data + member.size
+            name, suffix = member.name.rsplit(".", 1)
+            if name != current:
+                current, row, label = name, None, 0
+            if suffix == "cls":
+                label = int(tar.extractfile(member).read(LONGEST_LABEL))
+            else:
+                row = [member.offset_data, member.size, shard, 0]
+                rows.append(row)
+            if row is not None:  # webdataset sorts members by suffix: the label may precede or follow the image
+                row[3] = label
+            tar.members = []  # otherwise tarfile keeps every member, and memory grows with the shard
+    return rows
 
 
 def index_name(manifest: dict[str, Any]) -> str:
@@ -76,32 +94,56 @@ def index_name(manifest: dict[str, Any]) -> str:
     return f"index-{contents_fingerprint(manifest)[:16]}.npy"
 
 
-def build_index(directory: Path, manifest: dict[str, Any]) -> Path:
+def build_index(directory: Path, manifest: dict[str, Any]) -> str:
     """Write the index of a packed set from its tar headers.
 
     Returns:
-        the path of the index.
+        the sha256 of its rows, which belongs into the manifest as ``index_sha256``.
 
     Raises:
-        DataError: a shard cannot be read, or does not hold as many images as its manifest says.
+        DataError: a shard cannot be read, or does not hold what its manifest says.
     """
-    path = directory / index_name(manifest)
-    with atomic_write(path) as file:
+    digest, expected = hashlib.sha256(), manifest.get("index_sha256")
+    with atomic_write(directory / index_name(manifest)) as file:
         header = {
             "descr": np.lib.format.dtype_to_descr(ROW),
             "fortran_order": False,
             "shape": (manifest["num_images"],),
         }
         np.lib.format.write_array_header_1_0(file, header)
-        for number, shard in enumerate(manifest["shards"]):
-            rows = scan_shard(directory / shard["name"], number)
-            if len(rows) != shard["images"]:
-                raise DataError(
-                    f"shard '{shard['name']}' holds {len(rows)} images, but its manifest says {shard['images']}: "
-                    "run `scq data check`"
-                )
-            file.write(rows.tobytes())
-    return path
+        for rows in _scanned(directory, manifest):
+            digest.update(rows)
+            file.write(rows)
+        if expected not in (None, digest.hexdigest()):
+            raise DataError(
+                f"the shards in '{directory}' hold other images than their manifest says: run `scq data check`"
+            )
+    return digest.hexdigest()
+
+
+def _scanned(directory: Path, manifest: dict[str, Any]) -> Iterator[bytes]:
+    """The rows of each shard, from its tar headers."""
+    for number, shard in enumerate(manifest["shards"]):
+        rows = scan_shard(directory / shard["name"], number)
+        if len(rows) != shard["images"]:
+            raise DataError(
+                f"shard '{shard['name']}' holds {len(rows)} images, but its manifest says {shard['images']}: "
+                "run `scq data check`"
+            )
+        yield rows.tobytes()
+
+
+def _check_rows(rows: np.ndarray, manifest: dict[str, Any]) -> bool:
+    """Whether the rows (N,) of an index lead to images within the shards, and to labels that have a name."""
+    classes, last = max(1, len(manifest["class_names"])), 0
+    for number, shard in enumerate(manifest["shards"]):
+        mine = rows[last : last + shard["images"]]
+        last += shard["images"]
+        ends = mine["offset"] + mine["length"]
+        inside = (mine["offset"] >= tarfile.BLOCKSIZE) & (ends <= shard["bytes"]) & (ends >= mine["offset"])
+        if not (inside & (mine["shard"] == number) & (mine["label"] < classes)).all():
+            return False
+    return True
 
 
 class ShardSet:
@@ -136,14 +178,15 @@ class ShardSet:
                 self.storage = self._kept
 
     def _read_manifest(self) -> dict[str, Any]:
-        if isinstance(self.storage, LocalStorage) and not (self.storage.directory / MANIFEST).is_file():
+        try:
+            text = self.storage.read(MANIFEST)
+        except DataError as error:
+            if not isinstance(self.storage, LocalStorage) or not isinstance(error.__cause__, FileNotFoundError):
+                raise
             unfinished = (self.storage.directory / "pack.jsonl").is_file()
             hint = "the pack was interrupted, run it again" if unfinished else "write it with `scq data pack`"
-            raise DataError(f"no packed images at '{shown(self.location)}' ({MANIFEST} is missing): {hint}")
-        manifest = parse_manifest(self.storage.read(MANIFEST), self.storage.describe(MANIFEST), FORMAT)
-        for shard in manifest["shards"]:
-            require_plain_name(shard["name"], self.storage.describe(MANIFEST))
-        return manifest
+            raise DataError(f"no packed images at '{shown(self.location)}' ({MANIFEST} is missing): {hint}") from error
+        return parse_manifest(text, self.storage.describe(MANIFEST), FORMAT)
 
     def __len__(self) -> int:
         return self.manifest["num_images"]
@@ -152,29 +195,49 @@ class ShardSet:
     def rows(self) -> np.ndarray:
         """The index (N,) of dtype ROW, memory-mapped read-only; built on first use if it is missing.
 
+        Its sha256 is that of the manifest. Sets that were packed by older versions have none there: then the shards
+        are read once, and it is written down beside the index. Of such a set behind a URL, only ranges are checked.
+
         Raises:
-            DataError: the index is damaged, or cannot be built.
+            DataError: the index is damaged or was altered, or cannot be built.
         """
         if self._rows is None:
-            path = self._index_path()
+            name = index_name(self.manifest)
+            if self._kept is not None:
+                path, expected = self._kept.fetch(name), self.manifest.get("index_sha256")
+            else:
+                path = self.storage.directory / name
+                expected = self._local_index(path)
             try:
-                rows = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError):
-                rows = np.empty(0)
-            if rows.dtype != ROW or len(rows) != len(self):
-                raise DataError(f"index '{path}' is damaged: delete it, and it will be rebuilt")
+                rows = map_array(path, ROW, (len(self),))
+                good = expected is None or is_intact(path, expected, rows.offset)
+            except DataError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise
+                good = False
+            if not good or not _check_rows(rows, self.manifest):
+                raise DataError(f"index '{path}' is damaged or was altered: delete it, and it will be rebuilt")
             self._rows = rows
         return self._rows
 
-    def _index_path(self) -> Path:
-        name = index_name(self.manifest)
-        if self._kept is not None:
-            return self._kept.fetch(name)
-        path = self.storage.directory / name
+    def _local_index(self, path: Path) -> str:
+        """Build the index of a local set if it is missing; returns the sha256 that its rows must have."""
+        noted, expected = path.with_suffix(".sha256"), self.manifest.get("index_sha256")
         try:
-            return path if path.is_file() else build_index(self.storage.directory, self.manifest)
+            if expected is None and noted.is_file():
+                expected = noted.read_text(errors="replace").strip()
+            if not path.is_file():
+                scanned = build_index(path.parent, self.manifest)
+            elif expected is None:
+                scanned = hashlib.sha256(b"".join(_scanned(path.parent, self.manifest))).hexdigest()
+            else:
+                return expected
         except OSError as error:
-            raise DataError(f"the index '{path}' is missing and cannot be written: {error.strerror}") from error
+            raise DataError(f"the index '{path}' cannot be built: {error.strerror}") from error
+        if "index_sha256" not in self.manifest:
+            with contextlib.suppress(OSError):  # where nothing can be written, the shards are read again next time
+                write_file(noted, scanned + "\n")
+        return scanned
 
     def read(self, image: int) -> bytes:
         """The encoded bytes of image number `image` (0 <= image < len)."""
@@ -197,10 +260,14 @@ class ShardSet:
         return [self._key(header, *location) for header, location in zip(headers, locations, strict=True)]
 
     def _key(self, header: bytes, shard: str, offset: int) -> str:
-        name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        try:
+            name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except tarfile.TarError as error:
+            raise DataError(f"{self.storage.describe(shard)} is damaged ({error}): run `scq data check`") from error
         if len(name) == 100:  # the header holds no more: the full name may be in the pax record before it
             before = self.storage.read_range(shard, max(0, offset - LONGEST_NAME), min(offset, LONGEST_NAME))
-            whole = [path.decode() for path in re.findall(rb" path=([^\n]+)\n", before)]
+            records = re.findall(rb" path=([^\n]+)\n", before)
+            whole = [path.decode("utf-8", "surrogateescape") for path in records]
             name = whole[-1] if whole and whole[-1].startswith(name) else name
         return key_of(name)
 

@@ -29,6 +29,7 @@ PROTOCOLS = ("file", "http", "https", "s3", "gs", "hf")
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts at a failing read
 OPEN_FILES = 64
 PIECE = 2**24
+LARGEST_MANIFEST = 2**28  # bytes; a tenth is enough for a thousand million images in shards of 10,000
 T = TypeVar("T")
 
 
@@ -92,7 +93,16 @@ class LocalStorage(Storage):
         self._descriptors: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
     def read(self, name: str) -> bytes:
-        return with_retries((self.directory / name).read_bytes, self.describe(name))
+        def whole() -> bytes:
+            try:
+                with (self.directory / name).open("rb") as file:
+                    if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
+                        raise DataError(f"{self.describe(name)} is larger than any manifest")
+                    return file.read()
+            except IsADirectoryError as error:
+                raise DataError(f"{self.describe(name)} is a folder, not a file") from error
+
+        return with_retries(whole, self.describe(name))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         def read() -> bytes:

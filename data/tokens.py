@@ -5,23 +5,37 @@ A shard is three plain files: the indices (n, views, h, w) as .npy, which is map
 tokenizer.
 """
 
+import errno
+import fcntl
+import hashlib
 import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from scq.data.manifest import contents_fingerprint, parse_manifest, require_plain_name
+from scq.data.arrays import is_intact, map_array, npy_bytes
+from scq.data.manifest import (
+    MANIFEST,
+    TOKENS,
+    contents_fingerprint,
+    parse_json,
+    parse_manifest,
+    token_dtype,
+)
 from scq.data.order import ResumableStream, create_order, rank_slice
+from scq.data.storage import LocalStorage, with_retries
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write, remove_leftovers, sha256_of, write_json
+from scq.engine.files import remove_leftovers, write_file, write_json
 from scq.engine.randomness import position_bits
 
-MANIFEST, FORMAT = "manifest.json", "scq-tokens-1"
+FORMAT = TOKENS
+LABEL = np.dtype("<i4")
+FILES = {"sha256": ".npy", "labels_sha256": ".labels.npy", "keys_sha256": ".keys.txt"}  # of a shard, by their digests
 IMAGES_PER_SHARD = 10_000
 OPEN_SHARDS = 512  # half the usual limit of open files per process
 
@@ -34,17 +48,13 @@ class TokenBatch(NamedTuple):
     positions: torch.Tensor  # int64 (b,)
 
 
-def token_dtype(codebook_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every index of the codebook."""
-    return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
-
-
 class TokenWriter:
     """Writes token shards and manifest.json below `out`, in the order of the write calls.
 
     With several processes, each writes its own part; the last to close joins the parts in rank order, as
     `iterate_once(rank=, world_size=)` reads them. To resume an interrupted run, the caller starts at num_written
-    (`iterate_once(..., start=writer.num_written)`).
+    (`iterate_once(..., start=writer.num_written)`). A part is locked from the beginning until `close`, and at once says
+    which tokens will be there, so that no other writer mixes in its own.
 
     Args:
         grid: (h, w) of the latents.
@@ -52,6 +62,7 @@ class TokenWriter:
         fingerprint: of the tokenizer.
         source: what was tokenized, in plain values; recorded in the manifest.
         num_classes: 0 if the set has no classes.
+        class_names: by label; empty if they have none.
         views: augmented views per image.
 
     Attributes:
@@ -59,7 +70,8 @@ class TokenWriter:
         complete: whether the whole set is on disk already.
 
     Raises:
-        DataError: `out` holds tokens of another tokenizer or with other settings, or is not writable.
+        DataError: `out` holds tokens of another tokenizer or with other settings, another process is writing there, it
+            is not writable, or what an interrupted run left there is damaged.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class TokenWriter:
         fingerprint: str,
         source: Any,
         num_classes: int,
+        class_names: Sequence[str] = (),
         views: int = 1,
         rank: int = 0,
         world_size: int = 1,
@@ -86,50 +99,129 @@ class TokenWriter:
             "grid": list(grid),
             "views": views,
             "num_classes": num_classes,
+            "class_names": list(class_names),
             "source": json.loads(json.dumps(source)),
         }
         self.dtype = token_dtype(codebook_size)
         self._pending: list[tuple[np.ndarray, np.ndarray, list[str]]] = []
         self._records: list[dict[str, Any]] = []
-        self._part = self.directory / f"part-{rank:04d}-of-{world_size:04d}.json"
+        self._part = self._part_of(rank)
+        self._locked: IO[bytes] | None = None
+        self.num_written = 0
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            self.complete = self._resume()
         except OSError as error:
-            raise DataError(f"cannot write tokens to '{out}': {error.strerror}") from error
-        self.complete = self._resume()
+            self._unlock()
+            raise self._cannot_write(error) from error
+        except DataError:
+            self._unlock()
+            raise
         self.num_written = sum(record["images"] for record in self._records)
 
+    def _part_of(self, rank: int) -> Path:
+        return self.directory / f"part-{rank:04d}-of-{self.world_size:04d}.json"
+
+    def _cannot_write(self, error: OSError) -> DataError:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += "; make room and run it again"
+        kept = f"; it will go on after {self.num_written} images" if self.num_written else ""
+        return DataError(f"cannot write tokens to '{self.directory}': {reason}{kept}")
+
     def _resume(self) -> bool:
-        """Read what an earlier run of this rank wrote; True if the whole set is complete."""
-        path = self.directory / MANIFEST
-        if path.is_file():
-            manifest = parse_manifest(path.read_bytes(), str(path), FORMAT)
-            self._refuse_other(manifest)
-            self._records = manifest["shards"]
+        """Claim this rank's part, and read what an earlier run wrote of it; True if the whole set is complete."""
+        if self._finished():
             return True
-        others = [
-            p.name for p in self.directory.glob("part-*.json") if not p.stem.endswith(f"-of-{self.world_size:04d}")
-        ]
-        if others:
-            raise DataError(
-                f"'{self.directory}' holds tokens of an interrupted run with another number of processes "
-                f"({others[0]}): run again with that number, or choose another folder"
-            )
-        if self.world_size == 1:
-            remove_leftovers(self.directory)
-        if self._part.is_file():
-            part = parse_manifest(self._part.read_bytes(), str(self._part), FORMAT)
+        self._lock()
+        if self._finished():  # by another process, just before we got the lock
+            self._unlock()
+            return True
+        claimed = self._part.is_file()
+        if claimed:
+            part = self._read(self._part)
             self._refuse_other(part)
             self._records = part["shards"]
+        elif stray := self._unclaimed():
+            raise DataError(f"'{self.directory}' holds tokens without a manifest ({stray} ...): choose another folder")
+        else:
+            self._save_part(finished=False)
+        try:
+            self._refuse_other_parts()
+        except DataError:
+            if not claimed:
+                self._part.unlink(missing_ok=True)
+            raise
+        for record in self._records:
+            _verify_shard(self.directory, record, "delete that folder, and run it again")
+        if self.world_size == 1:
+            remove_leftovers(self.directory)
         return False
 
+    def _unclaimed(self) -> str | None:
+        """The name of a file of tokens in a folder where no process has said whose they are."""
+        claimed = any(self.directory.glob("part-*.json"))
+        return None if claimed else min((path.name for path in self.directory.glob("tokens-*")), default=None)
+
+    def _finished(self) -> bool:
+        """Whether the set is complete; these are its settings then."""
+        path = self.directory / MANIFEST
+        if not path.is_file():
+            return False
+        manifest = parse_manifest(path.read_bytes(), f"'{path}'", FORMAT)
+        self._refuse_other(manifest)
+        self._records = manifest["shards"]
+        return True
+
+    def _read(self, part: Path) -> dict[str, Any]:
+        return parse_manifest(part.read_bytes(), f"'{part}'", FORMAT, part=True)
+
+    def _refuse_other_parts(self) -> None:
+        """Raise DataError if another process writes other tokens here, or has begun to."""
+        for path in sorted(self.directory.glob("part-*.json")):
+            if not path.stem.endswith(f"-of-{self.world_size:04d}"):
+                raise DataError(
+                    f"'{self.directory}' holds tokens of a run with another number of processes ({path.name}), which "
+                    "was interrupted or is still writing: run again with that number, or choose another folder"
+                )
+            if path != self._part:
+                self._refuse_other(self._read(path))
+
     def _refuse_other(self, found: dict[str, Any]) -> None:
-        changed = [key for key, value in self.settings.items() if found.get(key) != value]
+        # Sets of older versions have no names of classes.
+        changed = [
+            k for k, value in self.settings.items() if found.get(k, value if k == "class_names" else None) != value
+        ]
         if changed:
             said = ", ".join(f"{key} was {found.get(key)!r}, now {self.settings[key]!r}" for key in changed)
             raise DataError(
                 f"'{self.directory}' already holds other tokens ({said}): delete it or choose another folder"
             )
+
+    def _lock(self) -> None:
+        """Keep other writers from this rank's part until it is closed; the lock ends with the process in any case."""
+        path = self.directory / f".{self._part.stem}.lock"
+        lock = path.open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise DataError(
+                f"another process is writing tokens to '{self.directory}': wait for it, or choose another folder"
+            ) from error
+        if not path.is_file() or not os.path.samestat(
+            path.stat(), os.fstat(lock.fileno())
+        ):  # its last owner has just removed it
+            lock.close()
+            self._lock()
+            return
+        self._locked = lock
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            Path(self._locked.name).unlink(missing_ok=True)
+            self._locked.close()
+            self._locked = None
 
     def write(self, indices: torch.Tensor, labels: torch.Tensor, keys: Sequence[str]) -> None:
         """Append the tokens of some images.
@@ -140,7 +232,8 @@ class TokenWriter:
             keys: one for each image.
 
         Raises:
-            DataError: the shapes do not match the grid or each other, or an index is outside the codebook.
+            DataError: the shapes do not match the grid or each other, an index is outside the codebook, or the files
+                cannot be written.
         """
         h, w = self.settings["grid"]
         array = indices.detach().cpu().numpy()
@@ -156,7 +249,7 @@ class TokenWriter:
             )
         if not len(array):
             return
-        self._pending.append((array.astype(self.dtype), labels.cpu().numpy().astype("<i4"), list(keys)))
+        self._pending.append((array.astype(self.dtype), labels.cpu().numpy().astype(LABEL), list(keys)))
         while sum(len(group[0]) for group in self._pending) >= self.images_per_shard:
             self._write_shard(self.images_per_shard)
 
@@ -165,14 +258,17 @@ class TokenWriter:
         columns = list(zip(*self._pending, strict=True))
         indices, labels = np.concatenate(columns[0]), np.concatenate(columns[1])
         keys = [key for group in columns[2] for key in group]
-        stem = f"tokens-{self.rank:04d}-{len(self._records):06d}"
-        for name, array in ((f"{stem}.npy", indices), (f"{stem}.labels.npy", labels)):
-            with atomic_write(self.directory / name) as file:
-                np.save(file, array[:count], allow_pickle=False)
-        with atomic_write(self.directory / f"{stem}.keys.txt") as file:
-            file.writelines(json.dumps(key).encode() + b"\n" for key in keys[:count])
-        self._records.append({"name": stem, "images": count, "sha256": sha256_of(self.directory / f"{stem}.npy")})
-        self._save_part(finished=False)
+        record: dict[str, Any] = {"name": f"tokens-{self.rank:04d}-{len(self._records):06d}", "images": count}
+        lines = "".join(json.dumps(key) + "\n" for key in keys[:count])
+        contents = npy_bytes(indices[:count]), npy_bytes(labels[:count]), lines.encode()
+        try:
+            for (digest, suffix), content in zip(FILES.items(), contents, strict=True):
+                write_file(self.directory / f"{record['name']}{suffix}", content)
+                record[digest] = hashlib.sha256(content).hexdigest()
+            self._records.append(record)
+            self._save_part(finished=False)
+        except OSError as error:
+            raise self._cannot_write(error) from error
         self.num_written += count
         self._pending = [(indices[count:], labels[count:], keys[count:])] if len(indices) > count else []
 
@@ -180,31 +276,56 @@ class TokenWriter:
         write_json(self._part, {**self.settings, "finished": finished, "shards": self._records})
 
     def close(self) -> None:
-        """Write what is pending; the last rank to close also writes manifest.json, which completes the set."""
+        """Write what is pending; the last rank to close also writes manifest.json, which completes the set.
+
+        Raises:
+            DataError: the files cannot be written.
+        """
         if self.complete:
             return
         if self._pending:
             self._write_shard(sum(len(group[0]) for group in self._pending))
-        self._save_part(finished=True)
-        parts = [self.directory / f"part-{r:04d}-of-{self.world_size:04d}.json" for r in range(self.world_size)]
         try:
-            loaded = [parse_manifest(part.read_bytes(), str(part), FORMAT) for part in parts]
+            self._save_part(finished=True)
+            self.complete = self._join()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        finally:
+            self._unlock()
+
+    def _join(self) -> bool:
+        """Make one set of all parts if all are finished; whether the set is complete."""
+        parts = [self._part_of(rank) for rank in range(self.world_size)]
+        try:
+            loaded = [self._read(part) for part in parts]
         except FileNotFoundError:  # a rank has not started, or another has just joined the parts
-            self.complete = (self.directory / MANIFEST).is_file()
-            return
+            return (self.directory / MANIFEST).is_file()
         if not all(part["finished"] for part in loaded):
-            return
+            return False
+        for part in loaded:
+            self._refuse_other(part)
         records = [record for part in loaded for record in part["shards"]]
         total = sum(record["images"] for record in records)
         manifest = {**self.settings, "dtype": self.dtype.name, "num_images": total, "shards": records}
         write_json(self.directory / MANIFEST, manifest)
         for part in parts:
             part.unlink(missing_ok=True)
-        self.complete = True
+        return True
+
+
+def _verify_shard(directory: Path, record: dict[str, Any], advice: str) -> None:
+    """Raise DataError unless the files of a shard have the digests that its record gives."""
+    for digest, suffix in FILES.items():
+        path = directory / f"{record['name']}{suffix}"
+        if digest in record and not is_intact(path, record[digest]):
+            raise DataError(f"token shard '{path}' was changed: its sha256 is not that of the manifest; {advice}")
 
 
 class TokenDataset:
     """A finished set of tokens, memory-mapped.
+
+    Everything that can be wrong with it is found when it is opened: digests, shapes, ranges of codes and labels. That
+    reads every file once in a process, at about a gigabyte a second.
 
     Attributes:
         manifest: the parsed manifest.json.
@@ -214,6 +335,7 @@ class TokenDataset:
         views: augmented views of each image.
         num_images: N.
         num_classes: 0 if the set has no classes.
+        class_names: by label; empty if the set has no classes, or was written by a version that did not name them.
         labels: (N,) int64.
 
     Raises:
@@ -221,42 +343,53 @@ class TokenDataset:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.directory = Path(path).expanduser()
-        file = self.directory / MANIFEST
-        if not file.is_file():
-            raise DataError(f"no tokens at '{os.fspath(path)}' ({MANIFEST} is missing): write them with `scq tokenize`")
-        self.manifest = parse_manifest(file.read_bytes(), str(file), FORMAT)
+        storage = LocalStorage(path)
+        self.directory = storage.directory
+        try:
+            text = storage.read(MANIFEST)
+        except DataError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise DataError(
+                f"no tokens at '{os.fspath(path)}' ({MANIFEST} is missing): write them with `scq tokenize`"
+            ) from error
+        self.manifest = parse_manifest(text, storage.describe(MANIFEST), FORMAT)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.codebook_size, self.views = self.manifest["codebook_size"], self.manifest["views"]
         self.grid: tuple[int, int] = tuple(self.manifest["grid"])
         self.num_classes, self.num_images = self.manifest["num_classes"], self.manifest["num_images"]
+        self.class_names: tuple[str, ...] = tuple(self.manifest.get("class_names", ()))
         records = self.manifest["shards"]
         self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()  # least recently used first
-        for number in range(len(records)):
-            self._indices(number)  # a damaged shard fails now, not after hours
-        labels = [self._load(record, ".labels.npy") for record in records]
-        self.labels = np.concatenate([np.empty(0, "<i4"), *labels]).astype(np.int64)  # (N,)
+        self._labels = [self._verified(number) for number in range(len(records))]
+        self.labels = np.concatenate(self._labels).astype(np.int64)  # (N,)
         self._ends = np.cumsum([record["images"] for record in records])
+
+    def _verified(self, shard: int) -> np.ndarray:
+        """Make sure that a shard is sound: a damaged one fails now, not after hours. Returns its labels (n,)."""
+        record = self.manifest["shards"][shard]
+        codes = self._indices(shard)
+        labels = map_array(self.directory / f"{record['name']}.labels.npy", LABEL, (record["images"],))
+        _verify_shard(self.directory, record, "write the tokens again")
+        for what, values, count in (("codes", codes, self.codebook_size), ("labels", labels, max(1, self.num_classes))):
+            low, high = int(values.min()), int(values.max())
+            if low < 0 or high >= count:
+                raise DataError(
+                    f"token shard '{self.directory / record['name']}' has {what} from {low} to {high}, but they must "
+                    f"be from 0 to {count - 1}: write the tokens again"
+                )
+        return np.array(labels)
 
     def _indices(self, shard: int) -> np.ndarray:
         """The codes (n, views, h, w) of a shard, memory-mapped; each mapping keeps a file open."""
         if shard not in self._mapped:
-            self._mapped[shard] = self._load(self.manifest["shards"][shard], ".npy", mmap_mode="r")
+            record = self.manifest["shards"][shard]
+            path, shape = self.directory / f"{record['name']}.npy", (record["images"], self.views, *self.grid)
+            self._mapped[shard] = map_array(path, token_dtype(self.codebook_size), shape)
             if len(self._mapped) > OPEN_SHARDS:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(shard)
         return self._mapped[shard]
-
-    def _load(self, record: dict[str, Any], suffix: str, mmap_mode: str | None = None) -> np.ndarray:
-        require_plain_name(record["name"], f"'{self.directory / MANIFEST}'")
-        path = self.directory / f"{record['name']}{suffix}"
-        try:
-            array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"token shard '{path}' cannot be read: {error}") from error
-        if len(array) != record["images"]:
-            raise DataError(f"token shard '{path}' holds {len(array)} images, but its manifest says {record['images']}")
-        return array
 
     def __len__(self) -> int:
         return self.num_images
@@ -273,10 +406,18 @@ class TokenDataset:
         return torch.from_numpy(tokens)
 
     def keys(self) -> Iterator[str]:
-        """Yield the keys of all images in order."""
+        """Yield the keys of all images in order.
+
+        Raises:
+            DataError: a file of keys cannot be read, or holds anything but one key for each image.
+        """
         for record in self.manifest["shards"]:
-            with (self.directory / f"{record['name']}.keys.txt").open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+            path = self.directory / f"{record['name']}.keys.txt"
+            lines = with_retries(path.read_bytes, f"'{path}'").splitlines()
+            keys = [parse_json(line, f"'{path}'") for line in lines]
+            if len(keys) != record["images"] or not all(isinstance(key, str) for key in keys):
+                raise DataError(f"'{path}' does not hold one key for each of {record['images']} images")
+            yield from keys
 
 
 class TokenStream(ResumableStream):
@@ -296,6 +437,7 @@ class TokenStream(ResumableStream):
         grid: (h, w).
         num_images: N, the images of an epoch.
         num_classes: 0 if the set has no classes.
+        class_names: by label; empty if they have none.
         manifest: the parsed manifest.json.
         images_seen: images yielded so far, over all ranks.
         order_description: one line for the log on how the images are shuffled.
@@ -323,6 +465,7 @@ class TokenStream(ResumableStream):
         self.manifest, self.batch_size = self.dataset.manifest, batch_size
         self.codebook_size, self.grid = self.dataset.codebook_size, self.dataset.grid
         self.num_images, self.num_classes = self.dataset.num_images, self.dataset.num_classes
+        self.class_names = self.dataset.class_names
         self._order = create_order([shard["images"] for shard in self.manifest["shards"]], seed, shuffle)
         self.order_description = self._order.description
 

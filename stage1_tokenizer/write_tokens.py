@@ -56,6 +56,7 @@ def write_tokens(
         fingerprint=tokenizer.fingerprint(),
         source={"fingerprint": source.fingerprint},
         num_classes=len(source.manifest["class_names"]),
+        class_names=source.manifest["class_names"],
         views=views,
         rank=state.process_index,
         world_size=state.num_processes,

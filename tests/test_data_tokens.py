@@ -1,6 +1,9 @@
 """Token shards: what is written is read back, by any number of processes, from any interruption."""
 
+import errno
+import hashlib
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -213,6 +216,155 @@ def test_views_are_a_pure_function_of_image_number_and_view():
         shifts.add(found[0])
     assert len(shifts) > 25
     assert {shift[0] for shift in shifts} == {0, 1}
+
+
+@pytest.mark.parametrize("others", [{}, {"fingerprint": "beef"}, {"views": 2}, {"world_size": 2, "rank": 1}])
+def test_a_folder_that_is_being_written_is_refused_before_any_work(tmp_path, others):
+    first = writer(tmp_path)
+    write_all(first, tokens()[:12, 0])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"another process is writing|is still writing: run again with that number"):
+        writer(tmp_path, **others)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_all(first, tokens()[:, 0], 12)
+    first.close()
+    assert torch.equal(TokenDataset(tmp_path).read(np.arange(COUNT), np.zeros(COUNT, int)), tokens()[:, 0])
+
+
+def test_processes_of_another_tokenizer_cannot_join(tmp_path):
+    first = writer(tmp_path, rank=0, world_size=2)
+    with pytest.raises(DataError, match="fingerprint was 'f00d', now 'beef'"):
+        writer(tmp_path, rank=1, world_size=2, fingerprint="beef")
+    second = writer(tmp_path, rank=1, world_size=2)
+    for target, part in ((second, range(11, COUNT)), (first, range(11))):
+        write_all(target, tokens()[: part.stop, 0], part.start)
+        target.close()
+    assert len(TokenDataset(tmp_path)) == COUNT
+    assert not list(tmp_path.glob(".*"))
+
+
+def tokenize_slowly(out, fingerprint, codes, started, go_on):
+    target = writer(out, fingerprint=fingerprint)
+    started.set()
+    go_on.wait(60)
+    write_all(target, codes)
+    target.close()
+
+
+def test_of_two_tokenizers_at_once_one_is_refused_and_the_other_loses_nothing(tmp_path):
+    context = multiprocessing.get_context("fork")
+    started, go_on = context.Event(), context.Event()
+    first = context.Process(target=tokenize_slowly, args=(tmp_path, "f00d", tokens()[:, 0], started, go_on))
+    first.start()
+    assert started.wait(60)
+    with pytest.raises(DataError, match="another process is writing tokens"):
+        writer(tmp_path, fingerprint="beef")
+    go_on.set()
+    first.join(60)
+    assert first.exitcode == 0
+    assert TokenDataset(tmp_path).fingerprint == "f00d"
+    with pytest.raises(DataError, match="already holds other tokens"):
+        writer(tmp_path, fingerprint="beef")
+
+
+def test_tokens_that_nobody_claims_are_not_overwritten(tmp_path):
+    (tmp_path / "tokens-0000-000000.npy").write_bytes(b"somebody's")
+    with pytest.raises(DataError, match=r"holds tokens without a manifest \(tokens-0000-000000.npy ...\)"):
+        writer(tmp_path)
+    assert (tmp_path / "tokens-0000-000000.npy").read_bytes() == b"somebody's"
+
+
+def test_an_unfinished_set_whose_shard_was_changed_is_not_continued(tmp_path):
+    write_all(writer(tmp_path), tokens()[:12, 0])
+    labels = tmp_path / "tokens-0000-000001.labels.npy"
+    labels.write_bytes(labels.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(DataError, match=r"000001.labels.npy' was changed.*; delete that folder, and run it again"):
+        writer(tmp_path)
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 4, 9])
+def test_a_full_disk_is_named_and_leaves_nothing_half(tmp_path, monkeypatch, when):
+    """Python and numpy word it differently: 'No space left on device', and '9600 requested and 8128 written'."""
+    written = [0]
+
+    def fsync(_):
+        written[0] += 1
+        if written[0] > when:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(DataError, match=rf"cannot write tokens to '{tmp_path}': No space left on device; make room"):
+        write_all(writer(tmp_path), tokens()[:, 0])
+    assert not [path for path in tmp_path.iterdir() if ".tmp" in path.name]
+    monkeypatch.undo()
+    again = writer(tmp_path)
+    write_all(again, tokens()[:, 0], again.num_written)
+    again.close()
+    assert torch.equal(TokenDataset(tmp_path).read(np.arange(COUNT), np.zeros(COUNT, int)), tokens()[:, 0])
+
+
+def rewrite(path, array):
+    """Put another array into a token shard and its digest into the manifest."""
+    np.save(path, array)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    key = "labels_sha256" if ".labels" in path.name else "sha256"
+    manifest["shards"][0][key] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "dtype", "said"),
+    [
+        (".npy", 60000, "<u2", "has codes from .* to 60000, but they must be from 0 to 999"),
+        (".npy", 3, "<i2", "holds int16 of shape"),
+        (".npy", 3, "<f4", "holds float32 of shape"),
+        (".npy", 3, ">u2", "holds >u2 of shape"),
+        (".labels.npy", -1, "<i4", "has labels from -1 to"),
+        (".labels.npy", 3, "<i4", "has labels from .* to 3, but they must be from 0 to 2"),
+        (".labels.npy", 1, "<i8", "holds int64 of shape"),
+    ],
+)
+def test_what_is_no_code_or_label_is_refused_whatever_its_digest_says(written, suffix, value, dtype, said):
+    path, _ = written
+    file = path / f"tokens-0000-000000{suffix}"
+    array = np.load(file).astype(dtype)
+    array.flat[3] = value
+    rewrite(file, array)
+    with pytest.raises(DataError, match=said):
+        TokenDataset(path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".labels.npy", ".keys.txt"])
+def test_a_flipped_bit_is_found_when_the_set_is_opened(written, suffix):
+    path, _ = written
+    file = path / f"tokens-0000-000002{suffix}"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=f"000002{suffix}' was changed"):
+        TokenStream(path, batch_size=4)
+
+
+def test_a_set_is_read_once_in_a_process(written, monkeypatch):
+    path, _ = written
+    monkeypatch.setattr("scq.data.arrays._SETTLED", -1.0)
+    TokenDataset(path)
+    monkeypatch.setattr("hashlib.file_digest", None)
+    TokenDataset(path)
+
+
+def test_tokens_of_older_versions_are_read(written):
+    """They have no digests of labels and keys, and no names of classes."""
+    path, indices = written
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["class_names"]
+    for shard in manifest["shards"]:
+        del shard["labels_sha256"], shard["keys_sha256"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    dataset = TokenDataset(path)
+    assert torch.equal(dataset.read(np.arange(COUNT), np.zeros(COUNT, int)), indices[:, 0])
+    assert (dataset.num_classes, dataset.class_names) == (3, ())
+    assert writer(path, views=4, class_names=["a", "b", "c"]).complete
 
 
 def write_rank(out, rank, world_size, die_after):

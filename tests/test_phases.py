@@ -417,12 +417,12 @@ def test_a_trainings_config_counts(file: str, text: str, expected: set[str], fin
 # Where something lies, who reads it, and what chooses a best checkpoint that a benchmark does not take.
 WITHOUT_A_SAY = {
     TokenizerExperiment: {
-        *("out", "data.train", "data.validation", "data.cache", "data.workers", "loss.perceptual_weights"),
-        *("score.images", "score.inception_weights"),
+        *("out", "data.train", "data.validation", "data.cache", "data.workers", "data.max_bad"),
+        *("loss.perceptual_weights", "score.images", "score.inception_weights"),
     },
     PriorExperiment: {"out", "tokenizer", "data.train", "data.validation"},
     RefinerExperiment: {
-        *("out", "tokenizer", "prior", "data.train", "data.validation", "data.cache", "data.workers"),
+        *("out", "tokenizer", "prior", "data.train", "data.validation", "data.cache", "data.workers", "data.max_bad"),
     },
 }
 
