@@ -49,7 +49,7 @@ def add_data(commands: Any) -> None:
 
 def _pack(options: argparse.Namespace) -> None:
     from scq.data.pack import pack
-    from scq.data.transforms import HEIF_SUFFIXES
+    from scq.data.sources import in_words
     from scq.engine.progress import progress_bar
 
     with progress_bar("pack") as bar:
@@ -70,9 +70,7 @@ def _pack(options: argparse.Namespace) -> None:
     named = f", {bad} unusable images skipped (named in manifest.json)" if bad else ""
     print(f"{options.out}: {manifest['num_images']} images in {len(manifest['shards'])} shards{named}")
     if passed_over := manifest.get("passed_over"):  # sets that were packed before do not say
-        print(f"passed over: {', '.join(f'{count} {kind}' for kind, count in passed_over.items())}")
-        if not HEIF_SUFFIXES and {".heic", ".heif", ".hif"} & passed_over.keys():
-            print("pip install 'scq[heif]' reads what phones save as .heic; then pack into another folder")
+        print(f"passed over: {in_words(passed_over)}")
 
 
 def _check(options: argparse.Namespace) -> None:

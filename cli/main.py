@@ -63,6 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         print(f"scq: {' '.join(named.split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        # torch raises it from a signal's handler, wherever this process happens to be.
+        if "DataLoader worker" not in str(error) or "debug" in options:
+            raise
+        why = "memory or /dev/shm ran out, perhaps: run it again with a smaller data.workers"
+        print(f"scq: a process that reads data was killed; {why}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("scq: interrupted; run the same command again to continue", file=sys.stderr)
         return 130

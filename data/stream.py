@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import multiprocessing
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -163,6 +164,16 @@ class _Batches(Dataset):
         return batch, {image: bad[image] for image in images.tolist() if image in bad} if bad else {}
 
 
+def _processes_can_share() -> bool:
+    """Whether processes can share a lock, as loader workers must; if not, say so."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:  # a container without /dev/shm, for one
+        say(f"images are read in one process, because several cannot share a lock on this machine: {error}")
+        return False
+    return True
+
+
 class ImageStream(ResumableStream):
     """An endless stream of image batches in one global order.
 
@@ -235,7 +246,7 @@ class ImageStream(ResumableStream):
     def iterate(self, start_image: int = 0) -> Iterator[Batch]:
         """Endless batches of this rank from a position in the global sequence on; independent of images_seen."""
         starts = itertools.count(start_image, self.batch_size)
-        if self.workers == 0:
+        if self.workers == 0 or not _processes_can_share():
             return map(self._received, map(self._batches.__getitem__, starts))
         # Without a generator of its own, the loader would draw a seed from torch's global one, and reading data would
         # change the random numbers of a training run.

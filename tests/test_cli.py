@@ -209,6 +209,15 @@ def test_output_that_nobody_takes_ends_in_no_traceback(emoji: dict[str, Path]) -
     assert re.fullmatch(rb"scq: .*No space left on device\n", done.stderr)
 
 
+def test_a_killed_loader_worker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fail(out: str) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+
+    monkeypatch.setattr("scq.data.check.check", fail)
+    assert main(["data", "check", "shards"]) == 2
+    assert re.fullmatch("scq: a process that reads data was killed; .*data.workers\n", capsys.readouterr().err)
+
+
 def test_packing_ordinary_photos_from_the_command_line(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for name, size in (("beach/a.jpg", (90, 60)), ("beach/b.png", (64, 64)), ("town/c.webp", (50, 120))):

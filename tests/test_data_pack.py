@@ -375,14 +375,18 @@ def test_what_is_passed_over_is_said(readable, folder, tmp_path, monkeypatch, ca
         (folder / "cats" / f"IMG_{number}.xcf").write_text("no image for us")
     (folder / "dogs" / "IMG_1.heic").write_text("")
     monkeypatch.setattr("scq.data.source.IMAGE_SUFFIXES", IMAGE_SUFFIXES - {".heic"})
-    monkeypatch.setattr("scq.data.transforms.HEIF_SUFFIXES", {".heic"} if readable else frozenset())
+    monkeypatch.setattr("scq.data.sources.HEIF_SUFFIXES", {".heic"} if readable else frozenset())
     command = ["data", "pack", str(folder), str(tmp_path / "out"), "--format", "folder", "--size", "32"]
     for _ in range(2):  # once more, when nothing is left to do
         assert main(command) == 0
         words = capsys.readouterr().out
-        assert "41 images in 1 shards\npassed over: 1 .heic, 5 .xcf\n" in words
+        assert "41 images in 1 shards\npassed over: 1 .heic, 5 .xcf" in words
         assert ("pip install 'scq[heif]'" in words) == (not readable)
     assert ShardSet(tmp_path / "out").manifest["passed_over"] == {".heic": 1, ".xcf": 5}
+    for file in folder.rglob("photo.*"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"no images found in .*; passed over: 1 .heic, 5 .xcf"):
+        packed(folder, tmp_path / "none")
 
 
 def test_one_image_smaller_than_the_crop_gives_one_clear_line(tmp_path):

@@ -1,5 +1,6 @@
 """The global sequence with real processes: ranks, loader workers, and a kill -9 in the middle of an epoch."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -126,3 +127,14 @@ def test_memory_stays_flat_over_epochs(shards):
     measured = [here.recv() for _ in range(4)]
     process.join()
     assert measured[3] - measured[0] < 1024, measured
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_without_shared_locks_this_process_reads(shards, monkeypatch, capsys):
+    def refuse():
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(multiprocessing, "Lock", refuse)
+    batches = itertools.islice(stream(shards, True, workers=2).iterate(), BATCHES)
+    assert [line for batch in batches for line in digests(batch)] == sequence(shards)
+    assert "images are read in one process" in capsys.readouterr().err
