@@ -27,6 +27,7 @@ import PIL
 from PIL import Image
 
 from scq.data import shards
+from scq.data.image_files import open_image
 from scq.data.manifest import parse_manifest
 from scq.data.source import Entry, Source
 from scq.data.sources import open_source
@@ -266,7 +267,7 @@ def _pack_entries(source: Source, crop: str, size: int | None, keep: bool, entri
         except MemoryError as error:
             raise DataError(f"packing stopped at '{entry.key}': memory ran out; {FEWER_WORKERS}") from error
         if keep and isinstance(loaded, bytes):
-            suffix = (Image.open(io.BytesIO(loaded)).format or "img").lower()
+            suffix = (open_image(loaded).format or "img").lower()
             packed.append((entry, "jpg" if suffix == "jpeg" else suffix, loaded, image.size))
         else:
             buffer = io.BytesIO()

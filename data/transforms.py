@@ -4,13 +4,13 @@ FID depends on how images were cropped and resized, so the protocol is part of e
 here names the code that it reproduces, and the manifest of every packed set records its protocol.
 """
 
-import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, ImageOps
 
+from scq.data.image_files import is_unsigned, open_image, to_eight_bits, to_srgb
 from scq.engine.errors import BadImage, DataError
 
 try:
@@ -32,43 +32,44 @@ class Protocol(NamedTuple):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any image that Pillow opens to upright 8-bit RGB.
+    """Convert any image that Pillow opens to upright 8-bit sRGB.
 
-    EXIF rotation is applied. Transparency (an alpha channel, or a transparent colour) is composited on white. 16-bit
-    greyscale is scaled by 1/257, so that 65535 becomes 255; Pillow alone would clip it. Only the first frame of an
-    animation is read.
+    EXIF rotation is applied. Colours are converted from the image's profile (see `to_srgb`), and greys of more than 8
+    bits are scaled (see `to_eight_bits`). Transparency (an alpha channel, or a transparent colour) is composited on
+    white. Only the first frame of an animation is read.
 
     Raises:
-        BadImage: the samples are 32-bit floats, whose range no file format states.
-        OSError and others: Pillow cannot decode the pixels.
+        BadImage: the pixels cannot be decoded; the message gives the decoder's reason.
     """
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise BadImage("32-bit float samples have no stated range; convert the image to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow opens 16-bit PGM, and before version 11 also 16-bit PNG, as the 32-bit mode "I".
-        samples = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((samples + 128) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    with _readable():
+        image.load()
+        unsigned = is_unsigned(image)
+        image = to_srgb(to_eight_bits(ImageOps.exif_transpose(image), unsigned))
+        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def decode(encoded: bytes | Image.Image) -> Image.Image:
-    """Encoded bytes (or an open image) -> upright 8-bit RGB image.
+    """Encoded bytes (or an open image) -> upright 8-bit sRGB image.
 
     Raises:
-        BadImage: it cannot be decoded; the message gives the decoder's reason.
+        BadImage: it cannot be decoded, or only with far too much work; the message gives the reason.
     """
+    with _readable():
+        return to_rgb(encoded if isinstance(encoded, Image.Image) else open_image(encoded))
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn whatever a decoder raises into BadImage."""
     try:
-        image = Image.open(io.BytesIO(encoded)) if isinstance(encoded, bytes | bytearray | memoryview) else encoded
-        return to_rgb(image)
+        yield
     except (BadImage, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        raise BadImage(f"not an image Pillow can identify ({len(encoded)} bytes)") from None
+        raise BadImage("not an image of a known format") from None
     except Exception as error:
         # On broken files, Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more.
         # Whatever it is, the image cannot be used, and the decoder's error is the reason.

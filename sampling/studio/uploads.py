@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,24 @@ import gradio as gr
 from gradio.data_classes import FileData, ImageData
 from PIL import ExifTags, Image, ImageOps
 
+from scq.data.image_files import open_image
 from scq.data.transforms import to_rgb
 from scq.engine.errors import BadImage
 
 LARGEST_BYTES = 20_000_000  # of one file, however it arrives: gradio itself limits uploads, but not data in a request
 LARGEST_PIXELS = 40_000_000  # of one picture; a few kilobytes of PNG can hold gigabytes of pixels
-# Those formats of the data room whose header says how large the picture is. The headers of containers of other files
-# (ICO, ICNS) may be wrong, and EPS would start another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "TGA", "JPEG2000")
 
 
 def open_bounded(encoded: bytes) -> Image.Image:
     """Open a picture, reading only its header.
 
     Raises:
-        BadImage: it has more than LARGEST_BYTES or LARGEST_PIXELS.
+        BadImage: it has more than LARGEST_BYTES or LARGEST_PIXELS, or decoding it would take far too much work.
         UnidentifiedImageError and others: it is not a picture that Pillow can read.
     """
     if len(encoded) > LARGEST_BYTES:
         raise BadImage(f"This file has {len(encoded) / 1e6:.0f} MB; at most {LARGEST_BYTES // 10**6} MB are accepted.")
-    Image.init()
-    picture = Image.open(BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
+    picture = open_image(encoded)
     if picture.width * picture.height > LARGEST_PIXELS:
         raise BadImage(
             f"This image has {picture.width} x {picture.height} pixels; at most {LARGEST_PIXELS // 10**6} million are "
