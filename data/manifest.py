@@ -47,6 +47,19 @@ def _is_names(value: Any) -> bool:
     return texts and len(set(value)) == len(value)
 
 
+def _is_files(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"bytes", "names_and_sizes"}
+        and type(value["bytes"]) is int
+        and _SHA256.holds(value["names_and_sizes"])
+    )
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(count) is int and count > 0 for count in value.values())
+
+
 _TEXT = _Rule("text", lambda v: isinstance(v, str))
 _SHA256 = _Rule("a sha256 in hexadecimal", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None)
 _NAMES = _Rule("a list of different names", _is_names)
@@ -60,6 +73,9 @@ _SCHEMAS: dict[str, dict[str, Any]] = {
         "image_size": _or_null(_whole(1, 2**16)),
         "pillow": _TEXT,
         "skipped": [{"key": _TEXT, "reason": _TEXT}],
+        # Sets that were packed before lack these two.
+        "source_files": _optional(_Rule("the bytes of the source's files, and a sha256", _is_files)),
+        "passed_over": _optional(_Rule("counts by kind", _is_counts)),
         "index_sha256": _optional(_SHA256),  # of the index's rows; sets that were packed before lack it
         "shards": [{**_SHARD, "bytes": _whole()}],
     },

@@ -344,6 +344,20 @@ def test_a_set_packed_before_files_were_known_is_still_taken(folder, tmp_path):
     assert packed(folder, tmp_path / "out") == manifest
 
 
+@pytest.mark.parametrize("wrong", [3, [], {}, {"bytes": 1}, {"bytes": "1", "names_and_sizes": "x"}, {".x": "1"}])
+@pytest.mark.parametrize("name", ["source_files", "passed_over"])
+def test_a_manifest_with_wrong_files_is_one_line(name, wrong, folder, tmp_path):
+    manifest = packed(folder, tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps({**manifest, name: wrong}))
+    if (name, wrong) == ("passed_over", {}):
+        assert packed(folder, tmp_path / "out") == manifest
+    elif (name, wrong) == ("passed_over", {"bytes": 1}):
+        assert packed(folder, tmp_path / "out")["passed_over"] == wrong
+    else:
+        with pytest.raises(DataError, match=f"says that {name} is"):
+            packed(folder, tmp_path / "out")
+
+
 def test_an_installed_package_may_be_installed_again(tmp_path, monkeypatch):
     settings = {"format": "emoji", "split": "test", "size": 8}
     first = packed("twemoji", tmp_path / "out", **settings)
