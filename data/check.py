@@ -11,7 +11,7 @@ from scq.data.shards import ShardSet, index_name, scan_shard
 from scq.data.storage import LocalStorage, Storage
 from scq.data.transforms import decode
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write
+from scq.engine.files import atomic_write, make_folder
 
 
 def check(out: str | os.PathLike) -> list[str]:
@@ -87,7 +87,7 @@ def preview(out: str | os.PathLike, png_path: str | os.PathLike, columns: int = 
         sheet.paste(image, (2 + i % columns * (cell + 2), 2 + i // columns * (cell + 2)))
     try:
         path = Path(png_path).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with atomic_write(path) as file:
             sheet.save(file, "PNG")
     except OSError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from scq.data.lmdb_file import LmdbFile
 from scq.data.source import Entry, Source, existing_directory
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write
+from scq.engine.files import atomic_write, make_folder
 
 LARGEST_RATIO = 100  # of unpacked to packed bytes; encoded images hardly shrink
 
@@ -42,7 +42,7 @@ def unpack(archive: Path) -> Path:
             if free < member.file_size:
                 needed = f"{member.file_size:,} bytes on its disk, but only {free:,} are free"
                 raise DataError(f"unpacking '{archive}' needs {needed}")
-            folder.mkdir(exist_ok=True)
+            make_folder(folder)
             with opened.open(member) as packed, atomic_write(target) as file:
                 shutil.copyfileobj(packed, file, 2**20)
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError) as error:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write, sha256_of
+from scq.engine.files import atomic_write, make_folder, sha256_of
 from scq.engine.references import HIDDEN, shown, without_urls
 
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "hf")
@@ -235,7 +235,7 @@ class CachedStorage(Storage):
         """The local path of the file, which is fetched first if it is not there yet."""
         path = self.local.directory / name
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             with only_one_process(path.with_name(f"{name}.lock")):
                 if not path.is_file():
                     with_retries(lambda: self._download(name, path), self.remote.describe(name))

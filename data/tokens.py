@@ -30,7 +30,7 @@ from scq.data.manifest import (
 from scq.data.order import ResumableStream, create_order, rank_slice
 from scq.data.storage import LocalStorage, with_retries
 from scq.engine.errors import DataError
-from scq.engine.files import remove_leftovers, write_file, write_json
+from scq.engine.files import make_folder, remove_leftovers, write_file, write_json
 from scq.engine.randomness import position_bits
 
 FORMAT = TOKENS
@@ -109,7 +109,7 @@ class TokenWriter:
         self._locked: IO[bytes] | None = None
         self.num_written = 0
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self.directory)
             self.complete = self._resume()
         except OSError as error:
             self._unlock()

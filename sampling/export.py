@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from scq.engine.files import refuse_to_replace, replaced_model
+from scq.engine.folders import refuse_to_replace, replaced_model
 from scq.sampling.pipeline import SoftConvexPipeline
 from scq.stage1_tokenizer.model_folder import MODEL_CLASSES
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from diffusers.models.modeling_utils import ModelMixin
 
 from scq.engine.errors import UserError
-from scq.engine.files import replaced_model, write_json
+from scq.engine.files import write_json
+from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, from_plain, to_plain
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 
@@ -66,7 +67,9 @@ def load_tokenizer(path: Path | str) -> ImageTokenizer:
     """
     folder = find_tokenizer(path)
     try:
-        return ImageTokenizer.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        return read_unmixed(
+            folder, lambda: ImageTokenizer.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+        )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{folder} cannot be loaded as a tokenizer: {str(error).splitlines()[0]}") from error
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+
 from scq.engine.errors import UserError
-from scq.engine.files import replaced_model, write_file, write_json
+from scq.engine.files import write_file, write_json
+from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, to_plain
 from scq.stage1_tokenizer.model_folder import MEASURED, MODEL_CLASSES, load_tokenizer, read_measured
 from scq.stage2_prior.model import Model
@@ -49,15 +52,21 @@ def model_root(folder: Path) -> Path | None:
 
 
 def load_model(root: Path) -> tuple[Model, Measured]:
-    """The model in ``root``, and what was measured of it.
+    """The model in ``root``, and what was measured of it: all of one model, even while another one replaces it.
 
     Raises:
         UserError: a component cannot be loaded.
     """
+    return read_unmixed(root, lambda: _load(root))
+
+
+def _load(root: Path) -> tuple[Model, Measured]:
     tokenizer = load_tokenizer(root / "tokenizer")
     try:
         prior = MaskedTransformer.from_pretrained(root / "prior", **_LOCAL).eval()
-        refiner = ConvexRefiner.from_pretrained(root / "refiner", **_LOCAL) if (root / "refiner").is_dir() else None
+        # Not wherever there is a folder: a user's own files may be left in that of a refiner that is gone.
+        refines = any((root / "refiner" / name).exists() for name in ("config.json", SAFETENSORS_WEIGHTS_NAME))
+        refiner = ConvexRefiner.from_pretrained(root / "refiner", **_LOCAL) if refines else None
         scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

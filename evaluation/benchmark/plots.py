@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scq.engine.files import atomic_write
+from scq.engine.files import atomic_write, make_folder
 from scq.engine.pictures import picture_grid
 from scq.evaluation.benchmark.results import ArmResult, Curve
 from scq.evaluation.pictures import TITLE_HEIGHT, save_picture, stacked_rows, write_title
@@ -34,7 +34,7 @@ Runs = dict[str, list[ArmResult]]  # by the arm's name, one for each seed
 
 def save_images(path: Path, images: torch.Tensor) -> None:
     """Keep uint8 images (N, 3, H, W) for the report, as one PNG of H x (N W) pixels."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     strip = images.cpu().permute(2, 0, 3, 1).flatten(1, 2)  # (H, N W, 3)
     save_picture(Image.fromarray(strip.numpy()), path)
 
