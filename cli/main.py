@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from scq.cli import benchmark, data, generate, measure, train
 from scq.cli.common import Parser
 from scq.engine.errors import UserError
+from scq.engine.files import FULL
 from scq.engine.memory import keep_freed_memory
 
 DESCRIPTION = """\
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         # A file that cannot be read or written, or a full disk: a traceback would explain nothing.
         named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        if getattr(error, "errno", None) in FULL:
+            named += "; make room, and run the same command again"
         print(f"scq: {' '.join(named.split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -41,6 +41,10 @@ _NO_LINK = frozenset([errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errn
 _JUST_MADE = 60.0  # seconds in which a temporary folder may not be locked yet by the process that makes it
 
 
+class _UnwrittenModel(UserError):
+    """The files of a model cannot be written; the cause is the error of the system."""
+
+
 @contextmanager
 def atomic_folder(folder: Path, keeps: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill, which replaces ``folder`` if the block succeeds.
@@ -96,12 +100,13 @@ def replaced_model(folder: Path | str, classes: Collection[str]) -> Iterator[Pat
     try:
         with atomic_folder(folder, keeps=_is_a_users) as fresh:
             yield fresh
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, _UnwrittenModel) as error:
+        cause = error.__cause__ if isinstance(error, _UnwrittenModel) else error  # of a model in the fresh folder
         left = "the model that was there is untouched" if folder.exists() else "nothing was left there"
-        raise UserError(
-            f"the model {folder} cannot be written ({reason_of(error)}): {left}; make room or name another folder, and "
+        raise _UnwrittenModel(
+            f"the model {folder} cannot be written ({reason_of(cause)}): {left}; make room or name another folder, and "
             "run again"
-        ) from error
+        ) from cause
 
 
 def refuse_to_replace(folder: Path | str, classes: Collection[str]) -> None:

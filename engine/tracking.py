@@ -14,7 +14,7 @@ from PIL import Image
 from scq.engine.checkpoint import whole_checkpoints
 from scq.engine.config import as_dict, load_config, save_config
 from scq.engine.errors import UserError
-from scq.engine.files import atomic_write, write_file
+from scq.engine.files import atomic_write, make_folder, named_when_full, reason_of, write_file
 
 # Settings that may differ between the run that wrote a folder and the one that resumes it. The paths of data and
 # networks may change: when a checkpoint is restored, fingerprints show whether they are still the same.
@@ -56,10 +56,17 @@ class RunFolder:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line to metrics.jsonl and pass the values to the tracker, if one is on."""
-        self.accelerator.log(values, step=step)
+        self._track(step, values)
+        path = self.path / "metrics.jsonl"
         if self.is_main:
-            with (self.path / "metrics.jsonl").open("a") as file:
+            with named_when_full(path), path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def log_more(self, step: int, values: dict[str, float]) -> None:
+        """Add values to the line of a step that is logged already."""
+        self._track(step, values)
+        if self.is_main:
+            self._rewrite([row | values if row["step"] == step else row for row in read_metrics(self.path)])
 
     def begin(self, step: int) -> None:
         """Save the config, and open the logs for the steps after ``step``.
@@ -67,11 +74,10 @@ class RunFolder:
         Lines that a killed run logged after that step are dropped, so that no step appears twice.
         """
         if self.is_main:
-            (self.path / "images").mkdir(parents=True, exist_ok=True)
+            make_folder(self.path / "images")
             save_config(self._config, self.path / "config.yaml")
         if self.is_main and (self.path / "metrics.jsonl").is_file():
-            kept = [json.dumps(row) for row in read_metrics(self.path) if row["step"] <= step]
-            write_file(self.path / "metrics.jsonl", "".join(line + "\n" for line in kept))
+            self._rewrite([row for row in read_metrics(self.path) if row["step"] <= step])
         tracker = self._config.training.tracker
         if tracker == "tensorboard":
             # Set here because make_accelerator does not know the run folder. The project's name is a folder in it.
@@ -85,6 +91,18 @@ class RunFolder:
         if self.is_main:
             with atomic_write(self.path / "images" / f"{name}.png") as file:
                 image.save(file, format="PNG")
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        try:
+            self.accelerator.log(values, step=step)
+        except OSError as error:  # of a tracker's own files
+            raise UserError(
+                f"training.tracker={self._config.training.tracker} cannot write to {self.path} ({reason_of(error)}); "
+                "make room, or set training.tracker=none, and run again"
+            ) from error
+
+    def _rewrite(self, rows: list[dict]) -> None:
+        write_file(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def _wandb_settings(self) -> dict:
         """A name that people recognise, the resolved config, and an id under which a resumed run continues."""
@@ -101,7 +119,7 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Keep other processes from training in this folder until this one ends or has finished training."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         self._locked = (self.path / ".lock").open("ab")
         try:
             # A POSIX record lock: unlike flock's, data workers that outlive a killed process do not hold it.
@@ -143,14 +161,17 @@ def _saved_settings(run: Path, schema: type) -> dict[str, Any] | None:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl, without a last line that was cut short when the run was killed."""
+    """The rows of a run's metrics.jsonl up to the first that is damaged, such as one that a kill cut short."""
     rows = []
     path = run / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 

@@ -1,8 +1,11 @@
 """What tests call: the command line as a user runs it, and a tiny experiment."""
 
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -12,6 +15,17 @@ def run_scq(*arguments: object, timeout: float = 300) -> subprocess.CompletedPro
     """The command line in a process of its own, as a user calls it."""
     command = [sys.executable, "-m", "scq", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A disk that is full once a file has so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def launcher(processes: int) -> list[str]:

@@ -1,12 +1,12 @@
 """What is done about a checkpoint that cannot be written or read."""
 
 import json
-import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import files_of_at_most
 from torch import nn
 
 from scq.engine.checkpoint import Checkpoints
@@ -20,13 +20,9 @@ def checkpoints(tmp_path: Path) -> Checkpoints:
 
 def test_a_full_disk_is_named_and_left_as_it_was(checkpoints: Checkpoints) -> None:
     checkpoints.save(1)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # a third of what the weights need
-    try:
-        with pytest.raises(UserError, match=r"step_00000002 cannot be written .* resumes from .*step_00000001"):
-            checkpoints.save(2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refused = pytest.raises(UserError, match=r"step_00000002 cannot be written .* resumes from .*step_00000001")
+    with files_of_at_most(100_000), refused:  # a third of what the weights need
+        checkpoints.save(2)
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step_00000001"]
     assert checkpoints.restore()["step"] == 1
 
