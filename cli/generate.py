@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from scq.cli.common import add_model, command, device, make_folder, port_number, positive
@@ -85,13 +87,33 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def add_app(commands: Any) -> None:
-    parser = command(commands, "app", _app, "serve a Gradio page for generating, editing and inspecting images")
-    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
-    parser.add_argument("--port", type=port_number, default=7860, help="port to listen on")
-    parser.add_argument(
-        "--auth", type=_user_and_password, metavar="USER:PASSWORD", help="ask users for this name and password"
+    parser = command(
+        commands,
+        "app",
+        _app,
+        "serve a Gradio page for generating, editing and inspecting images",
+        "With --auth-file or the environment variable SCQ_AUTH, both USER:PASSWORD, it asks users for that name and "
+        "password.",
+        keep_freed_memory=False,
     )
+    add_model(parser, "a model that 'scq train prior' or 'scq quickstart' wrote", embedded=True)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network, :: to IPv6, too"
+    )
+    parser.add_argument("--port", type=port_number, default=7860, help="port to listen on")
+    login = parser.add_mutually_exclusive_group()
+    login.add_argument("--auth-file", type=Path, metavar="FILE", help="file whose first line is USER:PASSWORD")
+    login.add_argument(
+        "--auth", metavar="USER:PASSWORD", help="the same, for tests: everybody on this machine can see it (ps)"
+    )
+    parser.add_argument(
+        "--root-path", type=_root_path, default="", metavar="PATH",
+        help="where a proxy in front has the page: /scq, or better the whole address, https://example.org/scq",
+    )  # fmt: skip
+    parser.add_argument(
+        "--name", action="append", default=[], metavar="NAME",
+        help="a further host name that users call this server by; others are refused; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--max-batch", type=positive, default=64, help="the most images one request may draw")
     parser.add_argument(
         "--results", type=Path, action="append", default=[], metavar="FOLDER",
@@ -100,6 +122,7 @@ def add_app(commands: Any) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
+    auth = _login(options)
     from scq.sampling.app import build_page, serve
     from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
     from scq.sampling.studio.results import find_reports
@@ -111,7 +134,39 @@ def _app(options: argparse.Namespace) -> None:
             raise UserError(f"--results {folder} holds no report.md, and neither do the folders in it")
     pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     page = build_page(pipeline, options.max_batch, [*options.results, *default_results()])
-    serve(page, options.host, options.port, auth=options.auth)
+    names = [*options.name, gethostname()]
+    serve(page, options.host, options.port, auth=auth, root_path=options.root_path, names=names)
+
+
+def _login(options: argparse.Namespace) -> tuple[str, str] | None:
+    """The name and password that the page is to ask for.
+
+    Raises:
+        UserError: they are not USER:PASSWORD, or their file cannot be read.
+    """
+    if options.auth_file is not None:
+        try:
+            lines = options.auth_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"--auth-file {options.auth_file}: {reason}") from error
+        source, text = f"the first line of {options.auth_file}", lines[0] if lines else ""
+    elif options.auth is not None:
+        source, text = "--auth", options.auth
+    elif "SCQ_AUTH" in os.environ:
+        source, text = "the environment variable SCQ_AUTH", os.environ["SCQ_AUTH"]
+    else:
+        return None
+    user, _, password = text.strip().partition(":")
+    if not (user and password):
+        raise UserError(f"{source} must be USER:PASSWORD")
+    return user, password
+
+
+def _root_path(text: str) -> str:
+    if text and not text.startswith(("/", "http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a path, such as /scq, nor an http(s) address")
+    return text
 
 
 def default_results() -> list[Path]:
@@ -120,13 +175,6 @@ def default_results() -> list[Path]:
 
     results = PACKAGE / "docs" / "results"
     return [results] if results.is_dir() else []
-
-
-def _user_and_password(text: str) -> tuple[str, str]:
-    user, separator, password = text.partition(":")
-    if not (user and separator and password):
-        raise argparse.ArgumentTypeError("must be USER:PASSWORD")
-    return user, password
 
 
 def add_export(commands: Any) -> None:

@@ -5,31 +5,39 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gradio as gr
 
 from scq.engine.errors import UserError
 from scq.sampling.pipeline import SoftConvexPipeline
 from scq.sampling.studio.edit import edit_tab
+from scq.sampling.studio.folder import private_folder
 from scq.sampling.studio.generate import generate_tab
+from scq.sampling.studio.guards import guards
+from scq.sampling.studio.housekeeping import allow_open_files, housekeeping, stop_requests
 from scq.sampling.studio.inspect import inspect_tab
+from scq.sampling.studio.line import use_fair_queue
+from scq.sampling.studio.page import Page
 from scq.sampling.studio.results import results_tab
 from scq.sampling.studio.steps import fingerprints
 from scq.sampling.studio.uploads import LARGEST_BYTES
 
-KEPT_SECONDS = 3600  # how long a drawn picture stays on the server
+MOST_SESSIONS = 500  # whose images the server remembers
 
 
 def build_page(pipeline: SoftConvexPipeline, max_batch: int = 64, results: Sequence[Path] = ()) -> gr.Blocks:
-    """Build the page for a pipeline.
+    """Build the page for a pipeline. What its users send and get is kept in `private_folder`.
 
     Args:
         max_batch: the most images that one request may draw.
         results: folders to show reports from: their own, and those of their sub-folders.
     """
+    private_folder()
     prior, model = pipeline.prior.config, fingerprints(pipeline)
-    with gr.Blocks(title="scq", analytics_enabled=False, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)) as page:
+    with Page(title="scq", analytics_enabled=False) as page:
         gr.Markdown(
             f"# scq\nImages from {prior.grid[0]}x{prior.grid[1]} dominant codes out of {prior.codebook_size}, "
             f"{pipeline.image_size} pixels."
@@ -45,31 +53,56 @@ def build_page(pipeline: SoftConvexPipeline, max_batch: int = 64, results: Seque
     return page
 
 
-def serve(page: gr.Blocks, host: str, port: int | None, block: bool = True, auth: tuple[str, str] | None = None) -> str:
-    """Serve the page and return its address: at once or, with ``block``, only when interrupted.
+def serve(
+    page: gr.Blocks,
+    host: str,
+    port: int | None,
+    block: bool = True,
+    auth: tuple[str, str] | None = None,
+    root_path: str = "",
+    names: Sequence[str] = (),
+) -> str:
+    """Serve the page and return its address: at once or, with ``block``, only when interrupted or asked to end.
 
     Args:
+        host: address or name to listen at, IPv4 or IPv6.
         port: None for any free one.
         auth: user name and password that the page asks for; None lets everybody in.
+        root_path: where a proxy in front has the page: a path, "/scq", or a whole address, "https://example.org/scq".
+        names: further names that users call this server by; requests that name any other are refused.
 
     Raises:
         UserError: the address is not one of this machine's, or the port is taken.
     """
-    _refuse_address(host, port)
+    bare = host.removeprefix("[").removesuffix("]")
+    _refuse_address(host, bare, port)
+    allow_open_files()
+    use_fair_queue(page)
+    outside = urlsplit(root_path).hostname
+    launch = partial(
+        page.launch, server_name=f"[{bare}]" if ":" in bare else bare, server_port=port, prevent_thread_lock=True,
+        quiet=not block, auth=auth, max_file_size=LARGEST_BYTES, state_session_capacity=MOST_SESSIONS,
+        root_path=root_path.rstrip("/") or None, ssr_mode=False, mcp_server=False,
+        app_kwargs={
+            "middleware": guards(bare, [*names, *([outside] if outside else [])]), "lifespan": housekeeping(page)
+        },
+        _frontend=False,  # otherwise gradio first requests the page, and gives up after 3 seconds on a busy machine
+    )  # fmt: skip
     try:
-        _, address, _ = page.queue(max_size=256).launch(
-            server_name=host, server_port=port, prevent_thread_lock=not block, quiet=not block, auth=auth,
-            max_file_size=LARGEST_BYTES,
-            _frontend=False,  # otherwise gradio first requests the page, and gives up after 3 seconds on a busy machine
-        )  # fmt: skip
+        if not block:
+            return launch()[1]
+        with stop_requests() as stopped:
+            address = launch()[1]
+            while page.server.thread.is_alive() and not stopped.wait(0.5):
+                pass
+            page.close()
+            return address
     except OSError as error:
         raise UserError(f"port {port} of {host} is not free; choose another with --port") from error
-    return address
 
 
-def _refuse_address(host: str, port: int | None) -> None:
+def _refuse_address(host: str, bare: str, port: int | None) -> None:
     """Ask the system what is wrong with an address; gradio says of any failure that the port was not free."""
-    bare = host.removeprefix("[").removesuffix("]")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(bare, port or 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -78,8 +111,10 @@ def _refuse_address(host: str, port: int | None) -> None:
     except (socket.gaierror, UnicodeError) as error:
         raise UserError(f"--host {host} is neither an address nor a known host name") from error
     except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(f"--host {host} is not an address of this machine; 0.0.0.0 is all of its own") from error
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise UserError(
+                f"--host {host} is not an address of this machine; 0.0.0.0 is all of its own, and :: those of IPv6, too"
+            ) from error
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port {port} of {host} is not free; choose another with --port") from error
         raise UserError(f"cannot listen on port {port} of {host}: {error.strerror}") from error

@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from gradio.route_utils import delete_files_created_by_app
 from gradio.utils import SyncToAsyncIterator
 from gradio_client import Client, handle_file
 from PIL import Image
@@ -26,6 +25,7 @@ from scq.engine.fingerprint import fingerprint
 from scq.sampling.app import build_page, serve
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.sampling.studio.edit import INPAINT, OUTPAINT, VARY
+from scq.sampling.studio.folder import private_folder, sweep
 from scq.sampling.studio.steps import step_by_step, zipped
 from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
@@ -316,21 +316,14 @@ def test_a_cancel_stops_within_the_step(
     assert len(generate(client, count=1, steps=1)) == 1, "the line is free again"
 
 
-def test_a_zip_is_deleted_with_the_pages_other_files(
-    pipeline: SoftConvexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    page = build_page(pipeline)
-    address = serve(page, "127.0.0.1", None, block=False)
-    try:
-        Client(address, verbose=False, download_files=False).predict(*GENERATE.values(), api_name="/generate")
-        assert len(list(tmp_path.rglob("*.zip"))) == 1
-        delete_files_created_by_app(page, age=0)  # what the server does every hour
-        assert not list(tmp_path.rglob("*.zip"))
-        assert not list(tmp_path.rglob("*.png"))
-    finally:
-        page.close()
+def test_a_zip_is_deleted_with_the_pages_other_files(client: Client, address: str) -> None:
+    folder = private_folder()
+    before = set(folder.rglob("*"))
+    Client(address, verbose=False, download_files=False).predict(*GENERATE.values(), api_name="/generate")
+    new = {path.suffix for path in set(folder.rglob("*")) - before}
+    assert new == {"", ".zip", ".png"}
+    sweep(folder, {path for path in before if path.is_file()}, seconds=0)
+    assert not [path for path in set(folder.rglob("*")) - before if path.is_file()]
 
 
 def test_many_at_once_each_get_their_own_images(address: str) -> None:
