@@ -2,22 +2,29 @@
 
 import base64
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import httpx
 import numpy as np
 import pytest
 import torch
+from gradio.data_classes import FileData
 from gradio_client import Client, handle_file
 from PIL import ExifTags, Image
+from starlette.exceptions import HTTPException
 from studio_client import drawing, edit, generate, pixels, serving
 
 from scq.sampling.app import build_page
 from scq.sampling.images import enlarge, to_mask, to_pictures, to_pixels
 from scq.sampling.pipeline import SoftConvexPipeline
+from scq.sampling.studio import uploads
 from scq.sampling.studio.edit import VARY
+from scq.sampling.studio.uploads import Drawing, UploadedDrawing
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,12 @@ def bomb(path: Path, side: int) -> Path:
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
     return path
+
+
+def bitmap(side: int) -> bytes:
+    """A BMP of side x side black pixels, three bytes each."""
+    head = struct.pack("<IIIIiiHHIIiiII", 54 + 3 * side**2, 0, 54, 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + head + bytes(3 * side**2)
 
 
 def test_uploads_of_any_kind_are_reconstructed(client: Client, tmp_path: Path) -> None:
@@ -102,6 +115,64 @@ def test_a_picture_within_a_request_is_refused_unless_it_is_small(client: Client
         reconstructed(bytes(200_000))
     with pytest.raises(Exception, match="13000 x 13000 pixels; at most 40 million"):
         reconstructed(bomb(tmp_path / "bomb.png", 13000).read_bytes())
+
+
+def test_the_pictures_of_a_drawing_are_bounded_together(client: Client, tmp_path: Path) -> None:
+    path = bomb(tmp_path / "bomb.png", 6300)
+    small = bomb(tmp_path / "small.png", 64)
+    (tmp_path / "heavy.bmp").write_bytes(bitmap(2500))
+    for given, words in (
+        (drawing(path, *[path] * 30), "30 layers; at most 16 are accepted"),
+        (drawing(path, *[path] * 3), "159 million pixels together; at most 80 million are accepted"),
+        (drawing(small, *[small] * 17), "17 layers; at most 16 are accepted"),
+        (drawing(small, *[tmp_path / "heavy.bmp"] * 3), "over 40 MB"),
+    ):
+        with pytest.raises(Exception, match=words):
+            edit(client, given)
+    assert len(edit(client, {**drawing(small), "layers": None}, what=VARY)) == 2
+
+
+def test_decoding_a_drawing_holds_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[weakref.ref[Image.Image]] = []
+    most = 0
+
+    def turned(layer: Image.Image, orientation: int) -> Image.Image:
+        nonlocal most
+        opened.append(weakref.ref(layer))
+        most = max(most, sum(each() is not None for each in opened))
+        return layer
+
+    monkeypatch.setattr(uploads, "_turned", turned)
+    bomb(tmp_path / "layer.png", 64)
+    with gr.Blocks():
+        editor = UploadedDrawing()
+    monkeypatch.setattr(editor, "GRADIO_CACHE", str(tmp_path))
+    files = [FileData(path=str(tmp_path / "layer.png")) for _ in range(9)]
+    assert editor.preprocess(Drawing(background=files[0], layers=files[1:]))["painted"].all()
+    assert len(opened) == 8
+    assert most <= 2
+
+
+def test_drawings_that_nobody_redraws_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser sends the parts of a drawing past the queue, under a name and a number that it chooses."""
+    monkeypatch.setattr(uploads, "LARGEST_WAITING_BYTES", 1000)
+    with gr.Blocks():
+        editor = UploadedDrawing()
+
+    def send(kind: str, name: str, index: object, size: int = 100) -> None:
+        data = {"type": kind, "id": name, "index": index}
+        editor.accept_blobs(SimpleNamespace(data=data, files=[("part", bytes(size))]))
+
+    for index in ("16", "1000000000", "-1", "x"):
+        with pytest.raises(HTTPException, match="16 layers"):
+            send("layer", "a", index)
+    send("composite", "a", "null", 10_000)
+    for i in range(100):
+        send("background", f"{i}", "null")
+        send("layer", f"{i}", "15")
+    assert list(editor.blob_storage) == ["95", "96", "97", "98", "99"]
+    send("background", "large", "null", 1001)
+    assert not editor.blob_storage
 
 
 def test_formats_that_start_programs_or_hide_other_files_are_refused(client: Client, tmp_path: Path) -> None:

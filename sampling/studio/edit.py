@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image
 
-from scq.sampling.images import resized_mask, to_mask
+from scq.sampling.images import to_mask
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.sampling.studio.steps import (
     BUTTONS,
@@ -101,18 +100,15 @@ def _job(
     pipeline: SoftConvexPipeline, edited: dict[str, Any] | None, what: str, strength: float, borders: dict[str, int]
 ) -> tuple[Callable[..., ImageOutput], dict[str, float]]:
     """The pipeline call for what was chosen on the page, and the settings of that choice."""
-    image = None if edited is None else edited["background"]
-    if image is None:
+    if edited is None:
         raise gr.Error("Choose an image first.")
+    image, painted = edited["background"], edited["painted"]
     if what == VARY:
         return partial(pipeline, init_image=image, strength=strength), {"strength": strength}
     if what == OUTPAINT:
         if not any(borders.values()):
             raise gr.Error("Move a slider: as it is, the image does not grow on any side.")
         return partial(pipeline.outpaint, image, **borders), borders
-    painted = np.zeros((image.height, image.width), bool)
-    for layer in edited["layers"]:
-        painted |= resized_mask(np.asarray(layer)[..., 3] > 0, painted.shape)
     if not painted.any():
         raise gr.Error("Paint over the part that you want redrawn.")
     mask = to_mask(Image.fromarray(painted), pipeline.image_size)
