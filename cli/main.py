@@ -67,11 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"scq: {' '.join(named.split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        # torch raises it from a signal's handler, wherever this process happens to be.
-        if "DataLoader worker" not in str(error) or "debug" in options:
+        why = _reason_of_torch(error)
+        if why is None or "debug" in options:
             raise
-        why = "memory or /dev/shm ran out, perhaps: run it again with a smaller data.workers"
-        print(f"scq: a process that reads data was killed; {why}", file=sys.stderr)
+        print(f"scq: {why}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("scq: interrupted; run the same command again to continue", file=sys.stderr)
@@ -81,6 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         leave_processes()
     return 0
+
+
+def _reason_of_torch(error: RuntimeError) -> str | None:
+    """What a machine lacks, where that is why torch failed; None if it may be a bug."""
+    if "DataLoader worker" in str(error):  # raised from a signal's handler, wherever this process happens to be
+        return (
+            "a process that reads data was killed; memory or /dev/shm ran out, perhaps: run it again with a smaller "
+            "data.workers"
+        )
+    compiler = sys.modules.get("torch._dynamo.exc")
+    if compiler is not None and isinstance(error, compiler.BackendCompilerFailed):
+        first = str(error).partition("\n")[0]
+        return (
+            f"torch.compile failed ({first}): it needs a working C++ compiler, g++ or the one that CXX names; or leave "
+            "--compile or training.compile=true out"
+        )
+    return None
 
 
 def _drop_unwritable_output() -> None:

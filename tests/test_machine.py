@@ -1,6 +1,7 @@
 """What a machine may lack, or bring along: a home, a sound cache, threads after a fork."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_a_fork_computes_what_its_parent_does() -> None:
         "    assert (sums.get(120), found.get(120)) == ([expected[0]] * 2, expected[1])\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY, timeout=300)
+
+
+def test_compiling_without_a_compiler_ends_in_one_line(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("CXX", "CC")}
+    # A cache of torch's own would hide that there is no compiler.
+    environment |= {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "scq", "sample", "--num", "1", "--out", str(tmp_path / "out"), "--compile"]
+    found = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 2, found.stderr
+    assert "Traceback" not in found.stderr
+    assert "scq: torch.compile failed" in found.stderr.splitlines()[-1]
 
 
 def load(folder: Path, added: int = 1) -> ModuleType:
