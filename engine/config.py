@@ -3,13 +3,19 @@
 A config file holds only what differs from the dataclass defaults. It may name another file with ``base: other.yaml``
 (relative to itself); it then holds only what differs from that file, so that two arms of an experiment share everything
 else. The command line overrides values with ``section.key=value``.
+
+A user's own config and overrides may refer to the environment (``${oc.env:SHARDS}``) and to each other. What is saved
+keeps such a reference, and the run uses what it stands for. A config that lies in a folder of a run or a model may be
+somebody else's: it is read as plain data, in which nothing is looked up (`read_saved_config`).
 """
 
 from __future__ import annotations
 
 import math
+import re
 import subprocess
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,8 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 from scq.engine.files import write_file
+from scq.engine.plain_yaml import declared_type, leaves, parse_text, read_yaml, write_yaml
+from scq.engine.references import Referenced, shown
 
 Schema = TypeVar("Schema")
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of scq; in a checkout, the root of the repository
@@ -75,30 +83,109 @@ class DataConfig:
 
 
 def load_config(schema: type[Schema], path: Path | str | None = None, overrides: list[str] | None = None) -> Schema:
-    """Read ``path`` over the defaults of ``schema``, then apply ``section.key=value`` overrides.
+    """Read the user's own config ``path`` over the defaults of ``schema``, then apply ``section.key=value`` overrides.
+
+    References are resolved; the config remembers them for `save_config` (see `Referenced`).
 
     Raises:
         UserError: the file is missing or not a YAML mapping, a key is unknown, or a value has the wrong type or is out
             of range; the message names the key and, for files, the file.
     """
     config: Any = OmegaConf.structured(schema)
-    for source in _chain(Path(path)) if path else []:
-        config = _merge(config, _read_yaml(source), f"{source}")
+    for source, tree in _chain(Path(path), schema) if path else []:
+        config = _merge(config, tree, f"{source}")
     for override in overrides or []:
-        key, separator, _ = override.partition("=")
+        # One that stood in a benchmark's config was resolved there, and is here again what it was.
+        text = override.reference if isinstance(override, Referenced) else override
+        key, separator, value = text.partition("=")
         if not separator or not key:
-            raise UserError(f"override {override!r} is not of the form section.key=value")
+            raise UserError(f"override {text!r} is not of the form section.key=value")
         try:
-            parsed = OmegaConf.from_dotlist([f"{override}''" if override.endswith("=") else override])
+            parsed = OmegaConf.create()
+            OmegaConf.update(parsed, key, parse_text(value, declared_type(schema, key)))
+            tree = cast(dict[str, Any], OmegaConf.to_container(parsed, resolve=False))
         except (OmegaConfBaseException, YAMLError) as error:
-            raise UserError(f"override {override!r} cannot be read: {_first_line(error)}") from error
-        config = _merge(config, parsed, f"override {override!r}")
+            raise UserError(f"override {text!r} cannot be read: {first_line(error)}") from error
+        config = _merge(config, tree, f"override {text!r}")
     try:
         found = cast(Schema, OmegaConf.to_object(config))
+        found = _remember(found, _saved_tree(OmegaConf.to_container(config, resolve=False)))
     except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {_first_line(error)}") from error
+        raise UserError(f"{error.full_key or 'the config'} cannot be resolved: {first_line(error)}") from error
     check_ranges(found)
     return _expand_home(found)
+
+
+def read_saved_config(schema: type, path: Path) -> dict[str, Any]:
+    """The config that a run saved, as plain values: nothing in it is looked up, and no other file is read.
+
+    Args:
+        schema: its defaults stand where the file is silent.
+
+    Raises:
+        UserError: the file cannot be read, is not a YAML mapping, or has aliases.
+    """
+    return _over(saved_form(schema()), read_yaml(path, schema, aliases=False))
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            both[key] = _over(below[key], above[key])
+    return both
+
+
+def _map_text(value: Any, change: Callable[[str], Any]) -> Any:
+    """Apply ``change`` to every text in nested mappings and lists."""
+    if isinstance(value, dict):
+        return {key: _map_text(each, change) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_map_text(each, change) for each in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _saved_tree(tree: Any) -> Any:
+    """A config with references to its own keys replaced by what these hold, and all other references as they stand."""
+    calls: list[str] = []
+
+    def hide(text: str) -> str:
+        """Replace ``${resolver:...}``, which would look something up, with a mark."""
+        found, rest = "", text
+        while (start := rest.find("${")) >= 0:
+            end, depth = start + 1, 1
+            while depth and end + 1 < len(rest):
+                end += 1
+                depth += {"{": 1, "}": -1}.get(rest[end], 0)
+            span = rest[start : end + 1]
+            if ":" in span:
+                calls.append(span)
+                span = f"\ue000{len(calls) - 1}\ue001"
+            found, rest = found + rest[:start] + span, rest[end + 1 :]
+        return found + rest
+
+    def mark(text: str) -> str:
+        if "${" in text and "\\" in text:  # with escapes, the text stays as a whole
+            calls.append(text)
+            return f"\ue000{len(calls) - 1}\ue001"
+        return hide(text)
+
+    marked = OmegaConf.to_container(OmegaConf.create(_map_text(tree, mark)), resolve=True)
+    return _map_text(marked, lambda text: re.sub("\ue000(\\d+)\ue001", lambda found: calls[int(found[1])], text))
+
+
+def _remember(value: Any, saved: Any) -> Any:
+    """The resolved ``value`` in which every text knows how it is saved, where that is not the text itself."""
+    if is_dataclass(value):
+        for each in fields(value):
+            setattr(value, each.name, _remember(getattr(value, each.name), saved[each.name]))
+    elif isinstance(value, dict) and isinstance(saved, dict):
+        return {key: _remember(each, saved[key]) for key, each in value.items()}
+    elif isinstance(value, list) and isinstance(saved, list):
+        return [_remember(*pair) for pair in zip(value, saved, strict=True)]
+    elif isinstance(value, str) and isinstance(saved, str) and value != saved:
+        return Referenced(value, saved)
+    return value
 
 
 def _expand_home(config: Any) -> Any:
@@ -108,7 +195,11 @@ def _expand_home(config: Any) -> Any:
         if is_dataclass(value):
             _expand_home(value)
         elif isinstance(value, str) and value.startswith("~"):
-            setattr(config, each.name, str(Path(value).expanduser()))
+            try:
+                home = str(Path(value).expanduser())
+            except RuntimeError:  # no user has that name, so it is a name like any other
+                continue
+            setattr(config, each.name, Referenced(home, value.reference) if isinstance(value, Referenced) else home)
     return config
 
 
@@ -154,14 +245,26 @@ def _ranges(config: object) -> list[tuple[str, bool, str]]:
 
 
 def save_config(config: object, path: Path) -> None:
-    """Write the resolved config as YAML, headed by the git revision of the code that resolved it."""
-    text = f"# resolved by scq at git revision {git_revision()}\n" + OmegaConf.to_yaml(OmegaConf.structured(config))
-    write_file(path, text)
+    """Write the config as YAML (see `saved_form`), headed by the git revision of the code."""
+    write_file(path, f"# resolved by scq at git revision {git_revision()}\n" + write_yaml(saved_form(config)))
 
 
-def as_dict(config: object) -> dict[str, Any]:
-    """The config as plain dictionaries and lists."""
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+def saved_form(config: object) -> dict[str, Any]:
+    """The config as plain dictionaries and lists that others may read, and that `load_config` reads back.
+
+    Numbers are there as they were used. Text that came by a reference is that reference, and a URL loses user, password
+    and query (see `shown`).
+    """
+
+    def text_of(text: str) -> str:
+        return shown(text) if isinstance(text, Referenced) else shown(text).replace("${", "\\${")
+
+    return _map_text(as_dict(config), text_of)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dictionaries and lists, with the values that it is used with."""
+    return asdict(config)
 
 
 def git_revision() -> str:
@@ -180,41 +283,33 @@ def git_revision() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def _chain(path: Path) -> list[Path]:
-    """The file and every file that it is based on, the base first."""
-    chain: list[Path] = []
+def _chain(path: Path, schema: type) -> list[tuple[Path, dict[str, Any]]]:
+    """The file and every file that it is based on, the base first, each with what it holds."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
     following: Path | None = path
     while following is not None:
-        if following.resolve() in [p.resolve() for p in chain]:
+        if following.resolve() in [known.resolve() for known, _ in chain]:
             raise UserError(f"config {following} is based on itself")
-        chain.insert(0, following)
-        base = _read_yaml(following, keep_base=True).get("base")
+        if not following.is_file():
+            raise UserError(f"config {following} does not exist; those that come with scq are in configs/")
+        tree = read_yaml(following, schema)
+        try:
+            base = OmegaConf.create({"base": tree.pop("base", None)}).base
+        except OmegaConfBaseException as error:
+            raise UserError(f"base of config {following} cannot be resolved: {first_line(error)}") from error
+        if base is not None and not isinstance(base, str):
+            raise UserError(f"config {following} has the base {base!r}; it must be the name of a file")
+        chain.insert(0, (following, tree))
         following = following.parent / base if base else None
     return chain
 
 
-def _read_yaml(path: Path, keep_base: bool = False) -> DictConfig:
-    if not path.is_file():
-        raise UserError(f"config {path} does not exist; those that come with scq are in configs/")
+def _merge(config: DictConfig, other: dict[str, Any], source: str) -> DictConfig:
     try:
-        config = OmegaConf.load(path)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {_first_line(error)}") from error
-    if not isinstance(config, DictConfig):
-        raise UserError(f"config {path} must hold a mapping of keys to values")
-    if not keep_base:
-        config.pop("base", None)
-    return config
-
-
-def _merge(config: DictConfig, other: DictConfig, source: str) -> DictConfig:
-    try:
+        if unset := next((key for key, value in leaves(other) if value == "???"), None):  # it would be left out
+            raise UserError(f"{source}: {unset} is ???, which stands for a missing value; give it one")
         return cast(DictConfig, OmegaConf.merge(config, other))
     except OmegaConfBaseException as error:
         key = error.full_key or error.key or "?"
         kind = "unknown key" if "not in" in str(error) else "wrong value for"
-        raise UserError(f"{source}: {kind} {key!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: {kind} {key!r}: {first_line(error)}") from error

@@ -23,6 +23,11 @@ class BadImage(DataError):
     """An image that cannot be used: unreadable, truncated, or smaller than the crop. Packing skips it and names it."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class NotFiniteError(ValueError):
     """NaN or infinity where a finite number was needed; during training, it means divergence."""
 

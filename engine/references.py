@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from typing import Any
 
 HIDDEN = "***"  # stands where credentials were
 _AUTHORITY = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*://)([^/?#]*)@")
@@ -51,12 +50,3 @@ def shown(location: str | os.PathLike) -> str:
 def without_urls(text: str) -> str:
     """A library's message without the URLs in it, which may hold credentials in any encoding."""
     return re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+", "...", text)
-
-
-def plain_text(value: Any) -> Any:
-    """Plain values in which every text is as it may be saved (see `shown`), through lists and mappings."""
-    if isinstance(value, str):
-        return shown(value)
-    if isinstance(value, dict):
-        return {key: plain_text(each) for key, each in value.items()}
-    return [plain_text(each) for each in value] if isinstance(value, list | tuple) else value

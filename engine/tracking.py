@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from PIL import Image
 
 from scq.engine.checkpoint import whole_checkpoints
-from scq.engine.config import as_dict, load_config, save_config
+from scq.engine.config import as_dict, read_saved_config, save_config, saved_form
 from scq.engine.errors import UserError
-from scq.engine.files import atomic_write, make_folder, named_when_full, reason_of, write_file
+from scq.engine.files import atomic_write, make_folder, named_when_full, reason_of, write_file, write_json
+from scq.engine.plain_yaml import leaves
+from scq.engine.references import Referenced
 
 # Settings that may differ between the run that wrote a folder and the one that resumes it. The paths of data and
 # networks may change: when a checkpoint is restored, fingerprints show whether they are still the same.
@@ -35,6 +37,7 @@ _FREE_KEYS = frozenset(
     ]
     + ["training.checkpoint_every", "training.keep_checkpoints", "training.images_every", "training.tracker"]
 )
+REFERENCES = "references.json"  # digests of what the config's references stood for
 
 
 class RunFolder:
@@ -76,6 +79,8 @@ class RunFolder:
         if self.is_main:
             make_folder(self.path / "images")
             save_config(self._config, self.path / "config.yaml")
+            if digests := self._digests():
+                write_json(self.path / REFERENCES, digests)
         if self.is_main and (self.path / "metrics.jsonl").is_file():
             self._rewrite([row for row in read_metrics(self.path) if row["step"] <= step])
         tracker = self._config.training.tracker
@@ -112,7 +117,7 @@ class RunFolder:
         return {
             "dir": str(self.path),
             "name": "/".join(self.path.absolute().parts[-2:]),
-            "config": as_dict(self._config),
+            "config": saved_form(self._config),
             "id": path.read_text() if self.is_main else None,
             "resume": "allow",
         }
@@ -130,23 +135,37 @@ class RunFolder:
             ) from error
 
     def _refuse_other_settings(self) -> None:
-        saved, asked = _saved_settings(self.path, type(self._config)), _flatten(as_dict(self._config))
+        saved = _saved_settings(self.path, type(self._config))
         if saved is None:
             return
-        if saved["training.precision"] == "auto":  # older runs did not record which one that was
+        asked, used = dict(leaves(saved_form(self._config))), dict(leaves(as_dict(self._config)))
+        if saved.get("training.precision") == "auto":  # older runs did not record which one that was
             saved["training.precision"] = asked["training.precision"]
-        for key in sorted(saved.keys() | asked.keys()):
-            if key not in _FREE_KEYS and saved.get(key) != asked.get(key):
+        for key in sorted((saved.keys() | asked.keys()) - _FREE_KEYS):
+            if saved.get(key) not in (asked.get(key), used.get(key)):
                 raise UserError(
                     f"{self.path} holds a run with {key}={saved.get(key)!r}, but this run asks for {asked.get(key)!r}; "
                     "choose another out=... or delete that folder"
                 )
+        known, digests = _read_digests(self.path / REFERENCES), self._digests()
+        for key in sorted(known.keys() & digests.keys()):
+            if known[key] != digests[key] and saved.get(key) == asked.get(key):
+                raise UserError(
+                    f"{self.path} holds a run with {key}={saved[key]!r}, which stands for something else by now; "
+                    "choose another out=... or delete that folder"
+                )
+
+    def _digests(self) -> dict[str, str]:
+        """By its key, what says whether a reference still stands for the same, for settings that may not differ."""
+        used = leaves(as_dict(self._config))
+        return {key: text.digest for key, text in used if isinstance(text, Referenced) and key not in _FREE_KEYS}
 
 
 def begun_precision(config: Any) -> str | None:
     """The precision of the run that ``config.out`` holds, bf16 or fp32; None without a run, or if it is not known."""
     saved = _saved_settings(Path(config.out), type(config))
-    return None if saved is None or saved["training.precision"] == "auto" else saved["training.precision"]
+    found = None if saved is None else saved.get("training.precision")
+    return found if found in ("bf16", "fp32") else None
 
 
 def _saved_settings(run: Path, schema: type) -> dict[str, Any] | None:
@@ -157,7 +176,7 @@ def _saved_settings(run: Path, schema: type) -> dict[str, Any] | None:
     path = run / "config.yaml"
     if not path.is_file() or not whole_checkpoints(run / "checkpoints"):
         return None
-    return _flatten(as_dict(load_config(schema, path)))
+    return dict(leaves(read_saved_config(schema, path)))
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -175,14 +194,13 @@ def read_metrics(run: Path) -> list[dict]:
     return rows
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _read_digests(path: Path) -> dict[str, str]:
+    """What `RunFolder.begin` wrote of references; empty where there were none."""
+    try:
+        found = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def checked_tracker(tracker: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 
 # Folders in which this project's commands and its users keep models and data; they are not taken for users of the hub.
 LOCAL_FOLDERS = frozenset(
@@ -51,8 +51,3 @@ def from_hub(name: str, **access: Any) -> Path:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES, **access))
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
         raise UserError(f"no model in {name}: no such folder, and not on the hub ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ from scq.engine.accelerators import resolve_precision
 from scq.engine.files import write_json
 from scq.engine.measurements import from_plain, to_plain
 from scq.engine.progress import say
+from scq.engine.references import Referenced
 
 Result = TypeVar("Result")
 
@@ -68,7 +69,16 @@ def identity(value: Any, results: Mapping[str, Any]) -> Any:
         return identity(value.identity, results)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    return json.loads(json.dumps(value))
+    return json.loads(json.dumps(_shareable(value)))
+
+
+def _shareable(value: Any) -> Any:
+    """A value in which a reference's text is replaced by the reference, and by what says that it stood for this."""
+    if isinstance(value, Referenced):
+        return f"{value.reference} ({value.digest[:16]})"
+    if isinstance(value, Mapping):
+        return {key: _shareable(each) for key, each in value.items()}
+    return [_shareable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class Job:
