@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers.models.modeling_utils import ModelMixin
 
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 from scq.engine.files import write_json
 from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, from_plain, to_plain
@@ -59,6 +59,21 @@ def find_tokenizer(path: Path | str) -> Path:
     raise UserError(f"no tokenizer in {path}: expected a folder that `scq train tokenizer` or `scq train prior` wrote")
 
 
+def refuse_quantized(folder: Path) -> None:
+    """Make sure that a network's config.json does not ask diffusers for another library, which would read the weights.
+
+    Raises:
+        UserError: it does, or it is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(config, dict) or "quantization_config" in config:
+        raise UserError(f"{path} is not the config of a network that scq saved, whose weights are plain safetensors")
+
+
 def load_tokenizer(path: Path | str) -> ImageTokenizer:
     """The tokenizer in ``path`` (see `find_tokenizer`), in eval mode.
 
@@ -66,6 +81,7 @@ def load_tokenizer(path: Path | str) -> ImageTokenizer:
         UserError: there is no tokenizer in ``path``, or it cannot be loaded.
     """
     folder = find_tokenizer(path)
+    refuse_quantized(folder)
     try:
         return read_unmixed(
             folder, lambda: ImageTokenizer.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()

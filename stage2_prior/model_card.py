@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 from scq.engine.measurements import Measured, TrainingFacts
 from scq.stage2_prior.model import Model
 
@@ -17,8 +20,11 @@ def model_card(model: Model, measured: Measured) -> str:
     tokenizer, prior = model.tokenizer.config, model.prior.config
     parameters = [f"{name} {network.num_parameters() / 1e6:.2f}M" for name, network in model.networks().items()]
     training, reference = measured.training, measured.reference
+    settings = [pair for pair in model.scheduler.config.items() if not pair[0].startswith("_")]
     emoji = "emoji" in (training.dataset, reference.dataset if reference else None)
     licence = measured.license or ("cc-by-4.0" if emoji else None)
+    if licence and not re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
+        licence = json.dumps(licence)  # which is YAML, too, and one line
     lines = [
         "---",
         "library_name: diffusers",
@@ -47,7 +53,7 @@ def model_card(model: Model, measured: Measured) -> str:
         "",
         "## Settings",
         "",
-        *(f"- {name}: {value}" for name, value in model.scheduler.config.items() if not name.startswith("_")),
+        *(f"- {as_words(name)}: {as_words(value)}" for name, value in settings),
         "",
     ]
     if emoji:
@@ -55,9 +61,14 @@ def model_card(model: Model, measured: Measured) -> str:
     return "\n".join(lines)
 
 
+def as_words(value: object) -> str:
+    """A value from a file as words in one line of Markdown: no link, picture, HTML or further line comes of it."""
+    return re.sub(r"([\\`<>\[\]!])", r"\\\1", " ".join(str(value).split()))
+
+
 def _training(training: TrainingFacts) -> list[str]:
     named = (("dataset", training.dataset), ("git revision", training.revision))
-    lines = [f"- {name}: {value}" for name, value in named if value]
+    lines = [f"- {name}: {as_words(value)}" for name, value in named if value]
     for stage in STAGES:
         trained = getattr(training, stage)
         if trained is not None:
@@ -71,22 +82,22 @@ def _numbers(measured: Measured) -> list[str]:
     if reference is None:
         return ["Nothing yet: `scq evaluate --model THIS_FOLDER --data SHARDS --card`."]
     unseen = "" if reference.split == "train" else ", which the model was not trained on"
-    weights = f"; {measured.network.weights}" if measured.network else ""
+    weights = f"; {as_words(measured.network.weights)}" if measured.network else ""
     lines = [
-        f"Against {reference.count} {reference.dataset} images of the split '{reference.split}' "
-        f"({reference.crop} pixels){unseen}{weights}.",
+        f"Against {reference.count} {as_words(reference.dataset)} images of the split '{as_words(reference.split)}' "
+        f"({as_words(reference.crop)} pixels){unseen}{weights}.",
         "",
     ]
     for way, found in measured.reconstruction.items():
         fid = "" if found.rfid is None else f", rFID {found.rfid:.1f}"
-        lines.append(f"- reconstructed from {way}: MSE {found.mse:.5f}, PSNR {found.psnr:.2f} dB{fid}")
+        lines.append(f"- reconstructed from {as_words(way)}: MSE {found.mse:.5f}, PSNR {found.psnr:.2f} dB{fid}")
     usage, samples = measured.codebook, measured.samples
     if usage is not None:
         lines.append(f"- codes used: {usage.used_share:.1%}, perplexity {usage.perplexity:.0f}")
     if samples is not None:
         biased = " (biased)" if samples.fid_biased else ""
         drawn_against = measured.sample_reference or reference
-        against = f", against {drawn_against.count} images of the split '{drawn_against.split}'"
+        against = f", against {drawn_against.count} images of the split '{as_words(drawn_against.split)}'"
         lines.append(
             f"- {samples.count} samples{'' if drawn_against == reference else against}: "
             f"KID x 1000 {1e3 * samples.kid:.1f} ± {1e3 * samples.kid_error:.1f}, "

@@ -14,7 +14,13 @@ from scq.engine.errors import UserError
 from scq.engine.files import write_file, write_json
 from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, to_plain
-from scq.stage1_tokenizer.model_folder import MEASURED, MODEL_CLASSES, load_tokenizer, read_measured
+from scq.stage1_tokenizer.model_folder import (
+    MEASURED,
+    MODEL_CLASSES,
+    load_tokenizer,
+    read_measured,
+    refuse_quantized,
+)
 from scq.stage2_prior.model import Model
 from scq.stage2_prior.model_card import model_card
 from scq.stage2_prior.refiner import ConvexRefiner
@@ -62,6 +68,9 @@ def load_model(root: Path) -> tuple[Model, Measured]:
 
 def _load(root: Path) -> tuple[Model, Measured]:
     tokenizer = load_tokenizer(root / "tokenizer")
+    for name in ("prior", "refiner"):
+        if (root / name).is_dir():
+            refuse_quantized(root / name)
     try:
         prior = MaskedTransformer.from_pretrained(root / "prior", **_LOCAL).eval()
         # Not wherever there is a folder: a user's own files may be left in that of a refiner that is gone.

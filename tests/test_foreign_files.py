@@ -1,13 +1,16 @@
 """What comes with a run, a model or a set is data: nothing in it is looked up, and no secret of ours gets into it."""
 
 import http.server
+import json
 import re
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -15,13 +18,17 @@ from test_prior import stripes_config, stripes_tokenizer, train_prior, write_str
 
 from scq.engine.config import load_config, read_saved_config, save_config, saved_form
 from scq.engine.errors import UserError
+from scq.engine.measurements import Measured, NetworkUsed, RealSet, Reconstruction, TrainingFacts
 from scq.engine.references import Referenced, shown
 from scq.engine.run import run
 from scq.evaluation.benchmark.config import BenchmarkConfig, load_benchmark, load_recipes
 from scq.evaluation.benchmark.phases import identity
+from scq.sampling.pipeline import EMBEDDED
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 from scq.stage1_tokenizer.model_folder import save_network
 from scq.stage1_tokenizer.stage import TokenizerExperiment
+from scq.stage2_prior.model_card import model_card
+from scq.stage2_prior.model_folder import open_model
 from scq.stage2_prior.prior_stage import PriorExperiment, PriorStage
 from scq.stage2_prior.scheduler import UnmaskingScheduler, parse_settings
 
@@ -331,3 +338,49 @@ def test_what_is_shown_of_a_location() -> None:
     assert shown(Path("runs/a?b@c")) == "runs/a?b@c"
     assert shown("hf://datasets/ada/set@main/x") == "hf://datasets/ada/set@main/x"
     assert shown("http://a:p@ss@host:1/b@c?d#e") == "http://***@host:1/b@c?***"
+
+
+# ---- a model of somebody else ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "prior"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quantization_config": {"quant_method": "torchao", "quant_type": "int8wo"}},
+        {"quantization_config": {"quant_method": "quanto", "weights_dtype": "int8"}},
+        {"quantization_config": 5},
+        [],
+    ],
+)
+def test_a_models_config_loads_no_other_library(part: str, config: object, tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    path = tmp_path / "model" / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config} if isinstance(config, dict) else config))
+    with pytest.raises(UserError, match=r"config.json is not the config of a network that scq saved") as error:
+        open_model(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+HOSTILE_NAME = "x\n\n---\n![](http://host/p.png) [a](b) <img src=http://host/p.png> `c`\nlicense: mit"
+
+
+def test_a_card_shows_what_a_file_names_as_words(tmp_path: Path) -> None:
+    model, _ = open_model(EMBEDDED)
+    reference = RealSet(HOSTILE_NAME, HOSTILE_NAME, 10, HOSTILE_NAME)
+    measured = Measured(
+        training=TrainingFacts(dataset=HOSTILE_NAME, revision=HOSTILE_NAME),
+        license=HOSTILE_NAME,
+        reference=reference,
+        network=NetworkUsed(HOSTILE_NAME, "", ""),
+        reconstruction={HOSTILE_NAME: Reconstruction(0.1, 20.0, 0.5, 10)},
+    )
+    card = model_card(model, measured)
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == HOSTILE_NAME
+    assert "\nlicense" not in body
+    for raw in ("![](", "[a](", "<img"):
+        assert re.search(r"(?<!\\)" + re.escape(raw), body) is None
+    assert body.count("```") == 2
+    for kept in ("cifar10", "LSUN_church, 256 px (center)"):
+        assert f"- dataset: {kept}" in model_card(model, Measured(training=TrainingFacts(dataset=kept)))
