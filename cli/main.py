@@ -14,6 +14,7 @@ from scq.cli import benchmark, data, generate, measure, train
 from scq.cli.common import Parser
 from scq.engine.errors import UserError
 from scq.engine.files import FULL
+from scq.engine.interruption import Signals
 from scq.engine.memory import keep_freed_memory
 
 DESCRIPTION = """\
@@ -37,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        the exit code: 0, 2 after a user's mistake, 130 after an interruption, 141 where the reader of the output left.
+        the exit code: 0, 2 after a user's mistake, 130 after Ctrl-C, 141 where the reader of the output left.
+
+    Raises:
+        Interrupted: another signal asked the process to stop; it exits with code 75.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that cannot be shown must not end a command
@@ -47,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build_parser().parse_args(arguments, options)
         if options.keep_freed_memory:
             keep_freed_memory()
-        options.run(options)
+        with Signals(hold=False, promise="stopped; run the same command again to go on"):
+            options.run(options)
         if sys.stdout is not None:
             sys.stdout.flush()  # here, where it may still fail with a message
     except SystemExit:

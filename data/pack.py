@@ -14,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,7 +33,8 @@ from scq.data.sources import open_source
 from scq.data.storage import with_retries
 from scq.data.transforms import PROTOCOLS, decode, get_protocol
 from scq.engine.errors import BadImage, DataError
-from scq.engine.files import atomic_write, remove_leftovers, sha256_of, write_json
+from scq.engine.files import atomic_write, make_folder, remove_leftovers, sha256_of, write_json
+from scq.engine.interruption import outlive_signals
 from scq.engine.progress import say
 
 JOURNAL = "pack.jsonl"
@@ -150,7 +150,7 @@ def _name(format: str, source: str | os.PathLike) -> str | None:
 def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
     """Yield the journal of the pack, locked for this process alone; the lock ends with the process in any case."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         journal = (directory / JOURNAL).open("a+b")
     except OSError as error:
         raise DataError(f"cannot write to '{directory}': {error.strerror}") from error
@@ -282,7 +282,7 @@ _task: tuple = ()  # what _pack_entries needs besides the entries, set once in e
 def _start_worker(*task: Any) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    outlive_signals()
     parent = multiprocessing.parent_process()
     # Without this, a worker whose parent was killed would wait for tasks forever.
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

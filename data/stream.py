@@ -15,6 +15,7 @@ from scq.data.order import BlockOrder, EpochOrder, ResumableStream, create_order
 from scq.data.shards import ShardSet
 from scq.data.transforms import decode
 from scq.engine.errors import BadImage, DataError
+from scq.engine.interruption import outlive_signals
 from scq.engine.processes import gather_objects
 from scq.engine.progress import say
 from scq.engine.references import shown
@@ -251,7 +252,12 @@ class ImageStream(ResumableStream):
         # Without a generator of its own, the loader would draw a seed from torch's global one, and reading data would
         # change the random numbers of a training run.
         loader = DataLoader(
-            self._batches, batch_size=None, sampler=starts, num_workers=self.workers, generator=torch.Generator()
+            self._batches,
+            batch_size=None,
+            sampler=starts,
+            num_workers=self.workers,
+            generator=torch.Generator(),
+            worker_init_fn=outlive_signals,
         )
         return map(self._received, loader)
 

@@ -1,7 +1,8 @@
-"""The project's own errors: mistakes that users can fix, and numbers that are not finite."""
+"""The project's own errors: mistakes that users can fix, numbers that are not finite, and interruptions."""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,6 +22,21 @@ class DataError(UserError):
 
 class BadImage(DataError):
     """An image that cannot be used: unreadable, truncated, or smaller than the crop. Packing skips it and names it."""
+
+
+class Interrupted(SystemExit):
+    """SIGTERM, SIGUSR1 or SIGHUP ended the work in an orderly way; the message says where it was saved.
+
+    A program that does not catch it ends with code 75 (EX_TEMPFAIL), which asks a scheduler to start it again. After
+    Ctrl-C, the same is a KeyboardInterrupt.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(os.EX_TEMPFAIL)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def first_line(error: Exception) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from scq.engine.checkpoint import Checkpoints
-from scq.engine.errors import NotFiniteError, UserError
+from scq.engine.errors import Interrupted, NotFiniteError, UserError
 from scq.engine.fingerprint import fingerprint
+from scq.engine.interruption import Signals
 from scq.engine.pictures import curves
 from scq.engine.processes import rank_and_world_size, sum_across_processes
 from scq.engine.progress import Report, progress_bar, say
@@ -25,6 +26,8 @@ from scq.engine.schedules import learning_rate_share
 from scq.engine.sharding import Whole, is_sharded
 from scq.engine.stage import Stream, Task, Terms
 from scq.engine.tracking import RunFolder, read_metrics
+
+_PROMISE = "a checkpoint will be saved after the running step; a second signal ends at once"
 
 
 @dataclass
@@ -59,6 +62,9 @@ class Loop:
             task.optimizers,
         )
         self.seconds = 0.0  # of training up to the newest checkpoint, summed over all restarts
+        self.saved = 0  # the steps that the newest checkpoint holds
+        self.unscored = False  # whether that checkpoint was to be scored, but a signal came
+        self.signals = Signals(hold=True, promise=_PROMISE if self.is_main else "")
 
     def run(self) -> Trained:
         """Train until ``training.steps``.
@@ -68,32 +74,38 @@ class Loop:
                 checkpoint, which is left untouched); the newest checkpoint is already past ``training.steps``; or the
                 run was started with other frozen networks.
             DataError: the run was started with other data.
+            Interrupted, KeyboardInterrupt: a signal came (see `engine.interruption`), and a checkpoint was saved.
         """
         first, steps = self._resume(), self.training.steps
         self.meter, self.started = _Meter(self.checkpoints), time.monotonic()
         if self.is_main and self.accelerator.num_processes > 1:
             count, images = self.accelerator.num_processes, self.training.batch_size
             say(f"{count} processes, {images} images per step in total")
-        with progress_bar(self.title, quiet=not self.is_main) as progress:
+        with progress_bar(self.title, quiet=not self.is_main) as progress, self.signals:
             batches = iter(self.stream)
             progress(first, steps)
+            self._score_late(first)
             for step in range(first, steps):
                 with self.meter.waiting():
-                    batch = next(batches)
+                    batch = self._next(batches, step, progress)
                 self._set_learning_rates(step)
                 torch.manual_seed(step_seed(self.training.seed, step, self.accelerator.process_index))
                 self._train(batch, step)
-                done, last = step + 1, step + 1 == steps
-                saves = last or done % self.training.checkpoint_every == 0
+                done, last, stops = step + 1, step + 1 == steps, self.signals.agreed()
+                scored = last or done % self.training.checkpoint_every == 0
+                saves = scored or stops
                 progress(done, steps)
                 if saves or done % self.training.log_every == 0:
-                    values = self._log(done, progress, scored=saves)
+                    values = self._log(done, progress, scored)
                     if saves:
                         self._save(done, values)
                 if self.training.images_every and (last or done % self.training.images_every == 0):
                     self._picture(done)
                 if saves:
                     self.accelerator.wait_for_everyone()
+                    stops = stops or self.signals.agreed()
+                if stops:
+                    raise self._interruption()
         # Not accelerator.end_training(): it would destroy the process group, which exports and benchmarks still need.
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -112,7 +124,7 @@ class Loop:
         if first:
             self.stream.load_state_dict(state["stream"])
             self._refuse_other_networks(state.get("frozen", {}))
-        self.seconds_before = self.seconds
+        self.seconds_before, self.saved, self.unscored = self.seconds, first, state.get("unscored", False)
         self.folder.begin(first)
         return first
 
@@ -124,6 +136,29 @@ class Loop:
                     f"{self.folder.path} holds a run with {name} {known}, but this run uses {name} "
                     f"{self.frozen.get(name, 'none')}; choose another out=... or delete that folder"
                 )
+
+    def _next(self, batches: Iterator[Any], step: int, progress: Report) -> Any:
+        """The batch of ``step``. One process alone need not wait for it after a signal; several must agree first."""
+        if self.accelerator.num_processes > 1:
+            return next(batches)
+        position = self.stream.state_dict()
+        try:
+            with self.signals.at_once():
+                return next(batches)
+        except (Interrupted, KeyboardInterrupt):
+            if not self.signals.asked:
+                raise
+            self.stream.load_state_dict(position)
+            if step > self.saved:
+                self._save(step, self._log(step, progress, scored=False))
+            raise self._interruption() from None
+
+    def _interruption(self) -> BaseException:
+        newest = self.checkpoints.latest()
+        done = f"saved {newest}, run again to go on" if newest else "nothing was trained yet, run again to begin"
+        if self.is_main:
+            say(done)
+        return self.signals.interruption(done)
 
     def _learning_rate_share(self, step: int) -> float:
         return learning_rate_share(
@@ -157,13 +192,34 @@ class Loop:
         values = self.meter.flush(self.training.batch_size)
         speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         progress(done, self.training.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
+        self.unscored = False
         values["learning_rate"] = self.optimizer.learning_rate * self._learning_rate_share(done - 1)
         values |= self.stream.measured()
         with self.meter.paused():
-            if scored and self.is_main:
-                values |= self.task.score(self.task.average.module.eval()) or {}
+            values |= self._score() if scored else {}
             self.folder.log(done, values)
         return values
+
+    def _score(self) -> dict[str, float]:
+        """Score the averaged weights in the main process; after a signal, this is left to the run that goes on."""
+        if not self.is_main:
+            return {}
+        try:
+            with self.signals.at_once():
+                return self.task.score(self.task.average.module.eval()) or {}
+        except (Interrupted, KeyboardInterrupt):
+            if not self.signals.asked:
+                raise
+            self.unscored = True
+            return {}
+
+    def _score_late(self, first: int) -> None:
+        """Score the checkpoint that the run goes on from, if a signal came before it was."""
+        if self.unscored:
+            self.unscored = False
+            values = self._score()
+            self.folder.log_more(first, values)
+            self._save(first, values)
 
     def _save(self, done: int, values: dict[str, float]) -> None:
         with self.meter.paused():
@@ -175,7 +231,9 @@ class Loop:
                 frozen=self.frozen,
                 seconds=self.seconds,
                 stream=self.stream.state_dict(),
+                unscored=self.unscored,
             )
+            self.saved = done
 
     def _picture(self, done: int) -> None:
         if not self.is_main:

@@ -1,6 +1,7 @@
 """Communication between the processes of one job; with a single process, every function is trivial."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,23 @@ def sum_across_processes(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def start_maximum(value: int) -> Callable[[], int]:
+    """Start to look for the largest value of all processes; the function that is returned waits until it is found.
+
+    Every process must call both, and may do other things in between.
+    """
+    if not across_processes():
+        return lambda: value
+    largest = torch.tensor([value])  # (1,)
+    work = dist.all_reduce(largest, dist.ReduceOp.MAX, async_op=True)
+
+    def wait() -> int:
+        work.wait()
+        return int(largest)
+
+    return wait
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -29,6 +29,9 @@ def run(stage: Stage) -> Trained:
         UserError: ``out`` is empty, or holds another run or one that another process is training; the config does not
             fit the data; or training diverged.
         DataError: the data is missing or damaged, or is not what the run was started with.
+        Interrupted: SIGTERM, SIGUSR1 or SIGHUP came, and a checkpoint was saved after the running step; call this again
+            to go on. After Ctrl-C, a KeyboardInterrupt says the same. Signals are only waited for in the main thread,
+            and only while steps are trained; a signal that the program handles itself stays with it.
     """
     config = stage.config
     if not config.out:
