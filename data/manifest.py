@@ -10,11 +10,11 @@ import re
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from scq.engine.errors import DataError
+from scq.engine.errors import DataError, UserError
 
 MANIFEST = "manifest.json"
 IMAGES, TOKENS = "scq-images-1", "scq-tokens-1"
@@ -200,16 +200,32 @@ def token_dtype(codebook_size: int) -> np.dtype:
     return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
 
 
-def different_classes(ours: tuple[int, Sequence[str]], theirs: tuple[int, Sequence[str]]) -> str | None:
-    """How the classes of two sets differ, in words; None if a label means the same in both.
+class Classes(NamedTuple):
+    """What the labels of a set, or of a model, stand for.
 
-    Args:
-        ours, theirs: the number of classes and their names by label. A set without names, as those written by older
-            versions are, is compared by the number alone.
+    Attributes:
+        where: what messages call it.
+        number: the number of classes; 0 if there are none.
+        names: by label; empty where an older version did not write them down.
     """
-    if ours[0] != theirs[0]:
-        return f"{ours[0]} classes here and {theirs[0]} there"
-    for label, (mine, other) in enumerate(zip(ours[1], theirs[1], strict=False)):
-        if mine != other:
-            return f"label {label} is {reprlib.repr(mine)} here and {reprlib.repr(other)} there"
-    return None
+
+    where: str
+    number: int
+    names: Sequence[str]
+
+
+def refuse_other_classes(ours: Classes, theirs: Classes, advice: str) -> None:
+    """Make sure that a label means the same in both: the names are compared, or where one side has none, the numbers.
+
+    Raises:
+        UserError: it does not; the message ends with ``advice``.
+    """
+    difference = None
+    if ours.number != theirs.number:
+        difference = f"{ours.where} has {ours.number} classes, but {theirs.where} has {theirs.number}"
+    for label, (mine, other) in enumerate(zip(ours.names, theirs.names, strict=False)):
+        if difference is None and mine != other:
+            named = reprlib.repr(mine), reprlib.repr(other)
+            difference = f"label {label} is {named[0]} in {ours.where}, but {named[1]} in {theirs.where}"
+    if difference is not None:
+        raise UserError(f"{difference}, so labels differ in meaning: {advice}")

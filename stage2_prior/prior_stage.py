@@ -14,6 +14,7 @@ from PIL import Image
 from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 
+from scq.data.manifest import Classes, refuse_other_classes
 from scq.data.tokens import TokenBatch, TokenDataset, TokenStream
 from scq.engine.config import LoopConfig, OptimizerConfig, git_revision
 from scq.engine.errors import UserError
@@ -95,6 +96,7 @@ def build_prior(config: PriorExperiment, tokens: TokenDataset, codes: Tensor) ->
             codebook_size=tokens.codebook_size,
             grid=tokens.grid,
             num_classes=tokens.num_classes if architecture.class_conditional else 0,
+            class_names=tokens.class_names if architecture.class_conditional else (),
             code_dim=codes.shape[1] if architecture.code_features else 0,
             tokenizer_fingerprint=tokens.fingerprint,
             **choices,
@@ -291,11 +293,11 @@ class PriorStage(Stage):
         held_out = self._held_out()
         if held_out is not None:
             self._refuse_foreign_tokens(config.data.validation, held_out)
-            if config.architecture.class_conditional and held_out.num_classes != stream.num_classes:
-                raise UserError(
-                    f"{config.data.train} has {stream.num_classes} classes, but {config.data.validation} has "
-                    f"{held_out.num_classes}, so labels differ in meaning: pack both with the same class folders, "
-                    "or set architecture.class_conditional=false"
+            if config.architecture.class_conditional:
+                refuse_other_classes(
+                    Classes(config.data.train, stream.num_classes, stream.class_names),
+                    Classes(config.data.validation, held_out.num_classes, held_out.class_names),
+                    "pack both with the same class folders, or set architecture.class_conditional=false",
                 )
         return stream
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from scq.data.manifest import Classes, refuse_other_classes
 from scq.data.stream import Batch, ImageStream
 from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig, git_revision
 from scq.engine.errors import UserError
@@ -252,11 +253,11 @@ class RefinerStage(ImageStage):
 
     def open_stream(self, accelerator: Accelerator) -> ImageStream:
         stream = super().open_stream(accelerator)
-        if self.prior is not None and self.prior.config.num_classes not in (0, stream.num_classes):
-            raise UserError(
-                f"the prior {self.config.prior} has {self.prior.config.num_classes} classes, but "
-                f"{shown(self.config.data.train)} has {stream.num_classes}; train on the data of the prior, or set "
-                "resampled_share=0"
+        if self.prior is not None and self.prior.config.num_classes:
+            refuse_other_classes(
+                self.prior.classes(f"the prior {self.config.prior}".strip()),
+                Classes(shown(self.config.data.train), stream.num_classes, stream.class_names),
+                "train on the data of the prior, or set resampled_share=0",
             )
         return stream
 

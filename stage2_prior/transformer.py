@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from timm.layers import RotaryEmbeddingCat
 from timm.models.eva import EvaBlock
 from torch import nn
 
+from scq.data.manifest import Classes
 from scq.stage1_tokenizer.autoencoder import QuantizerConfig
 
 POSITIONS = ("learned", "rotary")
@@ -46,9 +48,11 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
             training shows now and then, so that sampling can guide away from it (Ho and Salimans, arXiv 2207.12598).
         code_dim: F, if the prior is given the vectors of its codes (see `describe`); 0: it learns embeddings alone.
         tokenizer_fingerprint: of the tokenizer whose codes these are.
+        class_names: by label; empty if they are not known.
 
     Raises:
-        ValueError: the kind of positions is unknown, or rotary with a head width that is not a multiple of four.
+        ValueError: there are more or fewer names than classes, the kind of positions is unknown, or rotary with a
+            head width that is not a multiple of four.
     """
 
     _supports_gradient_checkpointing = True
@@ -67,8 +71,11 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         positions: str = PriorArchitectureConfig.positions,
         code_dim: int = 0,
         tokenizer_fingerprint: str = "",
+        class_names: Sequence[str] = (),
     ):
         super().__init__()
+        if len(class_names) not in (0, num_classes):
+            raise ValueError(f"{len(class_names)} class_names for {num_classes} classes")
         if positions not in POSITIONS:
             raise ValueError(f"positions must be {' or '.join(POSITIONS)}, not {positions!r}")
         if positions == "rotary" and width // heads % 4:
@@ -102,6 +109,10 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
     def length(self) -> int:
         """The number of tokens of an image: L = h * w."""
         return self.config.grid[0] * self.config.grid[1]
+
+    def classes(self, where: str) -> Classes:
+        """What the prior's labels stand for; ``where`` is what messages call it (see `refuse_other_classes`)."""
+        return Classes(where, self.config.num_classes, self.config.get("class_names", ()))
 
     @torch.no_grad()
     def describe(self, codes: torch.Tensor) -> None:

@@ -69,6 +69,7 @@ def test_the_files_that_a_benchmark_names_are_there_and_build(path: Path, monkey
                 codebook_size=tokenizer.quantizer.codebook_size,
                 grid=tokenizer.grid,
                 num_classes=10 if path.stem.startswith("cifar10") else 0,
+                class_names=(),
                 fingerprint=name,
             )
             build_prior(prior, tokens, torch.empty(tokens.codebook_size, tokenizer.config.latent_dim))

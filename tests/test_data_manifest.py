@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from scq.data.check import check
-from scq.data.manifest import IMAGES, different_classes, parse_json, parse_manifest
+from scq.data.manifest import IMAGES, Classes, parse_json, parse_manifest, refuse_other_classes
 from scq.data.pack import pack
 from scq.data.shards import ROW, ShardSet
 from scq.data.storage import LocalStorage
 from scq.data.stream import ImageStream, iterate_once
 from scq.data.tokens import TokenDataset, TokenStream, TokenWriter
-from scq.engine.errors import DataError
+from scq.engine.errors import DataError, UserError
 
 ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**40, -(2**64), 1.5, 1e300, float("nan"), float("inf"), "", "x", "../x"]
 ODD += ["a" * 5000, "\ud800", "9" * 64, [], [[]], {}, {"name": "x"}, [1, 2, 3], "shard-000000.tar", [0, 0], [2**40] * 2]
@@ -302,8 +302,10 @@ def test_a_manifest_that_is_a_folder_is_named_at_once(tmp_path):
 
 
 def test_classes_are_compared_by_name():
-    ours = (3, ["ant", "bee", "cat"])
-    assert different_classes(ours, ours) is None
-    assert different_classes(ours, (3, ["ant", "cat", "dog"])) == "label 1 is 'bee' here and 'cat' there"
-    assert different_classes(ours, (2, ["ant", "bee"])) == "3 classes here and 2 there"
-    assert different_classes(ours, (3, [])) is None, "a set of an older version has no names"
+    ours = Classes("ours", 3, ["ant", "bee", "cat"])
+    refuse_other_classes(ours, ours, "")
+    refuse_other_classes(ours, Classes("a set of an older version", 3, ()), "")
+    with pytest.raises(UserError, match=r"label 1 is 'bee' in ours, but 'cat' in theirs, .*: mend it"):
+        refuse_other_classes(ours, Classes("theirs", 3, ["ant", "cat", "dog"]), "mend it")
+    with pytest.raises(UserError, match="ours has 3 classes, but theirs has 2"):
+        refuse_other_classes(ours, Classes("theirs", 2, ["ant", "bee"]), "mend it")

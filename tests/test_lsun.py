@@ -51,7 +51,7 @@ def tflop_of_a_step(task: TokenizerTask | PriorTask | RefinerTask, batch: Batch 
 def build_prior_task() -> PriorTask:
     benchmark = load_config(BenchmarkConfig, BENCHMARK)
     config = load_config(PriorExperiment, BENCHMARK.parent / benchmark.prior, SETTINGS)
-    tokens = SimpleNamespace(codebook_size=1024, grid=(16, 16), num_classes=0, fingerprint="")
+    tokens = SimpleNamespace(codebook_size=1024, grid=(16, 16), num_classes=0, class_names=(), fingerprint="")
     return PriorTask(config, make_accelerator(config.training), tokens, torch.randn(1024, 16))
 
 

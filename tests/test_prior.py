@@ -205,10 +205,16 @@ def test_a_class_conditional_prior_listens_to_the_class() -> None:
     assert not torch.allclose(one, two)
 
 
-def write_stripes(folder: Path, fingerprint: str = "stripes", classes: int = 0) -> Path:
+def write_stripes(folder: Path, fingerprint: str = "stripes", classes: int = 0, names: tuple[str, ...] = ()) -> Path:
     """Grids whose rows are constant: once one token of a row is known, so are the others."""
     writer = TokenWriter(
-        folder, grid=(4, 4), codebook_size=16, fingerprint=fingerprint, source="stripes", num_classes=classes
+        folder,
+        grid=(4, 4),
+        codebook_size=16,
+        fingerprint=fingerprint,
+        source="stripes",
+        num_classes=classes,
+        class_names=names,
     )
     rows = torch.randint(0, 16, (400, 4, 1), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(400) % max(1, classes)
@@ -273,6 +279,21 @@ def test_held_out_labels_must_mean_what_those_of_training_mean(tmp_path: Path) -
     with pytest.raises(UserError, match=r"3 has 3 classes, but .*2 has 2"):
         train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={other}"))
     train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={tokens}"))
+
+
+def test_held_out_classes_are_compared_by_name_and_the_prior_keeps_them(tmp_path: Path) -> None:
+    settings = ["architecture.class_conditional=true", "training.steps=2"]
+    insects, animals = ("ant", "bee", "cat"), ("ant", "cat", "dog")
+    tokens = write_stripes(tmp_path / "insects", classes=3, names=insects)
+    other = write_stripes(tmp_path / "animals", classes=3, names=animals)
+    with pytest.raises(UserError, match=r"label 1 is 'bee' in .*insects, but 'cat' in .*animals, so labels differ"):
+        train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={other}"))
+    nameless = write_stripes(tmp_path / "old", classes=3)
+    trained = train_prior(stripes_config(tokens, tmp_path / "run", *settings, f"data.validation={nameless}")).averaged
+    trained.save_pretrained(tmp_path / "prior")
+    assert MaskedTransformer.from_pretrained(tmp_path / "prior").classes("it") == ("it", 3, list(insects))
+    free = stripes_config(tokens, tmp_path / "free", settings[1], f"data.validation={other}")
+    assert train_prior(free).averaged.classes("it").number == 0, "labels have no say there"
 
 
 def test_validation_is_a_bound_in_bits_and_keeps_the_best(tmp_path: Path) -> None:

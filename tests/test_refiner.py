@@ -1,11 +1,14 @@
 """The refiner gives back what can be known of convex latents, and nothing of what it must not."""
 
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from data_samples import write_folder
 
+from scq.data.pack import pack
 from scq.data.stream import iterate_once
 from scq.engine.accelerators import make_accelerator
 from scq.engine.config import load_config
@@ -204,6 +207,17 @@ def test_a_class_conditional_prior_is_told_the_class(emoji: dict[str, Path], tmp
     assert torch.equal(given[0], batch.labels)
     with pytest.raises(UserError, match=r"has 3 classes, but .* has 0"):
         train_refiner(asked, model, prior)
+
+
+def test_the_classes_of_the_prior_are_compared_by_name(tmp_path: Path) -> None:
+    packed = tmp_path / "shards"
+    pack(write_folder(tmp_path / "photos", 8, ("ant", "bee")), packed, format="folder", size=32, workers=0)
+    model = tokenizer()
+    for names, said in ((["ant", "cat"], "label 1 is 'cat' in the prior, but 'bee' in"), (["ant", "bee"], None)):
+        prior = MaskedTransformer(32, model.grid, width=16, depth=1, heads=2, num_classes=2, class_names=names)
+        asked = config({"train": packed, "test": packed}, tmp_path / "run", "resampled_share=1.0", "training.steps=1")
+        with nullcontext() if said is None else pytest.raises(UserError, match=said):
+            RefinerStage(asked, model, Model(model, prior)).open_stream(make_accelerator(asked.training))
 
 
 def test_what_cannot_be_refined_is_named(emoji: dict[str, Path], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from scq.data.manifest import Classes, refuse_other_classes
 from scq.data.stream import Batch, iterate_once
 from scq.engine.config import DataConfig
 from scq.engine.errors import UserError
@@ -184,7 +185,12 @@ class ArmWork:
         """How many bits the prior needs for the codes of so many held-out images; 0 for all."""
         pipeline = self._pipeline(prior)
         network, grids, labels = pipeline.prior, [], []
-        for batch in self.images.reference(shards, count).batches():
+        reference = self.images.reference(shards, count)
+        if network.config.num_classes:
+            names = reference.stream.class_names
+            held_out = Classes(self.images.folder(shards), len(names), names)
+            refuse_other_classes(network.classes("the prior"), held_out, "choose splits with the same class folders")
+        for batch in reference.batches():
             grids.append(pipeline.tokenizer.encode(to_float(batch.images.to(self.device))).indices.flatten(1))  # (b, L)
             labels.append(batch.labels)
         given = torch.cat(labels) if network.config.num_classes else None
