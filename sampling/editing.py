@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from scq.engine.checks import finite_number
+from scq.engine.errors import UserError
 from scq.engine.randomness import image_uniform
 
 Window = tuple[slice, slice]  # of a canvas: rows, columns
@@ -29,10 +31,9 @@ def variation_mask(seeds: torch.Tensor, grid: tuple[int, int], strength: float) 
         strength: the share, in [0, 1].
 
     Raises:
-        ValueError: strength is out of range.
+        UserError: strength is out of range.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength={strength!r} must be in [0, 1]")
+    strength = finite_number("strength", strength, 0, 1)
     rank = image_uniform(seeds, grid[0] * grid[1], purpose="variation").argsort(1).argsort(1)
     return (rank < round(strength * rank.shape[1])).view(-1, *grid)
 
@@ -81,11 +82,11 @@ def fill(
         (B, H, W) int64 codes.
 
     Raises:
-        ValueError: the grids are smaller than the prior's.
+        UserError: the grids are smaller than the prior's.
     """
     canvas = tuple(start.shape[1:])
     if canvas[0] < grid[0] or canvas[1] < grid[1]:
-        raise ValueError(f"a grid of {canvas[0]}x{canvas[1]} tokens is smaller than the prior's {grid[0]}x{grid[1]}")
+        raise UserError(f"a grid of {canvas[0]}x{canvas[1]} tokens is smaller than the prior's {grid[0]}x{grid[1]}")
     if canvas == tuple(grid):
         return draw(start, seeds, on_step)
     tokens, masked = start.clone(), (start[0] == mask_token).cpu()

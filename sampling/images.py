@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from scq.data.transforms import centre_box, to_rgb
+from scq.engine.checks import one_of, shown
+from scq.engine.errors import UserError
 
-Pictures = Image.Image | Sequence[Image.Image] | torch.Tensor
+Picture = Image.Image | np.ndarray | torch.Tensor
+Pictures = Picture | Sequence[Picture]
 Output = list[Image.Image] | torch.Tensor | np.ndarray
 OUTPUT_TYPES = ("pil", "pt", "np")
+CHANNELS = (1, 3, 4)  # grey, RGB, and RGB with opacity
 
 
 def to_pixels(pictures: Pictures, side: int) -> torch.Tensor:
@@ -21,22 +26,18 @@ def to_pixels(pictures: Pictures, side: int) -> torch.Tensor:
     A picture that was enlarged by a whole factor (see `enlarge`) gets its original pixels back.
 
     Args:
-        pictures: one or several of any size and mode, or a uint8 tensor (N, 3, side, side), which stays as it is.
+        pictures: one or several of any size: pictures of Pillow; arrays (H, W), (H, W, C) or (N, H, W, C); tensors
+            (H, W), (C, H, W) or (N, C, H, W). Their values are uint8, or floats in [0, 1] as diffusers has them; C is
+            one of CHANNELS. A uint8 tensor (N, 3, side, side) keeps its pixels.
 
     Raises:
-        ValueError: a tensor has another shape or type, there is no picture, or its samples have no stated range.
+        UserError: something is not such a picture, there is none, or its samples have no stated range.
     """
-    if isinstance(pictures, torch.Tensor):
-        if pictures.dtype != torch.uint8 or pictures.shape[1:] != (3, side, side):
-            raise ValueError(
-                f"image tensors must be uint8 of shape (N, 3, {side}, {side}), not {pictures.dtype} of shape "
-                f"{tuple(pictures.shape)}"
-            )
-        return pictures
-    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    if not several:
-        raise ValueError("no image was given")
-    fitted = [_fitted(to_rgb(picture), side) for picture in several]
+    if isinstance(pictures, torch.Tensor) and pictures.dtype == torch.uint8 and pictures.shape[1:] == (3, side, side):
+        if not len(pictures):
+            raise UserError("no image was given")
+        return pictures.cpu()
+    fitted = [_fitted(to_rgb(each), side) for each in _pictures(pictures, "image")]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in fitted])).permute(0, 3, 1, 2).contiguous()
 
 
@@ -46,23 +47,81 @@ def to_mask(pictures: Pictures, side: int) -> torch.Tensor:
     If a mask is larger, a single light pixel is enough, so that a thin stroke is not lost.
 
     Args:
-        pictures: as for `to_pixels`; or a bool tensor (N, side, side), which stays as it is.
+        pictures: as for `to_pixels`; several masks may also be (N, H, W). Floats are in [0, 1], and 0.5 is light, as
+            in diffusers. Where the lightest value of a mask is 1, it is light whatever the type.
 
     Raises:
-        ValueError: a tensor has another shape or type, or there is no mask.
+        UserError: something is not such a mask, or there is none.
     """
-    if isinstance(pictures, torch.Tensor) and pictures.dtype == torch.bool:
-        if pictures.shape[1:] != (side, side):
-            raise ValueError(f"bool masks must have the shape (N, {side}, {side}), not {tuple(pictures.shape)}")
-        return pictures
-    if isinstance(pictures, torch.Tensor):
-        return to_pixels(pictures, side).float().mean(1) > 127.5
-    several = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    if not several:
-        raise ValueError("no mask was given")
-    upright = [ImageOps.exif_transpose(picture).convert("L") for picture in several]
-    squares = [each.crop(centre_box(*each.size, min(each.size))) for each in upright]
+    grey = [_upright_grey(each) for each in _pictures(pictures, "mask")]
+    squares = [each.crop(centre_box(*each.size, min(each.size))) for each in grey]
     return torch.from_numpy(np.stack([resized_mask(np.asarray(each) > 127, (side, side)) for each in squares]))
+
+
+def _pictures(pictures: Any, kind: str) -> list[Image.Image]:
+    """One or several pictures or masks, each as one of Pillow; see `to_pixels` and `to_mask` for what they may be.
+
+    Args:
+        kind: "image" or "mask".
+    """
+    if isinstance(pictures, Image.Image):
+        return [pictures]
+    if isinstance(pictures, torch.Tensor | np.ndarray):
+        return [_from_array(each, kind) for each in _single(pictures, kind)]
+    if not isinstance(pictures, Sequence) or isinstance(pictures, str | bytes):
+        raise UserError(f"{kind}={shown(pictures)} must be a picture of Pillow, an array, a tensor, or a list of those")
+    if not pictures:
+        raise UserError(f"no {kind} was given")
+    return [picture for each in pictures for picture in _pictures(each, kind)]
+
+
+def _single(values: torch.Tensor | np.ndarray, kind: str) -> list[np.ndarray]:
+    """An array or tensor of one or several pictures -> arrays (H, W) or (H, W, C)."""
+    found, ndim = f"{values.dtype} of shape {tuple(values.shape)}", values.ndim
+    # Three axes of a tensor are an image's channels or several masks, as in diffusers; an array's shape tells.
+    channels = ndim == 4 or (ndim == 3 and kind == "image")
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        array = (values.float() if values.is_floating_point() else values).numpy()
+        array = np.moveaxis(array, -3, -1) if channels else array
+    else:
+        array, channels = values, channels or (ndim == 3 and values.shape[-1] in CHANNELS)
+    several = ndim == 4 or (ndim == 3 and not channels)
+    if several and not len(array):
+        raise UserError(f"no {kind} was given")
+    if ndim not in (2, 3, 4) or 0 in array.shape or (channels and array.shape[-1] not in CHANNELS):
+        raise UserError(
+            f"{kind} is {found}; an array must be (H, W), (H, W, C) or (N, H, W, C), a tensor (H, W), (C, H, W) or "
+            "(N, C, H, W), with 1, 3 or 4 channels C"
+        )
+    return list(array) if several else [array]
+
+
+def _from_array(values: np.ndarray, kind: str) -> Image.Image:
+    """An array (H, W) or (H, W, C) -> a picture of Pillow with 8 bits a channel."""
+    if values.dtype.kind == "f":
+        if not ((values >= 0) & (values <= 1)).all():  # nor NaN
+            raise UserError(
+                f"{kind} holds floats from {values.min()} to {values.max()}; floats must be in [0, 1], and pixels from "
+                "0 to 255 must be uint8"
+            )
+        values = (values * 255).round().astype(np.uint8)
+    elif kind == "mask" and values.dtype.kind in "biu":
+        values = values.astype(np.uint8) * 255 if values.max() <= 1 else values.clip(0, 255).astype(np.uint8)
+    elif values.dtype != np.uint8:
+        raise UserError(f"{kind} is {values.dtype}; it must be uint8, or floats in [0, 1]")
+    return Image.fromarray(values[..., 0] if values.shape[2:] == (1,) else values)
+
+
+def _upright_grey(mask: Image.Image) -> Image.Image:
+    """A mask of Pillow, upright, in 8-bit grey."""
+    mask = ImageOps.exif_transpose(mask)
+    if mask.mode == "F":
+        mask = _from_array(np.asarray(mask), "mask")
+    lightest = np.asarray(mask).max() if mask.mode == "L" or mask.mode.startswith("I") else None
+    if lightest == 1:
+        return _from_array(np.asarray(mask), "mask")
+    return (to_rgb(mask) if mask.mode.startswith("I") else mask).convert("L")
 
 
 def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -82,10 +141,9 @@ def check_output_type(output_type: str) -> None:
     """Make sure that `as_output` knows a type.
 
     Raises:
-        ValueError: it does not.
+        UserError: it does not.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+    one_of("output_type", output_type, OUTPUT_TYPES)
 
 
 def as_output(pixels: torch.Tensor, output_type: str) -> Output:
@@ -96,7 +154,7 @@ def as_output(pixels: torch.Tensor, output_type: str) -> Output:
             (N, H, W, 3) in [0, 1].
 
     Raises:
-        ValueError: the type is unknown.
+        UserError: the type is unknown.
     """
     check_output_type(output_type)
     if output_type == "np":

@@ -17,11 +17,21 @@ from PIL import Image
 from torch import nn
 
 from scq.data.stream import Batch
+from scq.engine.checks import finite_number, shown, whole_number
 from scq.engine.errors import UserError
 from scq.engine.measurements import Measured
 from scq.engine.pictures import picture_grid
 from scq.engine.processes import rank_and_world_size
-from scq.sampling.arguments import codes_to_start_from, image_labels, image_seeds
+from scq.sampling.arguments import (
+    MOST_IMAGES,
+    Generators,
+    Labels,
+    checked_latents,
+    checked_tokens,
+    codes_to_start_from,
+    image_labels,
+    image_seeds,
+)
 from scq.sampling.chunks import in_equal_chunks
 from scq.sampling.editing import OnStep, fill
 from scq.sampling.hub import local_folder, upload
@@ -37,6 +47,8 @@ from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
 EMBEDDED = Path(__file__).parent / "pretrained"  # the model that comes with the package
+
+MOST_GROWTH = 32  # times its own size by which outpainting may extend an image on each side
 
 StepCallback = Callable[["SoftConvexPipeline", int, int, dict[str, torch.Tensor]], Any]
 
@@ -101,11 +113,11 @@ class SoftConvexPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_images: int = 16,
-        class_labels: list[int] | int | None = None,
+        class_labels: Labels | None = None,
         num_inference_steps: int | None = None,
         temperature: float | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         init_image: Pictures | None = None,
         mask_image: Pictures | None = None,
         strength: float = 0.5,
@@ -120,15 +132,17 @@ class SoftConvexPipeline(DiffusionPipeline):
         """Draw images, or redraw parts of images.
 
         Args:
-            num_images: how many.
+            num_images: how many, up to MOST_IMAGES.
             class_labels: one for each image, or one for all, for a class-conditional prior.
             num_inference_steps: steps of the sampler; here and below, None means the value of ``scheduler``.
             temperature: of the distribution of codes, above 0.
             guidance_scale: strength of the guidance towards the class; 0 for none.
-            generator: draws each image's seed; without it and ``seed``, torch's global generator does.
-            init_image: the image to start from, or one for each.
-            mask_image: one mask, or one for each; its light pixels are redrawn, rounded up to whole tokens. With
-                ``init_image`` and no mask, a random share of the tokens is redrawn: a variation.
+            generator: draws each image's seed, or a list of one for each image; without it and ``seed``, torch's
+                global generator does.
+            init_image: the image to start from, or one for each; see `sampling.images.to_pixels` for what it may be.
+            mask_image: one mask, or one for each (see `sampling.images.to_mask`); its light pixels are redrawn,
+                rounded up to whole tokens. With ``init_image`` and no mask, a random share of the tokens is redrawn: a
+                variation.
             strength: that share, in [0, 1].
             output_type: ``pil``, ``pt`` (uint8) or ``np`` (see `sampling.images.as_output`).
             callback_on_step_end: called as ``callback(pipeline, step, steps_left, {"tokens": (B, h, w)})`` after each
@@ -145,11 +159,14 @@ class SoftConvexPipeline(DiffusionPipeline):
             the images, their tokens and their seeds.
 
         Raises:
-            ValueError: a setting is unknown or out of range, or two of them contradict each other.
+            UserError: a setting is unknown or out of range, or two of them contradict each other.
         """
-        if num_images < 1 or batch_size < 1:
-            raise ValueError(f"num_images={num_images} and batch_size={batch_size} must be at least 1")
+        num_images = whole_number("num_images", num_images, 1, MOST_IMAGES)
+        batch_size = min(num_images, whole_number("batch_size", batch_size, 1))
+        strength = finite_number("strength", strength, 0, 1)
         check_output_type(output_type)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise UserError(f"callback_on_step_end={shown(callback_on_step_end)} must be a function")
         sampling |= {"temperature": temperature, "guidance_scale": guidance_scale}
         if num_inference_steps is not None:
             sampling["steps"] = num_inference_steps
@@ -157,14 +174,14 @@ class SoftConvexPipeline(DiffusionPipeline):
         seeds = image_seeds(num_images, seed, generator)
         if init_image is not None:
             if start is not None:
-                raise ValueError("give init_image or start, not both")
+                raise UserError("give init_image or start, not both")
             codes = self.encode(init_image).indices.cpu()  # (1 or num_images, h, w)
             mask = None if mask_image is None else to_mask(mask_image, self.image_size)
             start = codes_to_start_from(codes, mask, strength, seeds, self.prior.mask_token, self.tokenizer.factor)
         elif mask_image is not None:
-            raise ValueError("mask_image says which part of init_image to redraw, but no init_image was given")
-        if start is not None and (start.dim() != 3 or len(start) != num_images):
-            raise ValueError(f"start must be ({num_images}, h, w), a grid for each image, not {tuple(start.shape)}")
+            raise UserError("mask_image says which part of init_image to redraw, but no init_image was given")
+        if start is not None:
+            start = checked_tokens("start", start, self.prior.mask_token, num_images)
         images, grids = [], []
         for first in range(0, num_images, batch_size):
             part = slice(first, first + batch_size)
@@ -202,18 +219,21 @@ class SoftConvexPipeline(DiffusionPipeline):
 
         Args:
             image: one image; it comes back as the tokenizer reconstructs it.
-            left, right, top, bottom: pixels to add on each side, rounded up to whole tokens.
+            left, right, top, bottom: pixels to add on each side, rounded up to whole tokens; an image can only grow,
+                by up to MOST_GROWTH times its own size.
             settings: further arguments of a call, such as ``num_images`` (default 1).
 
         Raises:
-            ValueError: a number of pixels is negative.
+            UserError: a number of pixels is out of range.
         """
-        if min(left, right, top, bottom) < 0:
-            raise ValueError(f"an image can only grow, by 0 pixels or more, not by {min(left, right, top, bottom)}")
-        left, right, top, bottom = (-(-pixels // self.tokenizer.factor) for pixels in (left, right, top, bottom))
+        most = MOST_GROWTH * self.image_size
+        sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+        left, right, top, bottom = (
+            -(-whole_number(name, pixels, 0, most) // self.tokenizer.factor) for name, pixels in sides.items()
+        )
         tokens = self.encode(image).indices[:1].cpu()  # (1, h, w)
         start = torch.nn.functional.pad(tokens, (left, right, top, bottom), value=self.prior.mask_token)
-        num_images = settings.pop("num_images", 1)
+        num_images = whole_number("num_images", settings.pop("num_images", 1), 1, MOST_IMAGES)
         return self(num_images, start=start.expand(num_images, -1, -1), **settings)
 
     @torch.no_grad()
@@ -223,9 +243,15 @@ class SoftConvexPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(self, z_q: torch.Tensor, output_type: str = "pil") -> Output:
-        """Latents (B, F, h, w) -> images of a type as in a call. For codes, use `decode_tokens`."""
+        """Latents (B, F, h, w) -> images of a type as in a call. For codes, use `decode_tokens`.
+
+        Raises:
+            UserError: the latents are misshapen, or the type of output is unknown.
+            NotFiniteError: a latent is not finite.
+        """
         check_output_type(output_type)
-        return as_output(to_uint8(in_equal_chunks(self.tokenizer.decode, z_q.to(self.device))), output_type)
+        z_q = checked_latents(z_q, self.tokenizer.config.latent_dim).to(self.device)
+        return as_output(to_uint8(in_equal_chunks(self.tokenizer.decode, z_q)), output_type)
 
     def interpolate(self, first: Pictures, second: Pictures, num_images: int = 8, output_type: str = "pil") -> Output:
         """Images on the straight line between the convex latents of two images, both ends included.
@@ -233,11 +259,10 @@ class SoftConvexPipeline(DiffusionPipeline):
         The codebook's hull is convex, so every point on the line is a convex combination of codes as well.
 
         Raises:
-            ValueError: ``num_images`` is below 2, or the type of output is unknown.
+            UserError: ``num_images`` is below 2, for the two ends, or the type of output is unknown.
         """
         check_output_type(output_type)
-        if num_images < 2:
-            raise ValueError(f"num_images={num_images} must be at least 2, for the two ends")
+        num_images = whole_number("num_images", num_images, 2, MOST_IMAGES)
         one, other = (self.encode(picture).z_q[:1] for picture in (first, second))
         weights = torch.linspace(0, 1, num_images, device=one.device)[:, None, None, None]
         return self.decode(torch.lerp(one, other, weights), output_type)
@@ -259,12 +284,12 @@ class SoftConvexPipeline(DiffusionPipeline):
             start, callback_on_step_end, sampling: as in a call.
 
         Raises:
-            ValueError: as in a call.
+            UserError: as in a call.
         """
         prior, settings = self.prior, self.scheduler.for_length(self.prior.length, **sampling)
         if settings.guidance_scale > 0 and not prior.config.num_classes:
             scale = settings.guidance_scale
-            raise ValueError(f"guidance_scale={scale}: this prior has no classes to be guided towards; leave it at 0")
+            raise UserError(f"guidance_scale={scale}: this prior has no classes to be guided towards; leave it at 0")
         grid = tuple(prior.config.grid)
         if start is None:
             start = torch.full((len(seeds), *grid), prior.mask_token)
@@ -298,8 +323,12 @@ class SoftConvexPipeline(DiffusionPipeline):
         Args:
             seeds: (B,) int64, for a refiner that is a flow; by default 0 .. B-1.
             sampling: as in a call.
+
+        Raises:
+            UserError: the tokens are misshapen or hold something that is no code, or a setting is out of range.
         """
-        settings, tokens = self.scheduler.changed(**sampling), tokens.to(self.device)
+        settings = self.scheduler.changed(**sampling)
+        tokens = checked_tokens("tokens", tokens, self.prior.mask_token - 1).to(self.device)
         if self.refiner is None or not settings.refine:
             return to_uint8(in_equal_chunks(self.tokenizer.decode_indices, tokens))
         seeds = torch.arange(len(tokens)) if seeds is None else seeds
@@ -311,6 +340,7 @@ class SoftConvexPipeline(DiffusionPipeline):
 
     def preview(self, tokens: torch.Tensor) -> torch.Tensor:
         """Unfinished grids (B, h, w) -> uint8 images (B, 3, H, W), grey where nothing is revealed yet."""
+        tokens = checked_tokens("tokens", tokens, self.prior.mask_token)
         hidden = tokens == self.prior.mask_token
         pixels = self.decode_tokens(tokens.masked_fill(hidden, 0), refine=False)
         cells = hidden[:, None].repeat_interleave(self.tokenizer.factor, 2).repeat_interleave(self.tokenizer.factor, 3)

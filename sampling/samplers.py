@@ -14,9 +14,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from scq.engine.checks import one_of
 from scq.engine.randomness import image_gumbel, image_uniform
 from scq.stage2_prior.masking import mask_share
-from scq.stage2_prior.scheduler import UnmaskingScheduler
+from scq.stage2_prior.scheduler import GUIDANCE_SCHEDULES, UnmaskingScheduler
 
 
 class Predict(Protocol):
@@ -190,7 +191,7 @@ class GuidedPrior:
         guidance_schedule: ``constant``, or ``linear``: s grows from 0 with the progress of the generation.
 
     Raises:
-        ValueError: the schedule is unknown.
+        UserError: the schedule is unknown.
     """
 
     network: Callable[..., torch.Tensor]
@@ -201,8 +202,7 @@ class GuidedPrior:
     guidance_schedule: str = "constant"
 
     def __post_init__(self) -> None:
-        if self.guidance_schedule not in ("constant", "linear"):
-            raise ValueError(f"guidance schedule {self.guidance_schedule!r} does not exist; choose constant or linear")
+        one_of("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
 
     def __call__(self, tokens: torch.Tensor, progress: float) -> torch.Tensor:
         if self.labels is None or self.guidance_scale == 0:

@@ -375,7 +375,7 @@ def test_mistakes_are_named(pipeline: SoftConvexPipeline, emoji_images: torch.Te
         ({"temprature": 1.0}, "'temprature'"),
         ({"num_inference_steps": 65}, "at most 16"),
         ({"num_inference_steps": 0}, "steps=0"),
-        ({"seed": 2**63 - 1}, "64 bits"),
+        ({"seed": 2**63 - 1}, "seed=9223372036854775807 must be a whole number"),
         ({"output_type": "latent"}, "'latent'"),
         ({"mask_image": mask}, "no init_image"),
         ({"init_image": emoji_images, "num_images": 3}, "init_image holds 4 images"),

@@ -229,5 +229,5 @@ def test_guidance_moves_away_from_the_unconditional() -> None:
     torch.testing.assert_close(guided(2.0)(tokens, 0.5), expected, rtol=0, atol=1e-5)
     expected = 2 * conditional - unconditional
     torch.testing.assert_close(guided(2.0, "linear")(tokens, 0.5), expected, rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="guidance schedule 'cubic'"):
+    with pytest.raises(ValueError, match="guidance_schedule='cubic'"):
         guided(2.0, "cubic")

@@ -9,16 +9,17 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from scq.engine.checks import one_of, whole_number
 from scq.sampling.images import to_mask
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
+from scq.sampling.studio.controls import Slider, WholeNumber, mistakes_shown
 from scq.sampling.studio.steps import (
     BUTTONS,
+    LARGEST_SEED,
     MODEL_QUEUE,
     SHOWN_SIDE,
-    checked_seed,
     chosen_settings,
     labelled,
-    mistakes_shown,
     sampler_controls,
     shown,
     step_by_step,
@@ -48,22 +49,22 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
                 format="png", buttons=BUTTONS,
             )  # fmt: skip
             with gr.Row():
-                number = gr.Number(1, label="Generated image", precision=0, minimum=1)
+                number = WholeNumber(1, label="Generated image", precision=0, minimum=1)
                 take = gr.Button("Take it from Generate")
             what = gr.Radio([INPAINT, VARY, OUTPAINT], value=INPAINT, label="What to do")
-            strength = gr.Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="Share of tokens that vary.")
+            strength = Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="Share of tokens that vary.")
             with gr.Row():
                 # At most the image's own size on each side: time and memory grow with the canvas.
                 borders = {
-                    name: gr.Slider(
+                    name: Slider(
                         0, side, side // 2, step=pipeline.tokenizer.factor, label=name.title(),
                         info=f"Pixels to add to the image's {side}.",
                     )
                     for name in SIDES
                 }  # fmt: skip
         with gr.Column(scale=2):
-            seed = gr.Number(0, label="Seed", precision=0)
-            count = gr.Slider(1, most, min(4, most), step=1, label="Results")
+            seed = WholeNumber(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
+            count = Slider(1, most, min(4, most), step=1, label="Results")
             controls = sampler_controls(pipeline)
             redraw = gr.Button("Redraw", variant="primary")
             cancel = gr.Button("Cancel")
@@ -73,13 +74,12 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
             )
 
     def edit(
-        edited: dict[str, Any] | None, what: str, strength: float, left: float, right: float, top: float,
-        bottom: float, seed: float, count: float, *values: Any,
+        edited: dict[str, Any] | None, what: str, strength: float, left: int, right: int, top: int,
+        bottom: int, first: int, count: int, *values: Any,
     ) -> Iterator[list[Image.Image]]:  # fmt: skip
-        borders = dict(zip(SIDES, map(int, (left, right, top, bottom)), strict=True))
-        call, about = _job(pipeline, edited, what, strength, borders)
-        first, count = checked_seed(seed), int(min(max(1, count), most))
         with mistakes_shown():
+            borders = dict(zip(SIDES, (left, right, top, bottom), strict=True))
+            call, about = _job(pipeline, edited, what, strength, borders)
             settings = chosen_settings(pipeline, list(controls), values)
             call = partial(call, seed=first, num_images=count, output_type="pt", **settings)
             for event in step_by_step(lambda on_step: call(callback_on_step_end=on_step)):
@@ -102,6 +102,7 @@ def _job(
     """The pipeline call for what was chosen on the page, and the settings of that choice."""
     if edited is None:
         raise gr.Error("Choose an image first.")
+    one_of("what", what, (INPAINT, VARY, OUTPAINT))
     image, painted = edited["background"], edited["painted"]
     if what == VARY:
         return partial(pipeline, init_image=image, strength=strength), {"strength": strength}
@@ -117,12 +118,11 @@ def _job(
     return partial(pipeline.inpaint, image, mask), {}
 
 
-def _taken(drawn: list[Image.Image], number: float | None) -> Image.Image:
+def _taken(drawn: list[Image.Image], number: int) -> Image.Image:
     """A generated image, enlarged so that a brush can hit its pixels."""
     if not drawn:
         raise gr.Error("Generate images first.")
-    if number is None or not 1 <= number <= len(drawn):
-        raise gr.Error(f"There are {len(drawn)} generated images; choose 1 to {len(drawn)}.")
-    chosen = drawn[int(number) - 1]
+    with mistakes_shown():
+        chosen = drawn[whole_number("number", number, 1, len(drawn)) - 1]
     zoom = max(1, 4 * SHOWN_SIDE // chosen.width)
     return chosen.resize((chosen.width * zoom, chosen.height * zoom), Image.Resampling.NEAREST)

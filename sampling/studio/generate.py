@@ -12,14 +12,14 @@ from PIL import Image
 
 from scq.sampling.images import to_pictures
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
+from scq.sampling.studio.controls import Slider, WholeNumber, mistakes_shown
 from scq.sampling.studio.steps import (
     BATCH,
     BUTTONS,
+    LARGEST_SEED,
     MODEL_QUEUE,
-    checked_seed,
     chosen_settings,
     labelled,
-    mistakes_shown,
     sampler_controls,
     shown,
     step_by_step,
@@ -37,8 +37,10 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
     drawn = gr.State([])
     with gr.Row():
         with gr.Column(scale=1):
-            seed = gr.Number(0, label="Seed", precision=0, info="Image i is drawn with seed + i.")
-            count = gr.Slider(1, max_batch, min(16, max_batch), step=1, label="Images")
+            seed = WholeNumber(
+                0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, info="Image i is drawn with seed + i."
+            )
+            count = Slider(1, max_batch, min(16, max_batch), step=1, label="Images")
             controls = sampler_controls(pipeline)
             generate = gr.Button("Generate", variant="primary")
             cancel = gr.Button("Cancel")
@@ -48,8 +50,7 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
             )
             download = gr.File(label="PNG files and their settings", interactive=False)
 
-    def draw(seed: float, count: float, *values: Any) -> Iterator[tuple[list[Image.Image], str | None, list]]:
-        first, count = checked_seed(seed), int(min(max(1, count), max_batch))
+    def draw(first: int, count: int, *values: Any) -> Iterator[tuple[list[Image.Image], str | None, list]]:
         with mistakes_shown():
             settings = chosen_settings(pipeline, list(controls), values)
         finished: list[Image.Image] = []

@@ -13,7 +13,8 @@ from PIL import Image
 
 from scq.sampling.images import enlarge, to_pictures, to_pixels
 from scq.sampling.pipeline import SoftConvexPipeline
-from scq.sampling.studio.steps import BUTTONS, MODEL_QUEUE, SHOWN_SIDE, mistakes_shown
+from scq.sampling.studio.controls import Slider, mistakes_shown
+from scq.sampling.studio.steps import BUTTONS, MODEL_QUEUE, SHOWN_SIDE
 from scq.sampling.studio.uploads import UploadedImage
 from scq.stage1_tokenizer.quantizers import Mixture
 
@@ -53,8 +54,8 @@ def inspect_tab(pipeline: SoftConvexPipeline) -> None:
     with gr.Row():
         with gr.Column(scale=1):
             height, width = pipeline.prior.config.grid
-            row = gr.Slider(0, height - 1, 0, step=1, label="Row of the patch")
-            column = gr.Slider(0, width - 1, 0, step=1, label="Column of the patch")
+            row = Slider(0, height - 1, 0, step=1, label="Row of the patch")
+            column = Slider(0, width - 1, 0, step=1, label="Column of the patch")
             patch = gr.Dataframe(headers=["code", "weight"], label="Codes that the patch mixes", interactive=False)
         with gr.Column(scale=2):
             usage = gr.Plot(label="Codebook usage")
@@ -129,12 +130,12 @@ def _usage(pipeline: SoftConvexPipeline, indices: torch.Tensor) -> Figure:
     return figure
 
 
-def _mixed(found: Inspected | None, row: float, column: float) -> list[list[float]]:
+def _mixed(found: Inspected | None, row: int, column: int) -> list[list[float]]:
     """The codes of one patch with their weights, the heaviest first."""
     if found is None:
         return []
-    weights, order = found.weights[int(row), int(column)].sort(descending=True)
-    codes = found.support[int(row), int(column)][order]
+    weights, order = found.weights[row, column].sort(descending=True)
+    codes = found.support[row, column][order]
     return [[int(code), round(float(weight), 4)] for code, weight in zip(codes, weights, strict=True) if weight > 0]
 
 

@@ -7,7 +7,6 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,15 +17,17 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from scq.engine.errors import UserError
 from scq.engine.fingerprint import fingerprint
 from scq.sampling.images import enlarge, to_pictures
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
+from scq.sampling.studio.controls import Slider
 from scq.stage2_prior.scheduler import SAMPLERS
 
 MODEL_QUEUE = "model"  # everything that runs the networks waits in one queue, first come, first served
 BATCH = 16  # images drawn together; a cancelled drawing stops within a step of one batch
 SHOWN_SIDE = 128  # pixels; smaller images are enlarged to it
-LARGEST_SEED = 2**31
+LARGEST_SEED = 2**31 - 1
 BUTTONS = ["download", "fullscreen"]  # of pictures; gradio's own list also has one that uploads them to a public site
 
 
@@ -38,20 +39,20 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
     """The controls for the settings of a drawing, by the names of the pipeline's arguments."""
     defaults, prior = pipeline.scheduler, pipeline.prior.config
     controls = {
-        "num_inference_steps": gr.Slider(
+        "num_inference_steps": Slider(
             1, pipeline.prior.length, min(defaults.steps, pipeline.prior.length), step=1, label="Steps"
         ),
         "sampler": gr.Dropdown(list(SAMPLERS), value=defaults.sampler, label="Sampler"),
-        "temperature": gr.Slider(0.1, 2.0, defaults.temperature, step=0.05, label="Temperature"),
-        "choice_temperature": gr.Slider(
+        "temperature": Slider(0.1, 2.0, defaults.temperature, step=0.05, label="Temperature"),
+        "choice_temperature": Slider(
             0.0, 20.0, defaults.choice_temperature, step=0.5, label="Choice temperature",
             info="maskgit: noise in the order of revealing; 0 always reveals the most confident tokens.",
         ),
-        "top_p": gr.Slider(0.05, 1.0, defaults.top_p, step=0.05, label="Top p", info="1 draws among all codes."),
+        "top_p": Slider(0.05, 1.0, defaults.top_p, step=0.05, label="Top p", info="1 draws among all codes."),
     }  # fmt: skip
     if prior.num_classes:
-        controls["class_labels"] = gr.Slider(-1, prior.num_classes - 1, -1, step=1, label="Class", info="-1: no class.")
-        controls["guidance_scale"] = gr.Slider(
+        controls["class_labels"] = Slider(-1, prior.num_classes - 1, -1, step=1, label="Class", info="-1: no class.")
+        controls["guidance_scale"] = Slider(
             0.0,
             10.0,
             defaults.guidance_scale,
@@ -68,11 +69,14 @@ def chosen_settings(pipeline: SoftConvexPipeline, names: list[str], values: tupl
     """All settings of a drawing as arguments of the pipeline: the controls' values, and the model's own for the rest.
 
     Raises:
-        ValueError: a value is out of range.
+        UserError: a control was emptied, or a value is out of range.
     """
     chosen = dict(zip(names, values, strict=True))
-    label = int(chosen.pop("class_labels", -1))
-    settings = asdict(pipeline.scheduler.changed(steps=int(chosen.pop("num_inference_steps")), **chosen))
+    for name, value in chosen.items():
+        if value is None:  # for `changed`, it would mean the model's own
+            raise UserError(f"{name} is empty; choose a value")
+    label = chosen.pop("class_labels", -1)
+    settings = asdict(pipeline.scheduler.changed(steps=chosen.pop("num_inference_steps"), **chosen))
     settings["num_inference_steps"] = settings.pop("steps")
     return settings if label < 0 else {"class_labels": label, **settings}
 
@@ -80,22 +84,6 @@ def chosen_settings(pipeline: SoftConvexPipeline, names: list[str], values: tupl
 def fingerprints(pipeline: SoftConvexPipeline) -> dict[str, str]:
     """The fingerprints of the pipeline's networks, by name."""
     return {name: fingerprint(network) for name, network in pipeline.as_model().networks().items()}
-
-
-def checked_seed(seed: float | None) -> int:
-    """The seed as a whole number; if it is out of range, the page shows an error."""
-    if seed is None or not 0 <= seed < LARGEST_SEED:
-        raise gr.Error(f"The seed must be a whole number from 0 to {LARGEST_SEED - 1}.")
-    return int(seed)
-
-
-@contextmanager
-def mistakes_shown() -> Iterator[None]:
-    """Show a ValueError in the block as a message on the page."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(str(error)) from error
 
 
 def step_by_step(draw: Callable[[Callable[..., None]], ImageOutput]) -> Iterator[torch.Tensor | ImageOutput]:
