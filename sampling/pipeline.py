@@ -464,9 +464,8 @@ class SoftConvexPipeline(DiffusionPipeline):
         dtype = next((each for each in args if isinstance(each, torch.dtype)), kwargs.pop("dtype", None))
         super().to(*(each for each in args if not isinstance(each, torch.dtype)), **kwargs)
         if dtype is not None:
-            networks = [network for name, network in self.tokenizer.named_children() if name != "quantizer"]
-            for network in (self.prior, *networks):
-                nn.Module.to(network, dtype)  # ModelMixin's own would warn of modules kept in float32; there are none
+            for network in (self.prior, self.tokenizer):
+                nn.Module.to(network, dtype)  # ModelMixin's own would warn of modules kept in float32, which is meant
         return self
 
 

@@ -17,6 +17,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from scq.engine.precision import KeepsFloat32
 from scq.engine.randomness import standard_normal
 from scq.stage1_tokenizer.autoencoder import ArchitectureConfig, QuantizerConfig
 from scq.stage1_tokenizer.latent_network import LatentNetwork
@@ -33,7 +34,7 @@ class RefinerArchitectureConfig:
     depth: int = 8  # its blocks
 
 
-class ConvexRefiner(ModelMixin, ConfigMixin):
+class ConvexRefiner(KeepsFloat32, ModelMixin, ConfigMixin):
     """Grids of codes (B, h, w) -> latents (B, F, h, w).
 
     Args:

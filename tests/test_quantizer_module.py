@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer, VectorQuantizer, create_quantizer
 from scq.stage1_tokenizer.quantizers.kmeans import kmeans
@@ -317,6 +318,56 @@ def test_half_precision_outside_is_float32_inside(name):
     assert inside.z_q.dtype == torch.float32
     assert torch.equal(inside.z_q, outside.z_q)
     assert torch.equal(inside.indices, outside.indices)
+
+
+@pytest.mark.parametrize("name", [*ARMS, "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inside_a_cast_model_it_computes_in_float32(name, dtype):
+    """As a layer of somebody's autoencoder that is cast: z_q in the model's type, from codes that nobody rounded."""
+    torch.manual_seed(0)
+    options = {"projection_dim": 3} if name == "scq" else {}
+    quantizer = create_quantizer(name, codebook_size=64, dim=6, **options)
+    quantizer(latents())
+    before = state(quantizer)
+    model = nn.Sequential(nn.Conv2d(6, 6, 1), quantizer, _Decoder()).to(dtype)
+    assert same(state(quantizer), before)
+    z = latents().to(dtype).requires_grad_()
+    for train in (False, True):
+        model.train(train)
+        out = quantizer(z)
+        assert out.z_q.dtype == dtype
+        decoded, loss = model(z)
+        assert decoded.dtype == dtype
+    (decoded.float().square().mean() + loss).backward()
+    assert z.grad.dtype == dtype
+    assert z.grad.isfinite().all()
+    quantizer.eval()
+    wanted = quantizer(z.float())
+    assert torch.equal(quantizer(z).z_q, wanted.z_q.to(dtype))
+    assert torch.equal(quantizer(z).indices, wanted.indices)
+    assert quantizer.mix(z).z_q.dtype == torch.float32
+    if quantizer.has_codes:
+        assert quantizer.lookup(wanted.indices).dtype == torch.float32
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_a_cast_of_the_layer_itself_changes_nothing(cast):
+    quantizer = SoftConvexQuantizer(32, 6)
+    quantizer(latents())
+    before = state(quantizer)
+    getattr(quantizer, cast)().eval()
+    assert same(state(quantizer), before)
+    assert quantizer(latents()).z_q.dtype == torch.float32, "of the latents' type"
+    assert quantizer.to("meta", torch.float16).codebook.dtype == torch.float32, "moved, not cast"
+    assert quantizer.codebook.is_meta
+
+
+class _Decoder(nn.Conv2d):
+    def __init__(self):
+        super().__init__(6, 3, 1)
+
+    def forward(self, quantized):
+        return super().forward(quantized.z_q), quantized.loss
 
 
 def test_vq_trains_as_published():

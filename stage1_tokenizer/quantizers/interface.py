@@ -5,15 +5,16 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scq.engine.errors import require_finite
+from scq.engine.precision import KeepsFloat32
 
 
 class Quantized(NamedTuple):
     """What a quantizer makes of latents z (B, F, h, w)."""
 
-    z_q: Tensor  # (B, F, h, w) float32, what the decoder sees
+    z_q: Tensor  # (B, F, h, w) of z's type, what the decoder sees; float32 under autocast
     indices: Tensor  # (B, h, w) int64, the dominant code of each latent: what the prior learns
     loss: Tensor  # () codebook and commitment terms, already weighted
     stats: dict[str, Tensor]  # name -> 0-dim tensor, detached
@@ -28,8 +29,11 @@ class Mixture(NamedTuple):
     weights: Tensor  # (B, h, w, S) float32, theirs: at least 0, summing to one; padding has 0
 
 
-class Quantizer(nn.Module):
+class Quantizer(KeepsFloat32):
     """Base of all quantizers.
+
+    The arithmetic is float32 whatever the model outside computes in, and so are the weights: a cast of the model, such
+    as ``model.half()``, leaves those of its quantizer as they are, because rounded codes have lost what is between them.
 
     Attributes:
         codebook_size: K, the number of codes; indices are in [0, K).
@@ -47,7 +51,8 @@ class Quantizer(nn.Module):
         """Quantize latents.
 
         Args:
-            z: (B, F, h, w) latents of any floating type; the arithmetic is float32 whatever the autocast outside.
+            z: (B, F, h, w) latents of any floating type, in which z_q comes back. Under autocast z_q is float32, as from
+                every operation that autocast computes in float32.
             image_noise: (B,) uniform numbers in [0, 1), the randomness of each image, or None to draw them from torch's
                 global generator. Quantizers without randomness ignore it. Nothing is random in eval mode.
         """
@@ -59,7 +64,7 @@ class Quantizer(nn.Module):
 
     def mix(self, z: Tensor) -> Mixture:
         """What `forward` does with z (B, F, h, w) in eval mode, code by code."""
-        z_q, indices, _, _ = self(z)
+        z_q, indices, _, _ = self(z.float())
         return Mixture(z_q, indices, indices.unsqueeze(-1), torch.ones_like(indices, dtype=z_q.dtype).unsqueeze(-1))
 
     def usage_counts(self) -> Tensor | None:
@@ -139,6 +144,11 @@ def check_indices(indices: Tensor, codebook_size: int) -> None:
 def flatten_latents(z: Tensor) -> Tensor:
     """(B, F, h, w) -> (B h w, F) float32."""
     return z.float().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def returned(z_q: Tensor, z: Tensor) -> Tensor:
+    """z_q (B, F, h, w) float32 in the type in which a quantizer returns it for latents z; see `Quantizer.forward`."""
+    return z_q if torch.is_autocast_enabled(z.device.type) else z_q.to(z.dtype)
 
 
 def unflatten_latents(rows: Tensor, z: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from scq.stage1_tokenizer.quantizers.interface import (
     count_codes,
     flatten_latents,
     register_quantizer,
+    returned,
     unflatten_latents,
     usage_of,
 )
@@ -52,7 +53,7 @@ class LibraryQuantizer(Quantizer):
             stats = usage_of(count_codes(index, self.codebook_size))
             stats["hard_error"] = (rows - z_q).detach().square().sum(1).mean()
         indices = index.view(z.shape[0], *z.shape[2:])
-        return Quantized(unflatten_latents(z_q, z), indices, loss.float().sum(), stats)
+        return Quantized(returned(unflatten_latents(z_q, z), z), indices, loss.float().sum(), stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
         check_indices(indices, self.codebook_size)

@@ -20,6 +20,7 @@ from scq.stage1_tokenizer.quantizers.interface import (
     count_codes,
     flatten_latents,
     register_quantizer,
+    returned,
     unflatten_latents,
     usage_of,
 )
@@ -147,7 +148,7 @@ class SoftConvexQuantizer(Quantizer):
                 z_q = self._harden(rows, codes, solution, z.shape, image_noise)
                 stats |= self._record(rows.detach(), stats["hard_error"], solution.dominant, z.shape[0])
             z_q = unflatten_latents(z_q if self.up is None else self.up(z_q), z)
-        return Quantized(z_q, solution.dominant.view(z.shape[0], *z.shape[2:]), loss, stats)
+        return Quantized(returned(z_q, z), solution.dominant.view(z.shape[0], *z.shape[2:]), loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, F, h, w) float32 of indices (B, h, w); ValueError where they are out of range."""

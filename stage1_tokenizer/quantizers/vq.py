@@ -13,6 +13,7 @@ from scq.stage1_tokenizer.quantizers.interface import (
     count_codes,
     flatten_latents,
     register_quantizer,
+    returned,
     unflatten_latents,
     usage_of,
 )
@@ -48,7 +49,7 @@ class VectorQuantizer(Quantizer):
             z_q = unflatten_latents(rows + (code - rows).detach() if self.training else code, z)
             stats = usage_of(count_codes(index, self.codebook_size))
             stats["hard_error"] = (rows - code).detach().square().sum(1).mean()
-        return Quantized(z_q, index.view(z.shape[0], *z.shape[2:]), loss, stats)
+        return Quantized(returned(z_q, z), index.view(z.shape[0], *z.shape[2:]), loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
         check_indices(indices, self.codebook_size)
@@ -69,7 +70,7 @@ class NoQuantizer(Quantizer):
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)
         indices = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.int64, device=z.device)
-        return Quantized(z.float(), indices, z.new_zeros((), dtype=torch.float32), {})
+        return Quantized(returned(z.float(), z), indices, z.new_zeros((), dtype=torch.float32), {})
 
     def lookup(self, indices: Tensor) -> Tensor:
         raise ValueError("quantizer 'none' has no codes to look up")
