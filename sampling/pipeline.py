@@ -20,6 +20,7 @@ from scq.data.stream import Batch
 from scq.engine.checks import finite_number, shown, whole_number
 from scq.engine.errors import UserError
 from scq.engine.measurements import Measured
+from scq.engine.network import as_dtype
 from scq.engine.pictures import picture_grid
 from scq.engine.processes import rank_and_world_size
 from scq.sampling.arguments import (
@@ -373,20 +374,27 @@ class SoftConvexPipeline(DiffusionPipeline):
         private: bool | None = None,
         token: str | None = None,
         safe_serialization: bool = True,
+        variant: str | None = None,
     ) -> None:
         """Write every component, model_index.json and a model card; the folder appears when it is complete.
 
         Args:
             push_to_hub: also upload it to ``repo_id`` (by default, the folder's name), see `push_to_hub`.
             safe_serialization: must be True, because weights are only written as safetensors.
+            variant: must be None, because a folder holds one set of weights; `scq export` writes a copy in float16.
 
         Raises:
-            UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``, or
-                ``safe_serialization`` is False.
+            UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``,
+                ``safe_serialization`` is False, or ``variant`` is given. Nothing has been touched by then.
         """
         folder, model = Path(save_directory).resolve(), self.as_model()
         if not safe_serialization:
             raise UserError("safe_serialization=False would write weights that can run code when read; leave it out")
+        if variant is not None:
+            raise UserError(
+                f"variant={shown(variant)}: a model's folder holds one set of weights; leave it out, or use `scq export` "
+                "for a copy in float16"
+            )
         if any(network.dtype != torch.float32 for network in model.networks().values()):
             raise UserError(
                 "these weights were rounded to another dtype; load the model in float32 to save it, or use "
@@ -418,8 +426,8 @@ class SoftConvexPipeline(DiffusionPipeline):
         folder: str | Path,
         device: str | torch.device | None = None,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -433,7 +441,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             folder: one that ``save_pretrained`` wrote, the run folder of a prior, or the name of a model on the Hugging
                 Face hub, as "you/model".
             device: to move it to; None leaves it on the CPU.
-            dtype: to compute in, see `to`; ``torch_dtype`` is its older name in diffusers.
+            dtype: to compute in, or its name, such as "float16", see `to`; ``torch_dtype`` is its older name.
             token, revision, cache_dir, local_files_only: for a model on the hub: the access token, the version, the
                 folder for downloaded copies, and whether to use only those.
             use_safetensors: must be True, because nothing else is read.
@@ -445,6 +453,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         """
         if not use_safetensors:
             raise UserError("use_safetensors=False would read files that can run code; leave it out")
+        dtype = as_dtype(dtype if dtype is not None else torch_dtype)  # before anything is read
         known = [each.name for each in fields(Model)]
         if unknown := parts.keys() - set(known):
             raise UserError(f"a pipeline has no {', '.join(sorted(unknown))}; its components are {', '.join(known)}")
@@ -453,7 +462,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         model = replace(saved, **parts)
         pipeline = cls(model.tokenizer, model.prior, model.refiner, model.scheduler)
         pipeline.measured = measured
-        return pipeline.to(device=device, dtype=dtype or torch_dtype)
+        return pipeline.to(device=device, dtype=dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, and compute in a dtype, as in any diffusers pipeline: ``to("cuda", torch.bfloat16)``.

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder, Encoder
-from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from scq.engine.checks import shown, whole_number, yes_or_no
 from scq.engine.errors import UserError
 from scq.engine.fingerprint import fingerprint
+from scq.engine.network import Network
 from scq.stage1_tokenizer.latent_network import LatentNetwork
 from scq.stage1_tokenizer.quantizers import Mixture, Quantized, create_quantizer
 from scq.stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
 
 CHANNELS = (64, 128)
+# A config from others may claim any size; networks beyond these would take hours to build, and nobody trains them.
+MOST_PIXELS, MOST_CHANNELS, MOST_LAYERS, MOST_RESOLUTIONS = 2**15, 2**14, 512, 12
 
 
 @dataclass
@@ -50,7 +54,7 @@ class QuantizerConfig:
     options: dict[str, Any] = field(default_factory=dict)  # further options of that quantizer
 
 
-class ImageTokenizer(ModelMixin, ConfigMixin):
+class ImageTokenizer(Network):
     """An autoencoder whose latents are quantized; a diffusers model with ``from_pretrained`` and ``save_pretrained``.
 
     Args:
@@ -59,8 +63,8 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         codebook_size, quantizer_name, quantizer_options: see `QuantizerConfig`.
 
     Raises:
-        ValueError: the image size is not a multiple of the factor by which the encoder shrinks it, or the quantizer or
-            one of its options is unknown.
+        UserError: a size is out of range, the image size is not a multiple of the factor by which the encoder shrinks
+            it, or the quantizer or one of its options is unknown.
     """
 
     _supports_gradient_checkpointing = True
@@ -81,9 +85,22 @@ class ImageTokenizer(ModelMixin, ConfigMixin):
         quantizer_options: dict[str, Any] | None = None,
     ):
         super().__init__()
+        channels = _checked_channels(channels)
+        for name, value, least, most in (
+            ("image_size", image_size, 1, MOST_PIXELS),
+            ("layers_per_block", layers_per_block, 1, MOST_LAYERS),
+            ("patch_size", patch_size, 1, 64),
+            ("latent_dim", latent_dim, 1, MOST_CHANNELS),
+            ("neck_width", neck_width, 1, MOST_CHANNELS),
+            ("neck_depth", neck_depth, 0, MOST_LAYERS),
+        ):
+            whole_number(name, value, least, most)
+        yes_or_no("attention", attention)
+        if not isinstance(quantizer_options, Mapping | None):
+            raise UserError(f"quantizer_options={shown(quantizer_options)} must be a mapping of names to values")
         factor = patch_size * 2 ** (len(channels) - 1)
         if image_size % factor:
-            raise ValueError(f"image_size={image_size} is not a multiple of {factor}, by which this encoder shrinks it")
+            raise UserError(f"image_size={image_size} is not a multiple of {factor}, by which this encoder shrinks it")
         patch_channels = 3 * patch_size**2
         shared = {
             "block_out_channels": tuple(channels),
@@ -187,6 +204,12 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Images, clamped to [-1, 1] -> rounded uint8 pixels."""
     return ((images.float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def _checked_channels(channels: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(channels, Sequence) or isinstance(channels, str) or not 1 <= len(channels) <= MOST_RESOLUTIONS:
+        raise UserError(f"channels={shown(channels)} must be a list of 1 to {MOST_RESOLUTIONS} whole numbers")
+    return tuple(whole_number("channels", width, 1, MOST_CHANNELS) for width in channels)
 
 
 def _norm_groups(channels: tuple[int, ...]) -> int:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from diffusers.models.modeling_utils import ModelMixin
 
-from scq.engine.errors import UserError, first_line
+from scq.engine.errors import UserError
 from scq.engine.files import write_json
 from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, from_plain, to_plain
+from scq.engine.network import weight_files
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 
 # The classes that the project saves. A new model may replace a folder with a model of one of them, and nothing else.
@@ -54,24 +55,9 @@ def find_tokenizer(path: Path | str) -> Path:
     """
     path = Path(path)
     for folder in (path, path / "tokenizer", path / "model", path / "model" / "tokenizer"):
-        if (folder / "diffusion_pytorch_model.safetensors").is_file():
+        if weight_files(folder):
             return folder
     raise UserError(f"no tokenizer in {path}: expected a folder that `scq train tokenizer` or `scq train prior` wrote")
-
-
-def refuse_quantized(folder: Path) -> None:
-    """Make sure that a network's config.json does not ask diffusers for another library, which would read the weights.
-
-    Raises:
-        UserError: it does, or it is damaged.
-    """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(config, dict) or "quantization_config" in config:
-        raise UserError(f"{path} is not the config of a network that scq saved, whose weights are plain safetensors")
 
 
 def load_tokenizer(path: Path | str) -> ImageTokenizer:
@@ -81,13 +67,7 @@ def load_tokenizer(path: Path | str) -> ImageTokenizer:
         UserError: there is no tokenizer in ``path``, or it cannot be loaded.
     """
     folder = find_tokenizer(path)
-    refuse_quantized(folder)
-    try:
-        return read_unmixed(
-            folder, lambda: ImageTokenizer.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
-        )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise UserError(f"{folder} cannot be loaded as a tokenizer: {str(error).splitlines()[0]}") from error
+    return read_unmixed(folder, lambda: ImageTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 def tokenizer_measured(path: Path | str) -> Measured:

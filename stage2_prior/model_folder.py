@@ -14,13 +14,7 @@ from scq.engine.errors import UserError
 from scq.engine.files import write_file, write_json
 from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, to_plain
-from scq.stage1_tokenizer.model_folder import (
-    MEASURED,
-    MODEL_CLASSES,
-    load_tokenizer,
-    read_measured,
-    refuse_quantized,
-)
+from scq.stage1_tokenizer.model_folder import MEASURED, MODEL_CLASSES, load_tokenizer, read_measured
 from scq.stage2_prior.model import Model
 from scq.stage2_prior.model_card import model_card
 from scq.stage2_prior.refiner import ConvexRefiner
@@ -28,7 +22,6 @@ from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
 INDEX = "model_index.json"
-_LOCAL = {"local_files_only": True, "use_safetensors": True}  # nothing is downloaded, nothing is unpickled
 
 
 def save_model(model: Model, folder: Path | str, measured: Measured) -> None:
@@ -68,18 +61,15 @@ def load_model(root: Path) -> tuple[Model, Measured]:
 
 def _load(root: Path) -> tuple[Model, Measured]:
     tokenizer = load_tokenizer(root / "tokenizer")
-    for name in ("prior", "refiner"):
-        if (root / name).is_dir():
-            refuse_quantized(root / name)
+    prior = MaskedTransformer.from_pretrained(root / "prior", local_files_only=True)
+    # Not wherever there is a folder: a user's own files may be left in that of a refiner that is gone.
+    refines = any((root / "refiner" / name).exists() for name in ("config.json", SAFETENSORS_WEIGHTS_NAME))
+    refiner = ConvexRefiner.from_pretrained(root / "refiner", local_files_only=True) if refines else None
     try:
-        prior = MaskedTransformer.from_pretrained(root / "prior", **_LOCAL).eval()
-        # Not wherever there is a folder: a user's own files may be left in that of a refiner that is gone.
-        refines = any((root / "refiner" / name).exists() for name in ("config.json", SAFETENSORS_WEIGHTS_NAME))
-        refiner = ConvexRefiner.from_pretrained(root / "refiner", **_LOCAL) if refines else None
         scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{root} cannot be loaded: {reason}") from error
+        raise UserError(f"{root / 'scheduler'} cannot be loaded: {reason}") from error
     return Model(tokenizer, prior, refiner, scheduler), read_measured(root)
 
 

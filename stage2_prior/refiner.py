@@ -13,14 +13,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from scq.engine.checks import one_of, whole_number
+from scq.engine.network import Network
 from scq.engine.precision import KeepsFloat32
 from scq.engine.randomness import standard_normal
-from scq.stage1_tokenizer.autoencoder import ArchitectureConfig, QuantizerConfig
+from scq.stage1_tokenizer.autoencoder import MOST_CHANNELS, MOST_LAYERS, ArchitectureConfig, QuantizerConfig
 from scq.stage1_tokenizer.latent_network import LatentNetwork
+from scq.stage1_tokenizer.quantizers.interface import MOST_CODES
 
 KINDS = ("regression", "flow")
 
@@ -34,7 +36,7 @@ class RefinerArchitectureConfig:
     depth: int = 8  # its blocks
 
 
-class ConvexRefiner(KeepsFloat32, ModelMixin, ConfigMixin):
+class ConvexRefiner(KeepsFloat32, Network):
     """Grids of codes (B, h, w) -> latents (B, F, h, w).
 
     Args:
@@ -44,7 +46,7 @@ class ConvexRefiner(KeepsFloat32, ModelMixin, ConfigMixin):
         tokenizer_fingerprint: of the tokenizer whose latents these are.
 
     Raises:
-        ValueError: the kind is unknown.
+        UserError: the kind is unknown, or a size is out of range.
     """
 
     @register_to_config
@@ -58,8 +60,14 @@ class ConvexRefiner(KeepsFloat32, ModelMixin, ConfigMixin):
         tokenizer_fingerprint: str = "",
     ):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be {' or '.join(KINDS)}, not {kind!r}")
+        one_of("kind", kind, KINDS)
+        for name, value, most in (
+            ("codebook_size", codebook_size, MOST_CODES),
+            ("latent_dim", latent_dim, MOST_CHANNELS),
+            ("width", width, MOST_CHANNELS),
+            ("depth", depth, MOST_LAYERS),
+        ):
+            whole_number(name, value, 1, most)
         self.register_buffer("codes", torch.zeros(codebook_size, latent_dim))
         self.register_buffer("spread", torch.ones(latent_dim))  # standard deviation of latent - code, per channel
         self.embedding = nn.Embedding(codebook_size, width)

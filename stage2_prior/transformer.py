@@ -7,16 +7,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from timm.layers import RotaryEmbeddingCat
 from timm.models.eva import EvaBlock
 from torch import nn
 
 from scq.data.manifest import Classes
-from scq.stage1_tokenizer.autoencoder import QuantizerConfig
+from scq.engine.checks import finite_number, one_of, shown, whole_number, yes_or_no
+from scq.engine.errors import UserError
+from scq.engine.network import Network
+from scq.stage1_tokenizer.autoencoder import MOST_CHANNELS, MOST_LAYERS, QuantizerConfig
+from scq.stage1_tokenizer.quantizers.interface import MOST_CODES
 
 POSITIONS = ("learned", "rotary")
+MOST_SIDE = 1024  # of a grid, in tokens
+MOST_CLASSES = 2**20
 
 
 @dataclass
@@ -37,7 +42,7 @@ class PriorArchitectureConfig:
     code_features: bool = True  # start with embeddings in which codes that are close together are similar
 
 
-class MaskedTransformer(ModelMixin, ConfigMixin):
+class MaskedTransformer(Network):
     """Predicts the codes of all masked tokens at once from the visible ones.
 
     Args:
@@ -51,8 +56,8 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         class_names: by label; empty if they are not known.
 
     Raises:
-        ValueError: there are more or fewer names than classes, the kind of positions is unknown, or rotary with a
-            head width that is not a multiple of four.
+        UserError: a size is out of range, there are more or fewer names than classes, the kind of positions is unknown,
+            or rotary with a head width that is not a multiple of four.
     """
 
     _supports_gradient_checkpointing = True
@@ -74,12 +79,30 @@ class MaskedTransformer(ModelMixin, ConfigMixin):
         class_names: Sequence[str] = (),
     ):
         super().__init__()
+        one_of("positions", positions, POSITIONS)
+        for name, value, least, most in (
+            ("codebook_size", codebook_size, 1, MOST_CODES),
+            ("width", width, 1, MOST_CHANNELS),
+            ("depth", depth, 1, MOST_LAYERS),
+            ("heads", heads, 1, MOST_CHANNELS),
+            ("num_classes", num_classes, 0, MOST_CLASSES),
+            ("code_dim", code_dim, 0, MOST_CHANNELS),
+        ):
+            whole_number(name, value, least, most)
+        if not isinstance(class_names, list | tuple) or not all(isinstance(name, str) for name in class_names):
+            raise UserError(f"class_names={shown(class_names)} must be a list of names")
         if len(class_names) not in (0, num_classes):
-            raise ValueError(f"{len(class_names)} class_names for {num_classes} classes")
-        if positions not in POSITIONS:
-            raise ValueError(f"positions must be {' or '.join(POSITIONS)}, not {positions!r}")
+            raise UserError(f"{len(class_names)} class_names for {num_classes} classes")
+        if not isinstance(grid, list | tuple) or len(grid) != 2:
+            raise UserError(f"grid={shown(grid)} must be two whole numbers, height and width in tokens")
+        for side in grid:
+            whole_number("grid", side, 1, MOST_SIDE)
+        finite_number("dropout", dropout, 0, below=1)
+        yes_or_no("tied", tied)
+        if width % heads:
+            raise UserError(f"width={width} must be a multiple of heads={heads}")
         if positions == "rotary" and width // heads % 4:
-            raise ValueError(f"rotary positions need a head width that is a multiple of four, not {width // heads}")
+            raise UserError(f"rotary positions need a head width that is a multiple of four, not {width // heads}")
         rotary = positions == "rotary"
         self.token_embedding = nn.Embedding(codebook_size + 1, width)
         self.code_embedding = nn.Linear(code_dim, width, bias=False) if code_dim else None

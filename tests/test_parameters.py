@@ -153,6 +153,18 @@ def test_other_arguments_are_named(pipeline: SoftConvexPipeline) -> None:
             mistake()
 
 
+def test_a_dtype_may_be_named_and_a_variant_is_refused_before_anything_is_touched(
+    pipeline: SoftConvexPipeline, tmp_path: Path
+) -> None:
+    assert SoftConvexPipeline.from_pretrained(EMBEDDED, torch_dtype="float16").prior.dtype == torch.float16
+    for dtype in ("half", torch.int8, 16):
+        with pytest.raises(UserError, match="must be one of float16, bfloat16, float32"):
+            SoftConvexPipeline.from_pretrained(EMBEDDED, torch_dtype=dtype)
+    with pytest.raises(UserError, match="variant='fp16': a model's folder holds one set of weights"):
+        pipeline.save_pretrained(tmp_path / "model", variant="fp16")
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize("labels", [np.int64(2), torch.tensor(2), [2, 2], np.array([2, 2]), torch.tensor([2, 2]), 2.0])
 def test_a_label_of_any_library_is_a_label(labels: Any, conditional: SoftConvexPipeline) -> None:
     assert torch.equal(conditional(2, labels, 1, seed=0).tokens, conditional(2, 2, 1, seed=0).tokens)

@@ -273,12 +273,12 @@ def test_unknown_names_and_options_are_listed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"codebook_size": 0}, "codebook_size must be a positive integer, not 0"),
-        ({"rho": 0.0}, "rho must be positive, not 0.0"),
-        ({"rho_end": 1.0}, "rho_steps must be at least 1 with rho_end"),
-        ({"method": "fast"}, "method must be one of exact, local, relaxed, not 'fast'"),
-        ({"dominant_dropout": 1.5}, r"dominant_dropout must be in \[0, 1\], not 1.5"),
-        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), not 1.0"),
+        ({"codebook_size": 0}, "codebook_size=0 must be a whole number, at least 1"),
+        ({"rho": 0.0}, r"rho=0\.0 must be a finite number, above 0"),
+        ({"rho_end": 1.0}, "rho_steps=0 must be a whole number, at least 1"),
+        ({"method": "fast"}, "method='fast' must be one of exact, local, relaxed"),
+        ({"dominant_dropout": 1.5}, r"dominant_dropout=1\.5 must be a finite number, at least 0 and at most 1"),
+        ({"momentum": 1.0}, r"momentum=1\.0 must be a finite number, at least 0 and below 1"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scq.engine.checks import whole_number
 from scq.engine.errors import require_finite
 from scq.engine.precision import KeepsFloat32
+
+MOST_CODES, MOST_DIM = 2**24, 2**14  # a model from others may claim any number
 
 
 class Quantized(NamedTuple):
@@ -33,7 +36,7 @@ class Quantizer(KeepsFloat32):
     """Base of all quantizers.
 
     The arithmetic is float32 whatever the model outside computes in, and so are the weights: a cast of the model, such
-    as ``model.half()``, leaves those of its quantizer as they are, because rounded codes have lost what is between them.
+    as ``model.half()``, leaves those of its quantizer as they are, because rounding would undo the convex detail.
 
     Attributes:
         codebook_size: K, the number of codes; indices are in [0, K).
@@ -51,8 +54,8 @@ class Quantizer(KeepsFloat32):
         """Quantize latents.
 
         Args:
-            z: (B, F, h, w) latents of any floating type, in which z_q comes back. Under autocast z_q is float32, as from
-                every operation that autocast computes in float32.
+            z: (B, F, h, w) latents of any floating type, in which z_q comes back. Under autocast z_q is float32, as
+                what other operations return that autocast computes in float32.
             image_noise: (B,) uniform numbers in [0, 1), the randomness of each image, or None to draw them from torch's
                 global generator. Quantizers without randomness ignore it. Nothing is random in eval mode.
         """
@@ -115,10 +118,9 @@ def create_quantizer(name: str, *, codebook_size: int, dim: int, **options: Any)
 
 
 def check_codebook_shape(codebook_size: int, dim: int) -> None:
-    """Raise ValueError unless both sizes are positive integers."""
-    for name, value in (("codebook_size", codebook_size), ("dim", dim)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    """Raise UserError unless both sizes are positive integers, and not beyond any use."""
+    whole_number("codebook_size", codebook_size, 1, MOST_CODES)
+    whole_number("dim", dim, 1, MOST_DIM)
 
 
 def check_latents(z: Tensor, dim: int) -> None:

@@ -3,13 +3,19 @@
 The training rules are the library's. The float32 arithmetic, the checks and the statistics are ours.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from math import prod
 
 import torch
 from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, ResidualVQ, SimVQ, VectorQuantize
 
+from scq.engine.checks import finite_number, shown, whole_number, yes_or_no
+from scq.engine.errors import UserError
 from scq.stage1_tokenizer.quantizers.interface import (
+    MOST_CODES,
+    MOST_DIM,
     Quantized,
     Quantizer,
     check_codebook_shape,
@@ -96,6 +102,10 @@ class AveragedVectorQuantizer(LibraryQuantizer):
         projection_dim: int | None = None,
     ):
         check_codebook_shape(codebook_size, dim)
+        _check_averages(commitment, decay, expiry)
+        yes_or_no("cosine", cosine)
+        if projection_dim is not None:
+            whole_number("projection_dim", projection_dim, 1, MOST_DIM)
         layer = VectorQuantize(
             dim,
             codebook_size,
@@ -124,6 +134,8 @@ class LinearVectorQuantizer(LibraryQuantizer):
 
     def __init__(self, codebook_size: int, dim: int, commitment: float = 0.25, rotation: bool = True):
         check_codebook_shape(codebook_size, dim)
+        finite_number("commitment", commitment, 0)
+        yes_or_no("rotation", rotation)
         layer = SimVQ(dim, codebook_size, rotation_trick=rotation, input_to_quantize_commit_loss_weight=commitment)
         super().__init__(codebook_size, dim, layer)
 
@@ -144,13 +156,17 @@ class FiniteScalarQuantizer(LibraryQuantizer):
 
     def __init__(self, codebook_size: int, dim: int, levels: list[int] | None = None):
         check_codebook_shape(codebook_size, dim)
-        levels = list(levels) if levels is not None else _FSQ_LEVELS.get(codebook_size)
+        levels = _factors("levels", levels) if levels is not None else _FSQ_LEVELS.get(codebook_size)
         if levels is None or prod(levels) != codebook_size:
             raise ValueError(
                 f"levels must be integers whose product is codebook_size={codebook_size}, not {levels}; sizes with "
                 f"published levels: {', '.join(map(str, _FSQ_LEVELS))}"
             )
-        super().__init__(codebook_size, dim, FSQ(levels, dim=dim))
+        # The library reads a size from a tensor, which on the meta device has none.
+        meta = torch.get_default_device().type == "meta"
+        with torch.device("cpu") if meta else nullcontext():
+            layer = FSQ(levels, dim=dim)
+        super().__init__(codebook_size, dim, layer)
 
     def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantized, indices = self.layer(rows)
@@ -184,7 +200,8 @@ class ResidualVectorQuantizer(LibraryQuantizer):
         expiry: float = 1.0,
     ):
         check_codebook_shape(codebook_size, dim)
-        sizes = list(sizes) if sizes is not None else _nearly_square(codebook_size)
+        _check_averages(commitment, decay, expiry)
+        sizes = _factors("sizes", sizes) if sizes is not None else _nearly_square(codebook_size)
         if len(sizes) != 2 or prod(sizes) != codebook_size:
             raise ValueError(f"sizes must be two integers whose product is codebook_size={codebook_size}, not {sizes}")
         layer = ResidualVQ(
@@ -206,6 +223,18 @@ class ResidualVectorQuantizer(LibraryQuantizer):
     def _codes(self, indices: Tensor) -> Tensor:
         pairs = torch.stack([indices // self.sizes[1], indices % self.sizes[1]], dim=-1)  # (N, 2)
         return self.layer.get_output_from_indices(pairs.unsqueeze(0))[0]
+
+
+def _check_averages(commitment: float, decay: float, expiry: float) -> None:
+    finite_number("commitment", commitment, 0)
+    finite_number("decay", decay, above=0, below=1)
+    finite_number("expiry", expiry, 0)
+
+
+def _factors(name: str, factors: list[int]) -> list[int]:
+    if not isinstance(factors, Sequence) or isinstance(factors, str) or len(factors) > 64:
+        raise UserError(f"{name}={shown(factors)} must be a list of whole numbers")
+    return [whole_number(name, factor, 1, MOST_CODES) for factor in factors]
 
 
 def _nearly_square(number: int) -> list[int]:

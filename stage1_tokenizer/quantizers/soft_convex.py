@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from scq.engine.checks import finite_number, one_of, whole_number, yes_or_no
 from scq.engine.processes import gather_rows, same_everywhere, sum_across_processes
 from scq.stage1_tokenizer.quantizers.interface import (
+    MOST_DIM,
     Mixture,
     Quantized,
     Quantizer,
@@ -79,23 +81,21 @@ class SoftConvexQuantizer(Quantizer):
         """
         super().__init__()
         check_codebook_shape(codebook_size, dim)
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
-        for name, value, good, what in (
-            ("rho", rho, rho > 0, "positive"),
-            ("rho_end", rho_end, rho_end is None or rho_end > 0, "positive or None"),
-            ("rho_steps", rho_steps, rho_steps >= (rho_end is not None), "at least 1 with rho_end, else at least 0"),
-            ("dominant_dropout", dominant_dropout, 0 <= dominant_dropout <= 1, "in [0, 1]"),
-            ("commitment", commitment, commitment >= 0, "at least 0"),
-            ("codebook_weight", codebook_weight, codebook_weight >= 0, "at least 0"),
-            ("kmeans_batches", kmeans_batches, kmeans_batches >= 0, "at least 0"),
-            ("projection_dim", projection_dim, projection_dim is None or projection_dim >= 1, "at least 1 or None"),
-            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
-            ("neighbours", neighbours, neighbours >= 1, "at least 1"),
-            ("window", window, window >= 1, "at least 1"),
-        ):
-            if not good:
-                raise ValueError(f"{name} must be {what}, not {value!r}")
+        one_of("method", method, METHODS)
+        yes_or_no("revive", revive)
+        finite_number("rho", rho, above=0)
+        if rho_end is not None:
+            finite_number("rho_end", rho_end, above=0)
+        whole_number("rho_steps", rho_steps, 0 if rho_end is None else 1)
+        finite_number("dominant_dropout", dominant_dropout, 0, 1)
+        finite_number("commitment", commitment, 0)
+        finite_number("codebook_weight", codebook_weight, 0)
+        whole_number("kmeans_batches", kmeans_batches, 0)
+        if projection_dim is not None:
+            whole_number("projection_dim", projection_dim, 1, MOST_DIM)
+        finite_number("momentum", momentum, 0, below=1)
+        whole_number("neighbours", neighbours, 1)
+        whole_number("window", window, 1)
         self.codebook_size, self.dim, self.method, self.neighbours = codebook_size, dim, method, neighbours
         self.rho, self.rho_end, self.rho_steps = rho, rho_end, rho_steps
         self.dominant_dropout, self.commitment, self.codebook_weight = dominant_dropout, commitment, codebook_weight

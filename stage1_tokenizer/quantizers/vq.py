@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from scq.engine.checks import finite_number
 from scq.stage1_tokenizer.quantizers.interface import (
     Quantized,
     Quantizer,
@@ -32,8 +33,7 @@ class VectorQuantizer(Quantizer):
         """Codes start uniform in [-1/K, 1/K], as VQGAN's do; ``commitment`` >= 0."""
         super().__init__()
         check_codebook_shape(codebook_size, dim)
-        if not commitment >= 0:
-            raise ValueError(f"commitment must be at least 0, not {commitment!r}")
+        finite_number("commitment", commitment, 0)
         self.codebook_size, self.dim, self.commitment = codebook_size, dim, commitment
         self.codebook = nn.Parameter(torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
 
