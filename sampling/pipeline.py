@@ -392,8 +392,8 @@ class SoftConvexPipeline(DiffusionPipeline):
             raise UserError("safe_serialization=False would write weights that can run code when read; leave it out")
         if variant is not None:
             raise UserError(
-                f"variant={shown(variant)}: a model's folder holds one set of weights; leave it out, or use `scq export` "
-                "for a copy in float16"
+                f"variant={shown(variant)}: a model's folder holds one set of weights; leave it out, or use "
+                "`scq export` for a copy in float16"
             )
         if any(network.dtype != torch.float32 for network in model.networks().values()):
             raise UserError(

@@ -227,7 +227,7 @@ def test_what_cannot_be_refined_is_named(emoji: dict[str, Path], tmp_path: Path)
         train_refiner(config(emoji, tmp_path / "run"), tokenizer("none"))
     with pytest.raises(UserError, match="resampled_share needs a prior"):
         train_refiner(config(emoji, tmp_path / "run", "resampled_share=0.5"), tokenizer())
-    with pytest.raises(UserError, match="kind must be regression or flow, not 'magic'"):
+    with pytest.raises(UserError, match="kind='magic' must be one of regression, flow"):
         train_refiner(config(emoji, tmp_path / "run", "architecture.kind=magic"), tokenizer())
 
 
