@@ -242,7 +242,7 @@ def test_the_report_of_a_run_is_shown(client: Client) -> None:
 def test_a_mistake_gets_a_message(client: Client, painted: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("not an image")
     for mistake, words in (
-        (lambda: generate(client, seed=-1), "seed"),
+        (lambda: generate(client, seed=-1), "Seed=-1 must be"),
         (lambda: generate(client, sampler="dice"), "dice"),
         (lambda: client.predict(None, api_name="/reconstruct"), "image"),
         (lambda: client.predict(handle_file(str(tmp_path / "bad.png")), api_name="/reconstruct"), "image"),
