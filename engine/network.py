@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from scq.engine.checks import one_of, shown
-from scq.engine.errors import NotFiniteError, UserError, require_finite
+from scq.engine.errors import NotFiniteError, UserError, first_line, require_finite
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"  # the latter before a variant, a shard's number and a suffix
 LARGEST_CONFIG = 1 << 20  # bytes
@@ -66,7 +66,7 @@ class Network(ModelMixin, ConfigMixin):
         try:
             network = super().from_pretrained(folder, variant=variant, use_safetensors=True, **options)
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
         require_sound_weights(network, folder)
         return network if dtype is None else nn.Module.to(network, dtype)
 
@@ -107,7 +107,7 @@ def check_folder(network: type[Network], folder: Path, variant: str | None = Non
         with torch.device("meta"):
             wanted = network(**config).state_dict()
     except (ValueError, TypeError, RuntimeError, OverflowError, ArithmeticError, AssertionError) as error:
-        raise UserError(f"{folder / CONFIG} describes no {network.__name__}: {_first_line(error)}") from error
+        raise UserError(f"{folder / CONFIG} describes no {network.__name__}: {first_line(error)}") from error
     for name, tensor in wanted.items():
         if name not in found:
             raise UserError(f"{folder} lacks {name}; its weights are not those of this {network.__name__}, or damaged")
@@ -144,7 +144,7 @@ def _read_config(network: type[Network], path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {_first_line(error)}") from error
+        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold an object, not {type(config).__name__}")
     if (name := config.get("_class_name")) != network.__name__:
@@ -164,7 +164,7 @@ def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
             return {name: (tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def _local(name: str, options: dict[str, Any]) -> Path:
@@ -176,8 +176,4 @@ def _local(name: str, options: dict[str, Any]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **given))
     except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
-        raise UserError(f"no network in {name}: no such folder, and not on the hub ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no network in {name}: no such folder, and not on the hub ({first_line(error)})") from error
