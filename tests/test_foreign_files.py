@@ -290,7 +290,8 @@ TYPED = [
 @pytest.mark.parametrize("text", TYPED)
 def test_text_on_the_command_line_stays_as_typed(text: str) -> None:
     assert load_config(TokenizerExperiment, None, [f"out={text}"]).out == text
-    assert parse_settings([f"schedule={text}", "steps=007"]) == {"schedule": text, "steps": 7}
+    with pytest.raises(UserError, match=re.escape(f"schedule={text!r} must be one of")):
+        parse_settings([f"schedule={text}", "steps=007"])
 
 
 @pytest.mark.parametrize(
@@ -327,10 +328,10 @@ def test_other_values_are_read_by_their_declared_type(tmp_path: Path) -> None:
 
 def test_a_file_may_use_anchors_and_merge_keys(tmp_path: Path) -> None:
     (tmp_path / "one.yaml").write_text(
-        "arms:\n  a: &a {tokenizer: 007, seeds: 2}\n  b:\n    <<: *a\n    seeds: 3\nsampling: {sampler: yes}\n"
+        "arms:\n  a: &a {tokenizer: 007, seeds: 2}\n  b:\n    <<: *a\n    seeds: 3\nsampling: {steps: 007}\n"
     )
     config = load_config(BenchmarkConfig, tmp_path / "one.yaml")
-    assert (config.arms["b"].tokenizer, config.arms["b"].seeds, config.sampling.sampler) == ("007", 3, "yes")
+    assert (config.arms["b"].tokenizer, config.arms["b"].seeds, config.sampling.steps) == ("007", 3, 7)
     assert isinstance(config.sampling, UnmaskingScheduler)
 
 
@@ -357,7 +358,7 @@ def test_a_models_config_loads_no_other_library(part: str, config: object, tmp_p
     shutil.copytree(EMBEDDED, tmp_path / "model")
     path = tmp_path / "model" / part / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config} if isinstance(config, dict) else config))
-    with pytest.raises(UserError, match=r"config.json is not the config of a network that scq saved") as error:
+    with pytest.raises(UserError, match=r"config.json (has an unknown key .quantization_config.|must hold an object)") as error:
         open_model(tmp_path / "model")
     assert "\n" not in str(error.value)
 
