@@ -84,7 +84,7 @@ def test_a_damaged_newest_checkpoint_is_stepped_over(
     assert f"set aside as {aside}; training goes on from step_00000001" in warnings
 
 
-@pytest.mark.parametrize("damage", DAMAGES.keys() - {"bit"})
+@pytest.mark.parametrize("damage", [each for each in DAMAGES if each != "bit"])
 def test_so_is_one_that_is_older_than_digests(damage: str, network: nn.Module, tmp_path: Path) -> None:
     checkpoints = opened(tmp_path, network)
     save_numbered(checkpoints, network, (1, 2, 3))
