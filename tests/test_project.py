@@ -233,3 +233,15 @@ def test_the_site_builds_and_fetches_nothing(linked_package: Path, tmp_path: Pat
         fetched = re.findall(r'<(?:script|img|iframe)[^>]* src="(?:https?:)?//[^"]*"', page.read_text())
         fetched += re.findall(r'<link[^>]* href="(?:https?:)?//[^"]*"[^>]*>', page.read_text())
         assert fetched == [], page
+
+
+def test_every_promise_names_the_tests_that_hold_it() -> None:
+    page = (REPOSITORY / "docs" / "reliability.md").read_text()
+    rows = [line for line in page.partition("## Files of others")[2].splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith(("| promise", "| ---"))]
+    assert len(promises) > 40
+    for promise in promises:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", promise)
+        assert tests, promise
+        for file, name in tests:
+            assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text(), f"{file} has no {name}"
