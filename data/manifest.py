@@ -5,16 +5,16 @@ index it without a second look, and a damaged manifest ends in one line.
 """
 
 import hashlib
-import json
 import re
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from scq.engine.errors import DataError, UserError
+from scq.engine.plain_json import parse_json
 
 MANIFEST = "manifest.json"
 IMAGES, TOKENS = "scq-images-1", "scq-tokens-1"
@@ -111,7 +111,7 @@ def parse_manifest(text: bytes, where: str, kind: str, part: bool = False) -> di
     Raises:
         DataError: the text is not JSON, describes a set of another kind, lacks a field, or has one that cannot be.
     """
-    manifest = parse_json(text, where)
+    manifest = parse_json(text, where, _ADVICE)
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != kind:
         raise DataError(f"{where} has the format {reprlib.repr(found)}, not '{kind}'")
@@ -130,31 +130,6 @@ def parse_manifest(text: bytes, where: str, kind: str, part: bool = False) -> di
 
 
 _ADVICE = "the set is damaged, write it again"
-
-
-def parse_json(text: bytes, where: str) -> Any:
-    """Parse JSON of unknown origin: UTF-8, finite numbers, no key twice, no depth that exhausts the stack.
-
-    Raises:
-        DataError: it is anything else; ``where`` is what the message calls the file.
-    """
-    try:
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise DataError(f"{where} is nested too deeply: {_ADVICE}") from error
-    except ValueError as error:
-        raise DataError(f"{where} is not valid JSON ({error}): {_ADVICE}") from error
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key comes twice")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 def _check(value: Any, schema: Any, where: str, path: str) -> None:

@@ -35,6 +35,7 @@ from scq.data.transforms import PROTOCOLS, decode, get_protocol
 from scq.engine.errors import BadImage, DataError
 from scq.engine.files import atomic_write, make_folder, remove_leftovers, sha256_of, write_json
 from scq.engine.interruption import outlive_signals
+from scq.engine.plain_json import parse_json
 from scq.engine.progress import say
 
 JOURNAL = "pack.jsonl"
@@ -197,10 +198,10 @@ def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
 def _with_times(manifest: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The manifest with the times of the source's files, if they are known: whoever deletes TIMES keeps the set."""
     try:
-        times = json.loads((directory / TIMES).read_bytes())["times"]
+        times = parse_json((directory / TIMES).read_bytes(), f"'{directory / TIMES}'", "delete it")["times"]
     except FileNotFoundError:
         return manifest
-    except (ValueError, TypeError, KeyError) as error:
+    except (DataError, TypeError, KeyError) as error:
         raise DataError(f"'{directory / TIMES}' is damaged: delete it, and the times are not compared") from error
     return {**manifest, "source_files": {**manifest.get("source_files", {}), "times": times}}
 
@@ -219,7 +220,7 @@ def _resume(directory: Path, journal: IO[bytes], settings: dict[str, Any]) -> li
         _append(journal, settings)
         return []
     try:
-        before, *records = map(json.loads, lines)
+        before, *records = [parse_json(line, f"'{directory / JOURNAL}'", "delete it") for line in lines]
         difference = _difference(before, settings)
         named = [(directory / record["name"], record["sha256"]) for record in records]
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -23,7 +23,6 @@ from scq.data.manifest import (
     MANIFEST,
     TOKENS,
     contents_fingerprint,
-    parse_json,
     parse_manifest,
     token_dtype,
 )
@@ -31,6 +30,7 @@ from scq.data.order import ResumableStream, create_order, rank_slice
 from scq.data.storage import LocalStorage, with_retries
 from scq.engine.errors import DataError
 from scq.engine.files import make_folder, remove_leftovers, write_file, write_json
+from scq.engine.plain_json import parse_json
 from scq.engine.randomness import position_bits
 
 FORMAT = TOKENS
@@ -414,7 +414,7 @@ class TokenDataset:
         for record in self.manifest["shards"]:
             path = self.directory / f"{record['name']}.keys.txt"
             lines = with_retries(path.read_bytes, f"'{path}'").splitlines()
-            keys = [parse_json(line, f"'{path}'") for line in lines]
+            keys = [parse_json(line, f"'{path}'", "write the tokens again") for line in lines]
             if len(keys) != record["images"] or not all(isinstance(key, str) for key in keys):
                 raise DataError(f"'{path}' does not hold one key for each of {record['images']} images")
             yield from keys

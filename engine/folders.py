@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
-import json
 import os
 import re
 import secrets
@@ -22,8 +21,9 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from scq.engine.errors import UserError
+from scq.engine.errors import DataError, UserError
 from scq.engine.files import make_folder, reason_of, sync_file, sync_folder
+from scq.engine.plain_json import read_json
 
 Read = TypeVar("Read")
 READINGS = 20  # of a folder that is replaced while it is read, before its reader gives up
@@ -176,8 +176,8 @@ def _class_in(folder: Path) -> str | None:
     """The diffusers class whose model is saved in a folder; None if there is none."""
     for index in _CLASS_FILES:
         try:
-            return json.loads((folder / index).read_text())["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_json(folder / index, "name another folder")["_class_name"]
+        except (DataError, KeyError, TypeError):
             continue
     return None
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import inspect
-import json
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +20,7 @@ from torch import nn
 
 from scq.engine.checks import one_of, shown
 from scq.engine.errors import NotFiniteError, UserError, first_line, require_finite
+from scq.engine.plain_json import parse_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"  # the latter before a variant, a shard's number and a suffix
 LARGEST_CONFIG = 1 << 20  # bytes
@@ -140,11 +140,10 @@ def _read_config(network: type[Network], path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise UserError(f"{path} has {path.stat().st_size} bytes; a config has at most {LARGEST_CONFIG}")
-        config = json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {first_line(error)}") from error
+    config = parse_json(text, str(path), "the model is damaged, fetch or export it again")
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold an object, not {type(config).__name__}")
     if (name := config.get("_class_name")) != network.__name__:

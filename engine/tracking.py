@@ -15,6 +15,7 @@ from scq.engine.checkpoint import whole_checkpoints
 from scq.engine.config import as_dict, read_saved_config, save_config, saved_form
 from scq.engine.errors import UserError
 from scq.engine.files import atomic_write, make_folder, named_when_full, reason_of, write_file, write_json
+from scq.engine.plain_json import read_json
 from scq.engine.plain_yaml import leaves
 from scq.engine.references import Referenced
 
@@ -186,7 +187,7 @@ def read_metrics(run: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             break
@@ -196,10 +197,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 def _read_digests(path: Path) -> dict[str, str]:
     """What `RunFolder.begin` wrote of references; empty where there were none."""
-    try:
-        found = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    found = read_json(path, "delete it, and references are not compared") if path.is_file() else {}
     return found if isinstance(found, dict) else {}
 
 

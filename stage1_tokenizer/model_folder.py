@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from diffusers.models.modeling_utils import ModelMixin
@@ -12,6 +11,7 @@ from scq.engine.files import write_json
 from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, from_plain, to_plain
 from scq.engine.network import weight_files
+from scq.engine.plain_json import read_json
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 
 # The classes that the project saves. A new model may replace a folder with a model of one of them, and nothing else.
@@ -40,11 +40,9 @@ def read_measured(folder: Path) -> Measured:
     path = folder / MEASURED
     if not path.is_file():
         return Measured()
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    return from_plain(Measured, plain, str(path))
+    return from_plain(
+        Measured, read_json(path, "delete it, and the model's card will lack what was measured"), str(path)
+    )
 
 
 def find_tokenizer(path: Path | str) -> Path:

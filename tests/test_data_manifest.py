@@ -14,13 +14,14 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from scq.data.check import check
-from scq.data.manifest import IMAGES, Classes, parse_json, parse_manifest, refuse_other_classes
+from scq.data.manifest import IMAGES, Classes, parse_manifest, refuse_other_classes
 from scq.data.pack import pack
 from scq.data.shards import ROW, ShardSet
 from scq.data.storage import LocalStorage
 from scq.data.stream import ImageStream, iterate_once
 from scq.data.tokens import TokenDataset, TokenStream, TokenWriter
 from scq.engine.errors import DataError, UserError
+from scq.engine.plain_json import parse_json
 
 ODD = [None, True, -1, 0, 1, 2**31, 2**63, 10**40, -(2**64), 1.5, 1e300, float("nan"), float("inf"), "", "x", "../x"]
 ODD += ["a" * 5000, "\ud800", "9" * 64, [], [[]], {}, {"name": "x"}, [1, 2, 3], "shard-000000.tar", [0, 0], [2**40] * 2]
@@ -169,7 +170,7 @@ def test_an_index_is_rebuilt_from_damaged_shards_only_as_it_was(copies, at, byte
 )
 def test_json_that_is_no_manifest_is_named(text, said):
     with pytest.raises(DataError, match=said):
-        parse_json(text, "'x'")
+        parse_json(text, "'x'", "write it again")
     with pytest.raises(DataError, match="'x'"):
         parse_manifest(text, "'x'", IMAGES)
 

@@ -1,15 +1,17 @@
 """Features of an image set: the same in any batches and processes, and kept in a file that names what they are of."""
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import astuple
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import pytest
 import torch
 from metric_samples import Batch, PixelMoments, emoji_images, feature_set
+from safetensors.torch import save
 
 from scq.engine.errors import UserError
 from scq.engine.measurements import RealSet
@@ -68,7 +70,7 @@ def test_gathered_features_are_those_of_one_process(tmp_path):
     program = textwrap.dedent("""
         import sys, torch, torch.distributed as distributed
         from pathlib import Path
-        from dataclasses import astuple
+        from dataclasses import asdict, astuple
         from scq.engine.measurements import RealSet
         from scq.evaluation.metrics.distances import fid, kid
         from scq.evaluation.metrics.features import FeatureSet, cached_features
@@ -140,6 +142,21 @@ def test_damaged_cache_and_wrong_count_are_refused(emoji, tmp_path):
     (tmp_path / "damaged").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="cannot be read"):
         cached_features(tmp_path / "damaged", RealSet("emoji", "train", 60, "none 72"), PixelMoments(), lambda: [])
+    real_set, network, positions = RealSet("emoji", "train", 60, "none 72"), PixelMoments(), torch.arange(60)
+    right = json.dumps({**asdict(real_set), "network": network.fingerprint, "protocol": network.protocol})
+    for features, held, said in (
+        (torch.full((60, 4), torch.nan), right, "are damaged"),
+        (torch.zeros(59, 4), right, "are damaged"),
+        (torch.zeros(60, 4), "[]", "another real set"),
+        (torch.zeros(60, 4), "[" * 100_000, "not valid JSON"),
+    ):
+        tensors = {"features": features, "positions": positions}
+        (tmp_path / "damaged").write_bytes(save(tensors, {"real_set": held}))
+        with pytest.raises(UserError, match=f"{said}.*delete the file to start anew"):
+            cached_features(tmp_path / "damaged", real_set, network, lambda: [])
+    (tmp_path / "damaged").write_bytes(save({"positions": positions}, {"real_set": right}))
+    with pytest.raises(UserError, match=r"cannot be read \(.*features"):
+        cached_features(tmp_path / "damaged", real_set, network, lambda: [])
     with pytest.raises(UserError, match="gave 30 images, not 60"):
         cached_features(
             tmp_path / "new", RealSet("emoji", "train", 60, "none 72"), PixelMoments(), lambda: [emoji[:30]]

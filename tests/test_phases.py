@@ -128,6 +128,19 @@ def test_files_of_another_shape_run_again_or_are_named(tmp_path: Path) -> None:
         run(tmp_path, each)
 
 
+@pytest.mark.parametrize("damaged", [b"", b"{", b"[1]", b"\xff", b"\0" * 40, b"[" * 100_000, b'{"seconds": "long"}'])
+def test_damaged_files_of_a_benchmark_are_named_in_one_line(damaged: bytes, tmp_path: Path) -> None:
+    each = phase(lambda number: Answer(number), number=7)
+    run(tmp_path, each)
+    (tmp_path / "phase.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"phase\.json .*delete it to run the phase again") as phases:
+        run(tmp_path, each)
+    (tmp_path / "results.json").write_bytes(damaged)
+    with pytest.raises(UserError, match=r"results\.json ") as results:
+        load_results(BenchmarkResults, tmp_path / "results.json")
+    assert all(len(str(raised.value).splitlines()) == 1 for raised in (phases, results))
+
+
 def test_phases_come_after_their_inputs_and_have_names_of_their_own(tmp_path: Path) -> None:
     first = phase(lambda: Answer(1), "first")
     second = phase(lambda answer: answer, "second", answer=first)
@@ -229,7 +242,7 @@ MEASURE = {
 }
 SAMPLING = {
     "steps": (16, DRAWN | SWEPT),
-    "schedule": ("linear", DRAWN | SWEPT),
+    "schedule": ("arccos", DRAWN | SWEPT),
     "temperature": (0.9, DRAWN | SWEPT),
     "final_temperature": (0.5, DRAWN | SWEPT),
     "top_k": (3, DRAWN | SWEPT),

@@ -20,10 +20,12 @@ import torch
 from scq.engine.accelerators import resolve_precision
 from scq.engine.files import write_json
 from scq.engine.measurements import from_plain, to_plain
+from scq.engine.plain_json import read_json
 from scq.engine.progress import say
 from scq.engine.references import Referenced
 
 Result = TypeVar("Result")
+_ADVICE = "delete it to run the phase again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,20 @@ def _shareable(value: Any) -> Any:
     return [_shareable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What a phase's file remembers; files of older versions have no inputs, so that their phases run again."""
+
+    inputs: dict[str, Any] | None = None
+    result: Any = None
+    seconds: float = 0.0
+    machine: str = ""
+
+
+def _read_kept(path: Path) -> _Kept | None:
+    return from_plain(_Kept, read_json(path, _ADVICE), f"{path} ({_ADVICE})") if path.is_file() else None
+
+
 class Job:
     """Phases in the order in which they run.
 
@@ -111,21 +127,20 @@ class Job:
         """The result of a phase: of its work now, or of an earlier run with the same inputs.
 
         Raises:
-            UserError: the file of an earlier run holds a result of another shape.
+            UserError: the file of an earlier run is damaged, or holds a result of another shape.
         """
         path = self.folder / f"{phase.name.replace(' ', '_')}.json"
         title = f"[{self.phases.index(phase) + 1}/{len(self.phases)}] {phase.name}"
         inputs = {name: identity(value, self.results) for name, value in phase.inputs.items()}
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        if saved.get("inputs") == inputs:
-            say(f"{title}: done before ({saved['seconds']:.0f} s)")
-            result = from_plain(phase.result, saved["result"], f"{path} (delete it to run the phase again)")
-            seconds, machine = saved["seconds"], saved["machine"]
+        saved = _read_kept(path)
+        if saved is not None and saved.inputs == inputs:
+            say(f"{title}: done before ({saved.seconds:.0f} s)")
+            result = from_plain(phase.result, saved.result, f"{path} ({_ADVICE})")
+            seconds, machine = saved.seconds, saved.machine
         else:
             say(title)
             result, seconds, machine = self._work(phase)
-            kept = {"inputs": inputs, "result": to_plain(result), "seconds": seconds, "machine": machine}
-            write_json(path, kept)
+            write_json(path, dataclasses.asdict(_Kept(inputs, to_plain(result), seconds, machine)))
         self.results[phase.name], self.seconds[phase.name], self.machines[phase.name] = result, seconds, machine
         return result
 

@@ -5,12 +5,10 @@ An arm is one quantizer with one seed. Numbers of single measurements are in `en
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from scq.engine.errors import UserError
 from scq.engine.files import write_json
 from scq.engine.measurements import (
     CodebookSummary,
@@ -21,6 +19,7 @@ from scq.engine.measurements import (
     from_plain,
     to_plain,
 )
+from scq.engine.plain_json import read_json
 from scq.evaluation.benchmark.config import MeasureConfig
 from scq.stage2_prior.scheduler import UnmaskingScheduler
 
@@ -259,8 +258,4 @@ def load_results(schema: type[Schema], path: Path) -> Schema:
     Raises:
         UserError: the file is not there or damaged, or a field is missing or of another shape; the message names it.
     """
-    try:
-        plain = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    return from_plain(schema, plain, str(path))
+    return from_plain(schema, read_json(path, "run the benchmark again, which reuses its phases"), str(path))

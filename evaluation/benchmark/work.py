@@ -19,13 +19,14 @@ from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from scq.data.manifest import Classes, refuse_other_classes
 from scq.data.stream import Batch, iterate_once
 from scq.engine.config import DataConfig
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 from scq.engine.files import write_file
 from scq.engine.fingerprint import fingerprint
 from scq.engine.loop import Trained
@@ -331,7 +332,13 @@ class ArmWork:
         """Images of the drawn codes, in batches."""
         if not (self.folder / DRAWN).is_file():
             raise UserError(f"{self.folder / DRAWN} is not there: delete the file of this arm's codes in phases/")
-        drawn = load_file(self.folder / DRAWN)
+        try:
+            drawn = load_file(self.folder / DRAWN)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.folder / DRAWN} cannot be read ({first_line(error)}): delete the file of this arm's codes in "
+                "phases/ to draw them again"
+            ) from error
         _refuse_others(_fingerprint_of(drawn), codes, self.folder / DRAWN)
         positions = torch.arange(len(drawn["seeds"]))
         for part in positions.split(batch_size):

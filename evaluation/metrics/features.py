@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 from scq.engine.files import write_file
 from scq.engine.measurements import RealSet
+from scq.engine.plain_json import parse_json
 from scq.engine.processes import gather_objects, rank_and_world_size
 from scq.evaluation.metrics.networks import FeatureNetwork
 
@@ -173,16 +174,21 @@ def cached_features(
 def _read_cache(path: Path, asked: dict[str, Any]) -> FeatureSet:
     try:
         with safe_open(path, framework="pt") as file:
-            held = json.loads((file.metadata() or {}).get("real_set", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            text = (file.metadata() or {}).get("real_set", "{}")
+            features, positions = (file.get_tensor(name) for name in ("features", "positions"))
+    except (SafetensorError, OSError) as error:
         raise UserError(
-            f"the cached features {path} cannot be read ({error}): delete the file to start anew"
+            f"the cached features {path} cannot be read ({first_line(error)}): delete the file to start anew"
         ) from error
+    held = parse_json(text, str(path), "delete the file to start anew")
+    held = held if isinstance(held, dict) else {}
     different = [f"{key} is {held.get(key)!r}, not {asked[key]!r}" for key in asked if held.get(key) != asked[key]]
     if different:
         raise UserError(
             f"the cached features {path} are of another real set: {'; '.join(different)}. "
             "Give another path, or delete the file to start anew"
         )
-    return FeatureSet(tensors["features"], tensors["positions"], "real", held["network"])
+    sound = features.ndim == 2 and features.dtype == torch.float32 and positions.shape == features.shape[:1]
+    if not sound or not features.isfinite().all():
+        raise UserError(f"the cached features {path} are damaged: delete the file to start anew")
+    return FeatureSet(features, positions, "real", held["network"])
