@@ -358,7 +358,8 @@ def test_a_models_config_loads_no_other_library(part: str, config: object, tmp_p
     shutil.copytree(EMBEDDED, tmp_path / "model")
     path = tmp_path / "model" / part / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **config} if isinstance(config, dict) else config))
-    with pytest.raises(UserError, match=r"config.json (has an unknown key .quantization_config.|must hold an object)") as error:
+    said = r"config.json (has an unknown key .quantization_config.|must hold an object)"
+    with pytest.raises(UserError, match=said) as error:
         open_model(tmp_path / "model")
     assert "\n" not in str(error.value)
 
