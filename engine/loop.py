@@ -150,7 +150,8 @@ class Loop:
                 raise
             self.stream.load_state_dict(position)
             if step > self.saved:
-                self._save(step, self._log(step, progress, scored=False))
+                logged = not self.meter.steps  # with the step before
+                self._save(step, {} if logged else self._log(step, progress, scored=False))
             raise self._interruption() from None
 
     def _interruption(self) -> BaseException:

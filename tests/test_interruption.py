@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers import REPOSITORY, SEVERAL, launcher
+from helpers import REPOSITORY, SEVERAL, launcher, write_tiny_benchmark
 from safetensors.torch import load_file
 from test_prior import stripes_config, train_prior, write_stripes
 
@@ -126,14 +126,15 @@ def test_one_process_saves_after_the_step_and_goes_on_bit_for_bit(tokens: Path, 
     assert_same(tmp_path / "run", whole)
 
 
-def test_two_processes_agree_on_the_step(tokens: Path, whole_of_two: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["all of them", pytest.param("one process", marks=pytest.mark.slow)])
+def test_two_processes_agree_on_the_step(who: str, tokens: Path, whole_of_two: Path, tmp_path: Path) -> None:
     process = train(tokens, tmp_path / "run", processes=2)
     wait_for_steps(tmp_path / "run", process)
     launched = [
         each for each in psutil.Process(process.pid).children(recursive=True) if "train.py" in each.cmdline()[-3]
     ]
     assert len(launched) == 2
-    for each in [psutil.Process(process.pid), *launched]:
+    for each in [psutil.Process(process.pid), *launched] if who == "all of them" else launched[1:]:
         each.send_signal(signal.SIGTERM)  # the launcher passes it on, so that each gets two
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -182,20 +183,22 @@ class Stuck:
             yield batch
 
 
+@pytest.mark.parametrize("log_every", [4, 1])  # before the step, and just after a line of the log
 def test_it_saves_while_data_is_awaited(
-    tokens: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    log_every: int, tokens: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from scq.stage2_prior.prior_stage import PriorStage
 
+    settings = [*SETTINGS, f"training.log_every={log_every}"]
     opened = PriorStage.open_stream
     before = signal.getsignal(signal.SIGUSR1)
     with monkeypatch.context() as patched:
         patched.setattr(PriorStage, "open_stream", lambda self, accelerator: Stuck(opened(self, accelerator)))
         with pytest.raises(Interrupted, match=r"SIGUSR1: saved .*step_00000003") as raised:
-            train_prior(stripes_config(tokens, tmp_path / "run", *SETTINGS))
+            train_prior(stripes_config(tokens, tmp_path / "run", *settings))
     assert raised.value.code == 75
     assert signal.getsignal(signal.SIGUSR1) == before, "handlers are put back"
-    train_prior(stripes_config(tokens, tmp_path / "run", *SETTINGS))
+    train_prior(stripes_config(tokens, tmp_path / "run", *settings))
     assert_same(tmp_path / "run", whole)
 
 
@@ -272,3 +275,36 @@ def test_a_closed_terminal_does_not_keep_it_from_saving(tokens: Path, tmp_path: 
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
     assert 0 < newest(tmp_path / "run")[0] < STEPS
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_signal_to_the_whole_group(emoji: dict[str, Path], tmp_path: Path) -> None:
+    config = REPOSITORY / "configs" / "quickstart" / "tokenizer_scq.yaml"
+    arguments = ["train", "tokenizer", "--config", str(config), f"out={tmp_path / 'run'}"]
+    arguments += [f"data.train={emoji['train']}"]
+    arguments += ["quantizer.codebook_size=32", "architecture.channels=[8,16]", "training.batch_size=8"]
+    arguments += ["training.images_every=0", "training.log_every=1", "data.workers=2", "training.precision=fp32"]
+    process = start(["-m", "scq", *arguments])
+    wait_for_steps(tmp_path / "run", process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "Traceback" not in errors
+    assert newest(tmp_path / "run")[0] > 0
+
+
+@pytest.mark.slow
+def test_a_benchmark_saves_the_phase_that_runs(tmp_path: Path) -> None:
+    config = write_tiny_benchmark(tmp_path)
+    arm = tmp_path / "tokenizer_scq.yaml"
+    arm.write_text(arm.read_text().replace("steps: 12", "steps: 100000").replace("log_every: 3", "log_every: 1"))
+    out, saved = tmp_path / "run", 0
+    for _ in range(2):  # the second one goes on
+        process = start(["-m", "scq", "benchmark", "quality", "--config", str(config), "--out", str(out)])
+        wait_for_steps(out / "arms" / "scq" / "tokenizer", process, after=saved)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        assert "Traceback" not in errors
+        before, (saved, _) = saved, newest(out / "arms" / "scq" / "tokenizer")
+        assert saved > before
