@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import VGG16_Weights, vgg16
 
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 from scq.engine.processes import rank_and_world_size, sum_across_processes
 from scq.engine.schedules import linear_ramp
-from scq.engine.weights import read_weights
+from scq.engine.weights import read_weights, sound_weights
 from scq.stage1_tokenizer.adversarial import (
     AUGMENTATIONS,
     GAMES,
@@ -73,7 +74,8 @@ class PerceptualLoss(nn.Module):
             for index, layer in layers.items():
                 layer.load_state_dict({leaf: state[f"features.{index}.{leaf}"] for leaf in ("weight", "bias")})
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"loss.perceptual_weights={weights} does not hold VGG16's features.*: {error}") from error
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"loss.perceptual_weights={weights} does not hold VGG16's features.*: {reason}") from error
         self.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -223,9 +225,10 @@ def _vgg16_features(weights: str) -> dict[str, torch.Tensor]:
     if weights:
         return read_weights(Path(weights), "VGG16's weights")
     try:
-        return vgg16(weights=VGG16_Weights.IMAGENET1K_V1, progress=False).state_dict()
-    except OSError as error:
+        state = vgg16(weights=VGG16_Weights.IMAGENET1K_V1, progress=False).state_dict()
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network, or a damaged file in its cache
         raise UserError(
-            f"LPIPS needs VGG16's weights, and torchvision could not download them ({error}). Set "
+            f"LPIPS needs VGG16's weights, and torchvision cannot download or read them ({first_line(error)}). Set "
             "loss.perceptual_weights=FILE to torchvision's vgg16 weights, or loss.perceptual=0 to train without LPIPS"
         ) from error
+    return sound_weights(state, "torchvision's weights of VGG16")

@@ -173,6 +173,10 @@ def test_perceptual_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="features"):
         PerceptualLoss(str(tmp_path / "other.pth"))
+    torch.save({"features.0.weight": torch.zeros(1), "features.0.bias": torch.zeros(64)}, tmp_path / "shape.pth")
+    with pytest.raises(UserError, match=r"size mismatch") as shape:
+        PerceptualLoss(str(tmp_path / "shape.pth"))
+    assert "\n" not in str(shape.value)
 
 
 def test_the_discriminator_learns_and_the_generator_does_not_touch_it(emoji: dict[str, Path]) -> None:

