@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import inspect
+import stat
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from scq.engine.errors import NotFiniteError, UserError, first_line, require_fin
 from scq.engine.plain_json import parse_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"  # the latter before a variant, a shard's number and a suffix
-LARGEST_CONFIG = 1 << 20  # bytes
+LARGEST_CONFIG = 1 << 24  # bytes; a prior for 100,000 classes holds their names
 FLOATING = ("F16", "BF16", "F32", "F64")  # what floating weights may be stored as, in safetensors' words
 OTHERS = {torch.int64: ("I64",), torch.int32: ("I32",), torch.bool: ("BOOL",)}  # and counters and flags
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -135,17 +136,30 @@ def require_sound_weights(network: nn.Module, source: Path) -> None:
         raise UserError(f"{source} is damaged: {error}") from error
 
 
-def _read_config(network: type[Network], path: Path) -> dict[str, Any]:
-    """The arguments of a network in its config."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a config of a model, which is data: nothing else is opened or looked up because of it.
+
+    Raises:
+        UserError: there is no such file, it has over LARGEST_CONFIG bytes, or it does not hold a JSON object.
+    """
     try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise UserError(f"{path} has {path.stat().st_size} bytes; a config has at most {LARGEST_CONFIG}")
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise UserError(f"{path} is not a file")  # a pipe would be waited for
+        if about.st_size > LARGEST_CONFIG:
+            raise UserError(f"{path} has {about.st_size} bytes; a config has at most {LARGEST_CONFIG}")
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     config = parse_json(text, str(path), "the model is damaged, fetch or export it again")
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold an object, not {type(config).__name__}")
+    return config
+
+
+def _read_config(network: type[Network], path: Path) -> dict[str, Any]:
+    """The arguments of a network in its config."""
+    config = read_config(path)
     if (name := config.get("_class_name")) != network.__name__:
         raise UserError(f"{path} is of class {shown(name)}, not {network.__name__!r}")
     known = [name for name in inspect.signature(network.__init__).parameters if name != "self"]

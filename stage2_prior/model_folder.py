@@ -10,10 +10,11 @@ from pathlib import Path
 
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from scq.engine.errors import UserError
+from scq.engine.errors import UserError, first_line
 from scq.engine.files import write_file, write_json
 from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, to_plain
+from scq.engine.network import read_config
 from scq.stage1_tokenizer.model_folder import MEASURED, MODEL_CLASSES, load_tokenizer, read_measured
 from scq.stage2_prior.model import Model
 from scq.stage2_prior.model_card import model_card
@@ -65,11 +66,12 @@ def _load(root: Path) -> tuple[Model, Measured]:
     # Not wherever there is a folder: a user's own files may be left in that of a refiner that is gone.
     refines = any((root / "refiner" / name).exists() for name in ("config.json", SAFETENSORS_WEIGHTS_NAME))
     refiner = ConvexRefiner.from_pretrained(root / "refiner", local_files_only=True) if refines else None
+    settings = root / "scheduler" / UnmaskingScheduler.config_name
+    plain = read_config(settings)  # diffusers would take a text in it for the name of a model, and look it up
     try:
-        scheduler = UnmaskingScheduler.from_pretrained(root / "scheduler", local_files_only=True)
+        scheduler = UnmaskingScheduler.from_config(plain)
     except (OSError, ValueError, TypeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{root / 'scheduler'} cannot be loaded: {reason}") from error
+        raise UserError(f"{settings} cannot be loaded: {first_line(error)}") from error
     return Model(tokenizer, prior, refiner, scheduler), read_measured(root)
 
 

@@ -1,6 +1,7 @@
 """A model from others is checked while it is loaded, before memory or time is taken for it."""
 
 import json
+import os
 import shutil
 import struct
 import time
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from scq.engine.errors import UserError
 from scq.engine.network import Network
+from scq.sampling.pipeline import EMBEDDED
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 from scq.stage1_tokenizer.model_folder import load_tokenizer
 from scq.stage1_tokenizer.quantizers import quantizer_names
+from scq.stage2_prior.model_folder import open_model
 from scq.stage2_prior.refiner import ConvexRefiner
 from scq.stage2_prior.transformer import MaskedTransformer
 
@@ -61,6 +64,11 @@ def weights(change: Callable[[dict[str, torch.Tensor], str], None]) -> Callable[
     return rewrite
 
 
+def make_pipe(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+
+
 def claim_terabytes(folder: Path) -> None:
     """A header whose tensors need more bytes than the file has."""
     header = json.dumps({"x": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}).encode()
@@ -84,8 +92,9 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), "must hold an object, not list"),
     "nested": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not valid JSON"),
-    "long": (lambda folder: (folder / "config.json").write_text(" " * 2**21), "a config has at most"),
+    "long": (lambda folder: (folder / "config.json").write_text(" " * 2**25), "a config has at most"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+    "a pipe": (make_pipe, "config.json is not a file"),
     "terabytes": (claim_terabytes, "cannot be loaded"),
     "header": (lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 64), "cannot be loaded"),
     "empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "cannot be loaded"),
@@ -127,6 +136,12 @@ def test_a_good_tokenizer_of_any_quantizer_is_loaded(tmp_path: Path, quantizer: 
     assert not loaded.training
 
 
+def test_a_prior_with_many_classes_is_loaded(tmp_path: Path) -> None:
+    names = [f"{i:05d} {'a long name ' * 4}" for i in range(30_000)]
+    MaskedTransformer(16, (4, 4), 16, 2, 2, num_classes=len(names), class_names=names).save_pretrained(tmp_path)
+    assert list(MaskedTransformer.from_pretrained(tmp_path).config.class_names) == names
+
+
 def test_shards_variants_and_types_are_diffusers(saved: Path, tmp_path: Path) -> None:
     for name, network in networks().items():
         network.save_pretrained(tmp_path / name, max_shard_size="10KB", variant="fp16")
@@ -140,3 +155,18 @@ def test_shards_variants_and_types_are_diffusers(saved: Path, tmp_path: Path) ->
     rounded = ImageTokenizer.from_pretrained(saved / "tokenizer", torch_dtype=torch.float16)
     assert rounded.quantizer.codebook.dtype == torch.float32
     assert rounded.decode_indices(torch.zeros(1, 4, 4, dtype=torch.int64)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("damage", ["a name", "a list", "nested", "long"])
+def test_settings_of_a_model_from_others_are_only_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    model = shutil.copytree(EMBEDDED, tmp_path / "model")
+    (model / "scheduler" / "scheduler_config.json").write_text(
+        {"a name": '"somebody/else"', "a list": "[]", "nested": "[" * 100_000, "long": " " * 2**25}[damage]
+    )
+    looked_up = []
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", lambda *_, **more: looked_up.append(more))
+    with pytest.raises(UserError, match="scheduler_config"):
+        open_model(model)
+    assert not looked_up
