@@ -151,7 +151,7 @@ def read_config(path: Path) -> dict[str, Any]:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    config = parse_json(text, str(path), "the model is damaged, fetch or export it again")
+    config = parse_json(text, str(path), "the model is damaged, fetch or export it again", finite=False)
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold an object, not {type(config).__name__}")
     return config
