@@ -118,9 +118,7 @@ class WholeAnswers(Guard):
             debugging = _log.isEnabledFor(logging.DEBUG)
             asked = f"{scope['method']} {scope['path'][:200]!r}"
             _log.warning("%s failed with %s: %.200s", asked, type(error).__name__, error, exc_info=debugging)
-            if started:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-            else:
+            if not started:  # or else the connection is closed, so that nobody takes the half for the whole
                 status = 400 if scope["method"] == "POST" else 500
                 await PlainTextResponse("This server cannot answer this request.", status)(scope, receive, send)
 
