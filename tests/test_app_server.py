@@ -395,8 +395,8 @@ def test_a_server_that_is_asked_to_end_leaves_nothing(how: signal.Signals, tmp_p
 
 
 def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path: Path) -> None:
-    killed, left = started(tmp_path)
-    running, in_use = started(tmp_path)
+    with ThreadPoolExecutor() as pool:
+        (killed, left), (running, in_use) = pool.map(started, [tmp_path] * 2)
     killed.kill()
     killed.communicate(timeout=300)
     (tmp_path / "scq-page-linked").symlink_to(tmp_path / "precious")
