@@ -246,13 +246,36 @@ def test_a_mistake_gets_a_message(client: Client, painted: dict[str, Any], tmp_p
         (lambda: generate(client, sampler="dice"), "dice"),
         (lambda: client.predict(None, api_name="/reconstruct"), "image"),
         (lambda: client.predict(handle_file(str(tmp_path / "bad.png")), api_name="/reconstruct"), "image"),
-        (lambda: edit(client, None), "image"),
+        (lambda: edit(client, None), "^Choose an image first"),
         (lambda: edit(client, {**painted, "layers": []}), "Paint"),
         (lambda: edit(client, painted, what=OUTPAINT), "slider"),
     ):
         with pytest.raises(Exception, match=words):
             mistake()
     assert len(generate(client)) == 3, "the page works on"
+
+
+def test_no_parameter_of_any_endpoint_lets_nonsense_through(
+    client: Client, address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert {"/generate", "/edit", "/take", "/reconstruct", "/patch", "/report"} <= set(endpoints)
+    http = httpx.Client(base_url=f"{address}gradio_api/call", timeout=60)
+    for name, endpoint in endpoints.items():
+        sound = [
+            1 if each["label"] in ("Images", "Results") else each["parameter_default"]
+            for each in endpoint["parameters"]
+        ]
+        for place, parameter in enumerate(endpoint["parameters"]):
+            for value in (float("nan"), "x" * 10_000, [], {"id": ["x"]}):
+                values = [*sound[:place], value, *sound[place + 1 :]]
+                body = json.dumps({"data": values})
+                call = http.post(name, content=body, headers={"Content-Type": "application/json"})
+                answer = http.get(f"{name}/{call.json()['event_id']}").text
+                assert "event: error" in answer, (name, parameter["label"], value)
+                assert '"error": null' not in answer, (name, parameter["label"], value)
+                assert len(answer) < 1000, "the value is not sent back"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_cancelled_drawing_stops(pipeline: SoftConvexPipeline, client: Client) -> None:

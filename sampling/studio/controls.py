@@ -1,26 +1,15 @@
-"""Controls for numbers that are checked as every other parameter, and messages for users' mistakes.
+"""Gradio's controls, whose values are checked as every other parameter: by `checks`, under the control's label.
 
-Gradio's own controls end in a traceback on what is no number.
+Gradio's own ones let through what is no number, and lists of choices where one is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
 
-from scq.engine.checks import finite_number, whole_number
-
-
-@contextmanager
-def mistakes_shown() -> Iterator[None]:
-    """Show a ValueError in the block as a message on the page; the server's log gets no traceback of it."""
-    try:
-        yield
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+from scq.engine.checks import finite_number, one_of, whole_number, yes_or_no
 
 
 class Slider(gr.Slider):
@@ -30,8 +19,7 @@ class Slider(gr.Slider):
 
     def preprocess(self, payload: Any) -> float:
         check = whole_number if float(self.step).is_integer() else finite_number
-        with mistakes_shown():
-            return check(self.label, payload, self.minimum, self.maximum)
+        return check(self.label, payload, self.minimum, self.maximum)
 
 
 class WholeNumber(gr.Number):
@@ -40,5 +28,31 @@ class WholeNumber(gr.Number):
     is_template = True
 
     def preprocess(self, payload: Any) -> int:
-        with mistakes_shown():
-            return whole_number(self.label, payload, self.minimum, self.maximum)
+        return whole_number(self.label, payload, self.minimum, self.maximum)
+
+
+class Dropdown(gr.Dropdown):
+    """gr.Dropdown for one of its choices, which are texts."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str:
+        return one_of(self.label, payload, [value for _, value in self.choices])
+
+
+class Radio(gr.Radio):
+    """gr.Radio for one of its choices, which are texts."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> str:
+        return one_of(self.label, payload, [value for _, value in self.choices])
+
+
+class Checkbox(gr.Checkbox):
+    """gr.Checkbox for True or False."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> bool:
+        return yes_or_no(self.label, payload)

@@ -9,10 +9,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from scq.engine.checks import one_of, whole_number
+from scq.engine.checks import whole_number
+from scq.engine.errors import UserError
 from scq.sampling.images import to_mask
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
-from scq.sampling.studio.controls import Slider, WholeNumber, mistakes_shown
+from scq.sampling.studio.controls import Radio, Slider, WholeNumber
 from scq.sampling.studio.steps import (
     BUTTONS,
     LARGEST_SEED,
@@ -51,7 +52,7 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
             with gr.Row():
                 number = WholeNumber(1, label="Generated image", precision=0, minimum=1)
                 take = gr.Button("Take it from Generate")
-            what = gr.Radio([INPAINT, VARY, OUTPAINT], value=INPAINT, label="What to do")
+            what = Radio([INPAINT, VARY, OUTPAINT], value=INPAINT, label="What to do")
             strength = Slider(0.0, 1.0, 0.5, step=0.05, label="Strength", info="Share of tokens that vary.")
             with gr.Row():
                 # At most the image's own size on each side: time and memory grow with the canvas.
@@ -77,16 +78,15 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
         edited: dict[str, Any] | None, what: str, strength: float, left: int, right: int, top: int,
         bottom: int, first: int, count: int, *values: Any,
     ) -> Iterator[list[Image.Image]]:  # fmt: skip
-        with mistakes_shown():
-            borders = dict(zip(SIDES, (left, right, top, bottom), strict=True))
-            call, about = _job(pipeline, edited, what, strength, borders)
-            settings = chosen_settings(pipeline, list(controls), values)
-            call = partial(call, seed=first, num_images=count, output_type="pt", **settings)
-            for event in step_by_step(lambda on_step: call(callback_on_step_end=on_step)):
-                if isinstance(event, ImageOutput):
-                    yield labelled(shown(event.images), event.seeds, {"edit": what, **about, **settings}, model)
-                else:
-                    yield shown(pipeline.preview(event))
+        borders = dict(zip(SIDES, (left, right, top, bottom), strict=True))
+        call, about = _job(pipeline, edited, what, strength, borders)
+        settings = chosen_settings(pipeline, list(controls), values)
+        call = partial(call, seed=first, num_images=count, output_type="pt", **settings)
+        for event in step_by_step(lambda on_step: call(callback_on_step_end=on_step)):
+            if isinstance(event, ImageOutput):
+                yield labelled(shown(event.images), event.seeds, {"edit": what, **about, **settings}, model)
+            else:
+                yield shown(pipeline.preview(event))
 
     editing = redraw.click(
         edit, [editor, what, strength, *borders.values(), seed, count, *controls.values()], gallery,
@@ -101,28 +101,26 @@ def _job(
 ) -> tuple[Callable[..., ImageOutput], dict[str, float]]:
     """The pipeline call for what was chosen on the page, and the settings of that choice."""
     if edited is None:
-        raise gr.Error("Choose an image first.")
-    one_of("what", what, (INPAINT, VARY, OUTPAINT))
+        raise UserError("Choose an image first.")
     image, painted = edited["background"], edited["painted"]
     if what == VARY:
         return partial(pipeline, init_image=image, strength=strength), {"strength": strength}
     if what == OUTPAINT:
         if not any(borders.values()):
-            raise gr.Error("Move a slider: as it is, the image does not grow on any side.")
+            raise UserError("Move a slider: as it is, the image does not grow on any side.")
         return partial(pipeline.outpaint, image, **borders), borders
     if not painted.any():
-        raise gr.Error("Paint over the part that you want redrawn.")
+        raise UserError("Paint over the part that you want redrawn.")
     mask = to_mask(Image.fromarray(painted), pipeline.image_size)
     if not mask.any():
-        raise gr.Error("Paint inside the central square: the model sees nothing else, and all your paint is outside.")
+        raise UserError("Paint inside the central square: the model sees nothing else, and all your paint is outside.")
     return partial(pipeline.inpaint, image, mask), {}
 
 
 def _taken(drawn: list[Image.Image], number: int) -> Image.Image:
     """A generated image, enlarged so that a brush can hit its pixels."""
     if not drawn:
-        raise gr.Error("Generate images first.")
-    with mistakes_shown():
-        chosen = drawn[whole_number("number", number, 1, len(drawn)) - 1]
+        raise UserError("Generate images first.")
+    chosen = drawn[whole_number("Generated image", number, 1, len(drawn)) - 1]
     zoom = max(1, 4 * SHOWN_SIDE // chosen.width)
     return chosen.resize((chosen.width * zoom, chosen.height * zoom), Image.Resampling.NEAREST)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from scq.sampling.images import to_pictures
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
-from scq.sampling.studio.controls import Slider, WholeNumber, mistakes_shown
+from scq.sampling.studio.controls import Slider, WholeNumber
 from scq.sampling.studio.steps import (
     BATCH,
     BUTTONS,
@@ -51,22 +51,20 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
             download = gr.File(label="PNG files and their settings", interactive=False)
 
     def draw(first: int, count: int, *values: Any) -> Iterator[tuple[list[Image.Image], str | None, list]]:
-        with mistakes_shown():
-            settings = chosen_settings(pipeline, list(controls), values)
+        settings = chosen_settings(pipeline, list(controls), values)
         finished: list[Image.Image] = []
         pictures: list[Image.Image] = []
         for start in range(0, count, BATCH):
             call = partial(
                 pipeline, min(BATCH, count - start), seed=first + start, output_type="pt", **settings
             )  # fmt: skip
-            with mistakes_shown():
-                for event in step_by_step(lambda on_step, call=call: call(callback_on_step_end=on_step)):
-                    if isinstance(event, ImageOutput):
-                        finished += labelled(to_pictures(event.images), event.seeds, settings, model)
-                        pictures += labelled(shown(event.images), event.seeds, settings, model)
-                        yield pictures, None, finished
-                    else:
-                        yield pictures + shown(pipeline.preview(event)), None, finished
+            for event in step_by_step(lambda on_step, call=call: call(callback_on_step_end=on_step)):
+                if isinstance(event, ImageOutput):
+                    finished += labelled(to_pictures(event.images), event.seeds, settings, model)
+                    pictures += labelled(shown(event.images), event.seeds, settings, model)
+                    yield pictures, None, finished
+                else:
+                    yield pictures + shown(pipeline.preview(event)), None, finished
         about = {"seed": first, "num_images": count, **settings, "model": model}
         # In gradio's cache of this component, from which old files are deleted.
         yield pictures, zipped(finished, about, Path(download.GRADIO_CACHE)), finished

@@ -11,9 +11,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from scq.engine.errors import UserError
 from scq.sampling.images import enlarge, to_pictures, to_pixels
 from scq.sampling.pipeline import SoftConvexPipeline
-from scq.sampling.studio.controls import Slider, mistakes_shown
+from scq.sampling.studio.controls import Slider
 from scq.sampling.studio.steps import BUTTONS, MODEL_QUEUE, SHOWN_SIDE
 from scq.sampling.studio.uploads import UploadedImage
 from scq.stage1_tokenizer.quantizers import Mixture
@@ -74,9 +75,8 @@ def inspect_tab(pipeline: SoftConvexPipeline) -> None:
 @torch.no_grad()
 def _inspect(pipeline: SoftConvexPipeline, image: Image.Image | None) -> list[Any]:
     if image is None:
-        raise gr.Error("Choose an image first.")
-    with mistakes_shown():
-        pixels = to_pixels(image, pipeline.image_size)  # (1, 3, H, W)
+        raise UserError("Choose an image first.")
+    pixels = to_pixels(image, pipeline.image_size)  # (1, 3, H, W)
     encoding = pipeline.encode(pixels)
     decoded = [pipeline.decode(encoding.z_q, "pt"), pipeline.decode_tokens(encoding.indices, refine=False)]
     if pipeline.refiner is not None:
@@ -141,7 +141,7 @@ def _mixed(found: Inspected | None, row: int, column: int) -> list[list[float]]:
 
 def _clicked(found: Inspected | None, event: gr.SelectData) -> tuple[int, int]:
     if found is None:
-        raise gr.Error("Reconstruct an image first.")
+        raise UserError("Reconstruct an image first.")
     x, y = event.index
     height, width = found.indices.shape
     return min(y // found.cell, height - 1), min(x // found.cell, width - 1)

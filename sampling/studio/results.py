@@ -14,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from scq.data.transforms import to_rgb
+from scq.sampling.studio.controls import Dropdown
 from scq.sampling.studio.steps import BUTTONS
 from scq.sampling.studio.uploads import LARGEST_BYTES, open_bounded
 
@@ -54,20 +55,14 @@ def results_tab(folders: Sequence[Path]) -> None:
         return
     first = next(iter(reports))
     text, pictures = _read(reports[first])
-    chosen = gr.Dropdown(list(reports), value=first, label="Report")
+    chosen = Dropdown(list(reports), value=first, label="Report")
     shown = [
         gr.Markdown(text),
         gr.Gallery(
             pictures, label="Pictures", columns=1, format="png", object_fit="contain", height="auto", buttons=BUTTONS
         ),
     ]
-    chosen.change(lambda name: _show(reports, name), chosen, shown, api_name="report")
-
-
-def _show(reports: dict[str, Path], name: str) -> tuple[str, list[tuple[Image.Image, str]]]:
-    if name not in reports:
-        raise gr.Error("There is no such report.")
-    return _read(reports[name])
+    chosen.change(lambda name: _read(reports[name]), chosen, shown, api_name="report")
 
 
 def _read(folder: Path) -> tuple[str, list[tuple[Image.Image, str]]]:

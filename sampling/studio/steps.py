@@ -1,4 +1,4 @@
-"""What the page's tabs share: controls of the sampler, drawing step by step, and messages for users' mistakes."""
+"""What the page's tabs share: controls of the sampler, drawing step by step, and files of what was drawn."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from scq.engine.errors import UserError
 from scq.engine.fingerprint import fingerprint
 from scq.sampling.images import enlarge, to_pictures
 from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
-from scq.sampling.studio.controls import Slider
+from scq.sampling.studio.controls import Checkbox, Dropdown, Slider
 from scq.stage2_prior.scheduler import SAMPLERS
 
 MODEL_QUEUE = "model"  # everything that runs the networks waits in one queue, first come, first served
@@ -42,7 +41,7 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
         "num_inference_steps": Slider(
             1, pipeline.prior.length, min(defaults.steps, pipeline.prior.length), step=1, label="Steps"
         ),
-        "sampler": gr.Dropdown(list(SAMPLERS), value=defaults.sampler, label="Sampler"),
+        "sampler": Dropdown(list(SAMPLERS), value=defaults.sampler, label="Sampler"),
         "temperature": Slider(0.1, 2.0, defaults.temperature, step=0.05, label="Temperature"),
         "choice_temperature": Slider(
             0.0, 20.0, defaults.choice_temperature, step=0.5, label="Choice temperature",
@@ -61,20 +60,13 @@ def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Co
             info="Strength of the guidance towards the class, if one is chosen.",
         )
     if pipeline.refiner is not None:
-        controls["refine"] = gr.Checkbox(defaults.refine, label="Refiner", info="Restore the convex detail.")
+        controls["refine"] = Checkbox(defaults.refine, label="Refiner", info="Restore the convex detail.")
     return controls
 
 
 def chosen_settings(pipeline: SoftConvexPipeline, names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
-    """All settings of a drawing as arguments of the pipeline: the controls' values, and the model's own for the rest.
-
-    Raises:
-        UserError: a control was emptied, or a value is out of range.
-    """
+    """All settings of a drawing as arguments of the pipeline. Those without a control are the model's own."""
     chosen = dict(zip(names, values, strict=True))
-    for name, value in chosen.items():
-        if value is None:  # for `changed`, it would mean the model's own
-            raise UserError(f"{name} is empty; choose a value")
     label = chosen.pop("class_labels", -1)
     settings = asdict(pipeline.scheduler.changed(steps=chosen.pop("num_inference_steps"), **chosen))
     settings["num_inference_steps"] = settings.pop("steps")

@@ -69,12 +69,13 @@ def read_upload(path: str | None, folder: str) -> bytes:
 
 @contextmanager
 def _readable() -> Iterator[None]:
+    """Say in words what Pillow says in many ways."""
     try:
         yield
-    except BadImage as error:
-        raise gr.Error(str(error)) from error
+    except BadImage:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly everything on broken files
-        raise gr.Error("This file is not an image that can be read: it may be damaged, or far too large.") from error
+        raise BadImage("This file is not an image that can be read: it may be damaged, or far too large.") from error
 
 
 class UploadedImage(gr.Image):
