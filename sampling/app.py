@@ -22,9 +22,15 @@ from scq.sampling.studio.inspect import inspect_tab
 from scq.sampling.studio.line import use_fair_queue
 from scq.sampling.studio.page import Page
 from scq.sampling.studio.results import results_tab
-from scq.sampling.studio.steps import fingerprints
+from scq.sampling.studio.steps import GALLERY_CLASS, fingerprints
 from scq.sampling.studio.uploads import LARGEST_BYTES
 
+# Gradio's columns of 100 pixels or more reach out of a narrow screen, where what is cut off cannot be scrolled to.
+STYLE = f"""
+@media (max-width: 640px) {{
+    .{GALLERY_CLASS} .grid-container {{ grid-template-columns: repeat(auto-fit, minmax(90px, 1fr)); }}
+}}
+"""
 MOST_SESSIONS = 500  # whose images the server remembers
 
 
@@ -86,6 +92,7 @@ def serve(
         app_kwargs={
             "middleware": guards(bare, [*names, *([outside] if outside else [])]), "lifespan": housekeeping(page)
         },
+        css=STYLE,
         _frontend=False,  # otherwise gradio first requests the page, and gives up after 3 seconds on a busy machine
     )  # fmt: skip
     try:

@@ -16,6 +16,7 @@ from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.sampling.studio.controls import Radio, Slider, WholeNumber
 from scq.sampling.studio.steps import (
     BUTTONS,
+    GALLERY_CLASS,
     LARGEST_SEED,
     MODEL_QUEUE,
     SHOWN_SIDE,
@@ -71,7 +72,13 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
             cancel = gr.Button("Cancel")
         with gr.Column(scale=3):
             gallery = gr.Gallery(
-                label="Results", columns=2, format="png", object_fit="contain", height=600, buttons=BUTTONS
+                label="Results",
+                columns=2,
+                format="png",
+                object_fit="contain",
+                height="auto",
+                buttons=BUTTONS,
+                elem_classes=GALLERY_CLASS,
             )
 
     def edit(

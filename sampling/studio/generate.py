@@ -16,6 +16,7 @@ from scq.sampling.studio.controls import Slider, WholeNumber
 from scq.sampling.studio.steps import (
     BATCH,
     BUTTONS,
+    GALLERY_CLASS,
     LARGEST_SEED,
     MODEL_QUEUE,
     chosen_settings,
@@ -46,7 +47,13 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
             cancel = gr.Button("Cancel")
         with gr.Column(scale=3):
             gallery = gr.Gallery(
-                label="Images", columns=8, format="png", object_fit="contain", height=600, buttons=BUTTONS
+                label="Images",
+                columns=8,
+                format="png",
+                object_fit="contain",
+                height="auto",
+                buttons=BUTTONS,
+                elem_classes=GALLERY_CLASS,
             )
             download = gr.File(label="PNG files and their settings", interactive=False)
 

@@ -27,6 +27,7 @@ MODEL_QUEUE = "model"  # everything that runs the networks waits in one queue, f
 BATCH = 16  # images drawn together; a cancelled drawing stops within a step of one batch
 SHOWN_SIDE = 128  # pixels; smaller images are enlarged to it
 LARGEST_SEED = 2**31 - 1
+GALLERY_CLASS = "drawn"  # CSS class of galleries of drawn images
 BUTTONS = ["download", "fullscreen"]  # of pictures; gradio's own list also has one that uploads them to a public site
 
 
