@@ -35,7 +35,7 @@ def private_folder() -> Path:
     for left in parent.glob(f"{_PREFIX}*"):
         _delete_if_abandoned(left)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).resolve()
-    while _lock(folder) is None:  # a server that starts now has taken it for abandoned
+    while _lock(folder) is None or not folder.is_dir():  # a server that starts now has taken it for abandoned
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).resolve()
     os.environ[_VARIABLE] = str(folder)
     routes.DEFAULT_TEMP_DIR = str(folder)  # a copy of the variable from when gradio was imported
@@ -90,9 +90,12 @@ def _lock(folder: Path) -> int | None:
     """Lock a folder until this process ends.
 
     Returns:
-        the open descriptor that holds the lock; None if somebody else holds it.
+        the open descriptor that holds the lock; None if somebody else holds it, or if it is gone.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
