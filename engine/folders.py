@@ -32,7 +32,7 @@ _CLASS_FILES = ("model_index.json", "config.json")  # where diffusers records th
 _OF_A_MODEL = re.compile(
     r"(README\.md|measured\.json|model_index\.json)"
     r"|((tokenizer|prior|refiner|scheduler)/)?"
-    r"((scheduler_)?config\.json|diffusion_pytorch_model[^/]*\.safetensors(\.index\.json)?)"
+    r"((scheduler_)?config\.json|diffusion_pytorch_model[^/]*\.safetensors(\.index(\.[^/]+)?\.json)?)"
 )
 _COMPONENTS = frozenset(["tokenizer", "prior", "refiner", "scheduler"])
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, and RENAME_SWAP of macOS
@@ -82,7 +82,9 @@ def atomic_folder(folder: Path, keeps: Callable[[Path], bool] | None = None) -> 
 
 
 @contextmanager
-def replaced_model(folder: Path | str, classes: Collection[str]) -> Iterator[Path]:
+def replaced_model(
+    folder: Path | str, classes: Collection[str], keeps: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Yield an empty folder to fill with a model, which replaces the model in ``folder`` (see `atomic_folder`).
 
     Only what a model consists of is replaced: the weights, the JSON files beside them, and the card, README.md. All
@@ -90,6 +92,7 @@ def replaced_model(folder: Path | str, classes: Collection[str]) -> Iterator[Pat
 
     Args:
         classes: names of diffusers' classes whose saved models may be replaced.
+        keeps: see `atomic_folder`; None keeps all that is no part of a model.
 
     Raises:
         UserError: see `refuse_to_replace`; or the files cannot be written, for example because the disk is full. The
@@ -98,7 +101,7 @@ def replaced_model(folder: Path | str, classes: Collection[str]) -> Iterator[Pat
     folder = Path(folder).resolve()
     refuse_to_replace(folder, classes)
     try:
-        with atomic_folder(folder, keeps=_is_a_users) as fresh:
+        with atomic_folder(folder, keeps=keeps or _is_a_users) as fresh:
             yield fresh
     except (OSError, SafetensorError, _UnwrittenModel) as error:
         cause = error.__cause__ if isinstance(error, _UnwrittenModel) else error  # of a model in the fresh folder

@@ -21,6 +21,7 @@ from torch import nn
 
 from scq.engine.checks import one_of, shown
 from scq.engine.errors import NotFiniteError, UserError, first_line, require_finite
+from scq.engine.folders import replaced_model
 from scq.engine.plain_json import parse_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"  # the latter before a variant, a shard's number and a suffix
@@ -70,6 +71,28 @@ class Network(ModelMixin, ConfigMixin):
             raise UserError(f"{folder} cannot be loaded: {first_line(error)}") from error
         require_sound_weights(network, folder)
         return network if dtype is None else nn.Module.to(network, dtype)
+
+    def save_pretrained(self, save_directory: str | Path, *, variant: str | None = None, **options: Any) -> None:
+        """Save the network so that ``save_directory`` is never seen half-written; all other files in it stay.
+
+        Args:
+            variant: of the weights' file, beside which those of other variants stay.
+            options: further ones of diffusers.
+
+        Raises:
+            UserError: the folder holds anything but a network of this class, or cannot be written.
+        """
+        folder = Path(save_directory).resolve()
+        index = f"{WEIGHTS}.safetensors.index{f'.{variant}' if variant else ''}.json"
+        old = {path.name for path in weight_files(folder, variant)} | {index}
+        with replaced_model(
+            folder, [type(self).__name__], keeps=lambda path: path.name not in old and not (fresh / path).exists()
+        ) as fresh:
+            self.save_files(fresh, variant=variant, **options)
+
+    def save_files(self, folder: Path, **options: Any) -> None:
+        """Write the network's files into an empty folder, for a caller that replaces more than one network at once."""
+        super().save_pretrained(folder, **options)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers.models.modeling_utils import ModelMixin
-
 from scq.engine.errors import UserError
 from scq.engine.files import write_json
 from scq.engine.folders import read_unmixed, replaced_model
 from scq.engine.measurements import Measured, from_plain, to_plain
-from scq.engine.network import weight_files
+from scq.engine.network import Network, weight_files
 from scq.engine.plain_json import read_json
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
 
@@ -19,14 +17,14 @@ MODEL_CLASSES = frozenset(["ImageTokenizer", "MaskedTransformer", "ConvexRefiner
 MEASURED = "measured.json"
 
 
-def save_network(network: ModelMixin, folder: Path, measured: Measured | None = None) -> None:
+def save_network(network: Network, folder: Path, measured: Measured | None = None) -> None:
     """Save one network so that ``folder`` is never seen half-written.
 
     Raises:
         UserError: ``folder`` holds anything but a model.
     """
     with replaced_model(folder, MODEL_CLASSES) as fresh:
-        network.save_pretrained(fresh)
+        network.save_files(fresh)
         if measured is not None:
             write_json(fresh / MEASURED, to_plain(measured))
 

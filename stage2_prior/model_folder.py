@@ -34,7 +34,7 @@ def save_model(model: Model, folder: Path | str, measured: Measured) -> None:
     with replaced_model(folder, MODEL_CLASSES) as fresh:
         for name, network in model.networks().items():
             network.register_to_config(_name_or_path="")  # it is a path on this machine, which copies must not carry
-            network.save_pretrained(fresh / name)
+            network.save_files(fresh / name)
         model.scheduler.save_pretrained(fresh / "scheduler")
         write_json(fresh / INDEX, model.index(), indent=2)
         write_card(model, fresh, measured)

@@ -104,7 +104,8 @@ def test_models(disk: Disk, tmp_path: Path) -> None:
 
 
 WRITING = frozenset(
-    ["write_text", "write_bytes", "save", "savefig", "save_file", "save_model", "save_pretrained", "tofile", "savez"]
+    ["write_text", "write_bytes", "save", "savefig", "save_file", "save_files", "save_model", "save_pretrained"]
+    + ["tofile", "savez"]
 )
 SAFE = frozenset(["atomic_write", "atomic_folder", "replaced_model"])
 
@@ -150,6 +151,7 @@ def _writes(call: ast.Call) -> bool:
         return bool(mode)
     if name not in WRITING or any(each in ("file", "buffer") for each in arguments):
         return False
-    # A pipeline's own method is a writer of this project; safetensors' ``save`` returns bytes.
+    # A pipeline's own method is a writer of this project, and so is a network's, which calls that of its base;
+    # safetensors' ``save`` returns bytes.
     receiver = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-    return receiver not in ("pipeline", "self", "self.checkpoints") and (bool(receiver) or name != "save")
+    return receiver not in ("pipeline", "self", "super()", "self.checkpoints") and (bool(receiver) or name != "save")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
 
 from scq.engine.errors import UserError
@@ -140,6 +141,32 @@ def test_a_prior_with_many_classes_is_loaded(tmp_path: Path) -> None:
     names = [f"{i:05d} {'a long name ' * 4}" for i in range(30_000)]
     MaskedTransformer(16, (4, 4), 16, 2, 2, num_classes=len(names), class_names=names).save_pretrained(tmp_path)
     assert list(MaskedTransformer.from_pretrained(tmp_path).config.class_names) == names
+
+
+def test_a_network_alone_is_saved_whole_and_leaves_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, folder = networks()["prior"], tmp_path / "prior"
+    network.save_pretrained(folder, max_shard_size="10KB")
+    network.save_pretrained(folder, variant="fp16")
+    for name in ("notes.txt", "README.md"):
+        (folder / name).write_text("mine")
+    before = os.umask(0o027)
+    try:
+        network.save_pretrained(folder)
+    finally:
+        os.umask(before)
+    kept = {"config.json", WEIGHTS, "diffusion_pytorch_model.fp16.safetensors", "notes.txt", "README.md"}
+    assert {path.name for path in folder.iterdir()} == kept
+    assert (folder / WEIGHTS).stat().st_mode & 0o777 == 0o640
+    weights = (folder / WEIGHTS).read_bytes()
+    monkeypatch.setattr(ModelMixin, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(UserError, match="the model that was there is untouched"):
+        network.save_pretrained(folder)
+    assert (folder / WEIGHTS).read_bytes() == weights
+    assert [path.name for path in tmp_path.iterdir()] == ["prior"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds something other than a model"):
+        network.save_pretrained(tmp_path / "mine")
 
 
 def test_shards_variants_and_types_are_diffusers(saved: Path, tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ def test_mistakes_are_named(pipeline: SoftConvexPipeline, emoji_images: torch.Te
         lambda kind: pipeline.inpaint(emoji_images[:1], mask, output_type=kind),
         lambda kind: pipeline.interpolate(emoji_images[:1], emoji_images[1:2], 2, kind),
     ):
-        with pytest.raises(ValueError, match="output_type must be pil, pt, np, not 'latent'"):
+        with pytest.raises(ValueError, match="output_type='latent' must be one of pil, pt, np"):
             wrong_output("latent")
     with pytest.raises(ValueError, match="no mask was given"):
         to_mask([], 32)
