@@ -6,7 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -264,9 +263,8 @@ def test_edit_answers_a_bad_value_with_words(client: Client, painted: dict[str, 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -1, 5, 0.5, "1", True, A_HUGE_ONE, [1], {}])
 def test_a_control_refuses_what_no_client_of_gradio_sends(value: Any) -> None:
     for control in (Slider(0, 4, 2, step=1, label="Steps"), WholeNumber(0, label="Steps", minimum=0, maximum=4)):
-        with pytest.raises(gr.Error, match=r"Steps=.* must be a whole number, at least 0 and at most 4") as refused:
+        with pytest.raises(UserError, match=r"Steps=.* must be a whole number, at least 0 and at most 4"):
             control.preprocess(value)
-        assert not refused.value.print_exception, "no traceback in the server's log"
     assert Slider(0, 4, 2, step=0.5, label="Strength").preprocess(0.25) == 0.25
 
 

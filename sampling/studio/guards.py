@@ -105,11 +105,12 @@ class WholeAnswers(Guard):
     """Answers where gradio fails, as it does on some malformed requests, and logs a line instead of a traceback."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        kind = None  # of the answer, once it has begun
 
         async def noted(message: Message) -> None:
-            nonlocal started
-            started = True
+            nonlocal kind
+            if message["type"] == "http.response.start":
+                kind = Headers(raw=message["headers"]).get("content-type", "")
             await send(message)
 
         try:
@@ -118,9 +119,12 @@ class WholeAnswers(Guard):
             debugging = _log.isEnabledFor(logging.DEBUG)
             asked = f"{scope['method']} {scope['path'][:200]!r}"
             _log.warning("%s failed with %s: %.200s", asked, type(error).__name__, error, exc_info=debugging)
-            if not started:  # or else the connection is closed, so that nobody takes the half for the whole
+            if kind is None:
                 status = 400 if scope["method"] == "POST" else 500
                 await PlainTextResponse("This server cannot answer this request.", status)(scope, receive, send)
+            elif kind.startswith("text/event-stream"):  # whose events are whole, each by itself
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            # Any other answer breaks off with its connection, so that nobody takes the half for the whole.
 
 
 class KnownNames(Guard):

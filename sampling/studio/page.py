@@ -27,9 +27,11 @@ class Page(gr.Blocks):
         try:
             utils.traverse(inputs, _refuse, _is_foreign)
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
-        except UserError:
-            raise
         except Exception as error:
+            # Gradio wraps what a component of ours raises.
+            mistake = error if isinstance(error, UserError) else error.__cause__
+            if isinstance(mistake, UserError):
+                raise mistake from None
             raise UserError(
                 "This request does not fit the page: a value is missing, of another kind, or a file that was not "
                 "uploaded."
