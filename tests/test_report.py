@@ -205,7 +205,7 @@ def test_a_field_of_another_shape_is_named(results: dict[str, Any], tmp_path: Pa
     ):
         load_results(BenchmarkResults, path)
     path.write_text("{")
-    with pytest.raises(UserError, match=r"results\.json cannot be read"):
+    with pytest.raises(UserError, match=r"results\.json is not valid JSON"):
         load_results(BenchmarkResults, path)
     with pytest.raises(UserError, match=r"nowhere\.json cannot be read"):
         load_results(BenchmarkResults, tmp_path / "nowhere.json")
