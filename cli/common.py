@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from scq.engine import files
 from scq.engine.errors import UserError
 
 
@@ -99,7 +100,7 @@ def make_folder(folder: Path) -> None:
         UserError: it cannot be created.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or os.strerror(error.errno)}") from error
 

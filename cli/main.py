@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "debug" in options:
             raise
         # A file that cannot be read or written, or a full disk: a traceback would explain nothing.
-        named = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+        reason = getattr(error, "strerror", None) or str(error)
+        named = f"{error.filename}: {reason}" if getattr(error, "filename", None) else reason
         if getattr(error, "errno", None) in FULL:
             named += "; make room, and run the same command again"
         print(f"scq: {' '.join(named.split())}", file=sys.stderr)

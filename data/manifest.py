@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from scq.engine.errors import DataError, UserError
 from scq.engine.plain_json import parse_json
 
@@ -168,11 +166,6 @@ def require_plain_name(name: str, where: str) -> None:
 def contents_fingerprint(manifest: dict[str, Any]) -> str:
     """A fingerprint of a set's contents: the sha256 over the sha256 of its shards, wherever the set is stored."""
     return hashlib.sha256("".join(shard["sha256"] for shard in manifest["shards"]).encode()).hexdigest()
-
-
-def token_dtype(codebook_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every index of the codebook."""
-    return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
 
 
 class Classes(NamedTuple):

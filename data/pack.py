@@ -27,7 +27,7 @@ from PIL import Image
 
 from scq.data import shards
 from scq.data.image_files import open_image
-from scq.data.manifest import parse_manifest
+from scq.data.manifest import IMAGES, parse_manifest
 from scq.data.source import Entry, Source
 from scq.data.sources import open_source
 from scq.data.storage import with_retries
@@ -97,7 +97,7 @@ def pack(
     Image.init()  # every decoder, while there are files and memory to load it: a missing one would look like bad images
     files = images.survey()
     settings = {
-        "format": shards.FORMAT,
+        "format": IMAGES,
         "source": {
             "format": format,
             "path": os.fspath(source),
@@ -188,7 +188,7 @@ def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     path = directory / shards.MANIFEST
     if not path.is_file():
         return None
-    manifest = parse_manifest(path.read_bytes(), f"'{path}'", shards.FORMAT)
+    manifest = parse_manifest(path.read_bytes(), f"'{path}'", IMAGES)
     (directory / JOURNAL).unlink(missing_ok=True)  # left behind if a pack was killed between its last two steps
     if difference := _difference(_with_times(manifest, directory), {**settings, "pillow": manifest["pillow"]}):
         raise DataError(f"'{directory}' already holds another set ({difference}): delete it or choose another folder")

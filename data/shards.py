@@ -23,7 +23,6 @@ from scq.engine.errors import DataError
 from scq.engine.files import atomic_write, cache_folder, write_file
 from scq.engine.references import shown
 
-FORMAT = IMAGES
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("label", "<u4")])
 LONGEST_NAME = 16384  # bytes; no file system allows a path that is longer than this when percent-encoded
 LONGEST_LABEL = 32  # bytes of a .cls member that are read
@@ -186,7 +185,7 @@ class ShardSet:
             unfinished = (self.storage.directory / "pack.jsonl").is_file()
             hint = "the pack was interrupted, run it again" if unfinished else "write it with `scq data pack`"
             raise DataError(f"no packed images at '{shown(self.location)}' ({MANIFEST} is missing): {hint}") from error
-        return parse_manifest(text, self.storage.describe(MANIFEST), FORMAT)
+        return parse_manifest(text, self.storage.describe(MANIFEST), IMAGES)
 
     def __len__(self) -> int:
         return self.manifest["num_images"]

@@ -19,13 +19,7 @@ import numpy as np
 import torch
 
 from scq.data.arrays import is_intact, map_array, npy_bytes
-from scq.data.manifest import (
-    MANIFEST,
-    TOKENS,
-    contents_fingerprint,
-    parse_manifest,
-    token_dtype,
-)
+from scq.data.manifest import MANIFEST, TOKENS, contents_fingerprint, parse_manifest
 from scq.data.order import ResumableStream, create_order, rank_slice
 from scq.data.storage import LocalStorage, with_retries
 from scq.engine.errors import DataError
@@ -33,7 +27,6 @@ from scq.engine.files import make_folder, remove_leftovers, write_file, write_js
 from scq.engine.plain_json import parse_json
 from scq.engine.randomness import position_bits
 
-FORMAT = TOKENS
 LABEL = np.dtype("<i4")
 FILES = {"sha256": ".npy", "labels_sha256": ".labels.npy", "keys_sha256": ".keys.txt"}  # of a shard, by their digests
 IMAGES_PER_SHARD = 10_000
@@ -46,6 +39,11 @@ class TokenBatch(NamedTuple):
     indices: torch.Tensor  # int64 (b, h, w)
     labels: torch.Tensor  # int64 (b,)
     positions: torch.Tensor  # int64 (b,)
+
+
+def token_dtype(codebook_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every index of the codebook."""
+    return np.dtype("<u2" if codebook_size <= 2**16 else "<u4")
 
 
 class TokenWriter:
@@ -93,7 +91,7 @@ class TokenWriter:
         self.directory = Path(out).expanduser()
         self.rank, self.world_size, self.images_per_shard = rank, world_size, images_per_shard
         self.settings = {
-            "format": FORMAT,
+            "format": TOKENS,
             "fingerprint": fingerprint,
             "codebook_size": codebook_size,
             "grid": list(grid),
@@ -168,13 +166,13 @@ class TokenWriter:
         path = self.directory / MANIFEST
         if not path.is_file():
             return False
-        manifest = parse_manifest(path.read_bytes(), f"'{path}'", FORMAT)
+        manifest = parse_manifest(path.read_bytes(), f"'{path}'", TOKENS)
         self._refuse_other(manifest)
         self._records = manifest["shards"]
         return True
 
     def _read(self, part: Path) -> dict[str, Any]:
-        return parse_manifest(part.read_bytes(), f"'{part}'", FORMAT, part=True)
+        return parse_manifest(part.read_bytes(), f"'{part}'", TOKENS, part=True)
 
     def _refuse_other_parts(self) -> None:
         """Raise DataError if another process writes other tokens here, or has begun to."""
@@ -353,7 +351,7 @@ class TokenDataset:
             raise DataError(
                 f"no tokens at '{os.fspath(path)}' ({MANIFEST} is missing): write them with `scq tokenize`"
             ) from error
-        self.manifest = parse_manifest(text, storage.describe(MANIFEST), FORMAT)
+        self.manifest = parse_manifest(text, storage.describe(MANIFEST), TOKENS)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.codebook_size, self.views = self.manifest["codebook_size"], self.manifest["views"]
         self.grid: tuple[int, int] = tuple(self.manifest["grid"])

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from scq.engine.errors import UserError
-from scq.engine.files import reason_of, sha256_of
+from scq.engine.errors import UserError, first_line
+from scq.engine.files import sha256_of
 from scq.engine.folders import atomic_folder, remove_leftover_folders
 from scq.engine.processes import gather_objects, rank_and_world_size
 from scq.engine.progress import say
@@ -116,8 +116,8 @@ class Checkpoints:
                 (fresh / STATE).write_text(json.dumps(signed))
         except (OSError, RuntimeError, SafetensorError) as error:  # of Python, torch and safetensors
             raise UserError(
-                f"checkpoint {final} cannot be written ({reason_of(error)}); make room and run again: training resumes "
-                f"from {self.latest() or 'the start'}"
+                f"checkpoint {final} cannot be written ({first_line(error)}); make room and run again: training "
+                f"resumes from {self.latest() or 'the start'}"
             ) from error
         best = self.scored()[:1]
         for old in self.all()[: -self.keep]:
@@ -155,7 +155,7 @@ class Checkpoints:
                 load_optimizer_state(self._owner(name), optimizer, saved[name])
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"checkpoint {path} is sound, but does not fit this run ({reason_of(error)}); train with the "
+                f"checkpoint {path} is sound, but does not fit this run ({first_line(error)}); train with the "
                 "architecture that it was saved with, or choose another out=..."
             ) from error
         return _state(path) or {}
@@ -220,7 +220,7 @@ def check(checkpoint: Path, modules: Iterable[str] = ()) -> None:
     except DamagedCheckpoint:
         raise
     except (OSError, EOFError, RuntimeError, KeyError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {reason_of(error)}") from error
+        raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: {first_line(error)}") from error
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:

@@ -39,7 +39,7 @@ class Interrupted(SystemExit):
         return self.message
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException | None) -> str:
     """The first line of an error's message; its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -89,11 +89,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def reason_of(error: BaseException | None) -> str:
-    """The first line of an error's message; its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def cache_folder() -> Path:
     """The folder for what another run need not make again: $SCQ_CACHE, or scq in the user's cache folder.
 

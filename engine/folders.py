@@ -21,8 +21,8 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from scq.engine.errors import DataError, UserError
-from scq.engine.files import make_folder, reason_of, sync_file, sync_folder
+from scq.engine.errors import DataError, UserError, first_line
+from scq.engine.files import make_folder, sync_file, sync_folder
 from scq.engine.plain_json import read_json
 
 Read = TypeVar("Read")
@@ -107,8 +107,8 @@ def replaced_model(
         cause = error.__cause__ if isinstance(error, _UnwrittenModel) else error  # of a model in the fresh folder
         left = "the model that was there is untouched" if folder.exists() else "nothing was left there"
         raise _UnwrittenModel(
-            f"the model {folder} cannot be written ({reason_of(cause)}): {left}; make room or name another folder, and "
-            "run again"
+            f"the model {folder} cannot be written ({first_line(cause)}): {left}; make room or name another folder, "
+            "and run again"
         ) from cause
 
 

@@ -209,7 +209,21 @@ def _local(name: str, options: dict[str, Any]) -> Path:
     given = {key: value for key in access if (value := options.pop(key, None)) is not None}
     if Path(name).is_dir():
         return Path(name)
+    return from_hub(name, "network", ["*.json", "*.safetensors"], **given)
+
+
+def from_hub(name: str, what: str, files: list[str], **access: Any) -> Path:
+    """The local copy of a model on the Hugging Face hub, which is downloaded if need be.
+
+    Args:
+        what: what the message calls it.
+        files: patterns of the names of its files.
+        access: see huggingface_hub's ``snapshot_download``.
+
+    Raises:
+        UserError: the hub has no such model, refuses access, or cannot be reached.
+    """
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **given))
-    except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
-        raise UserError(f"no network in {name}: no such folder, and not on the hub ({first_line(error)})") from error
+        return Path(snapshot_download(name, allow_patterns=files, **access))
+    except (OSError, ValueError, HFValidationError) as error:
+        raise UserError(f"no {what} in {name}: no such folder, and not on the hub ({first_line(error)})") from error

@@ -113,17 +113,13 @@ def declared_type(schema: Any, key: str) -> Any:
     for part in key.split("."):
         if dataclasses.is_dataclass(schema):
             known = {each.name for each in dataclasses.fields(schema)}
-            schema = _hints(schema).get(part, Any) if part in known else Any
+            schema = typing.get_type_hints(schema).get(part, Any) if part in known else Any
         else:
             arguments = typing.get_args(schema)
             schema = arguments[-1] if typing.get_origin(schema) in (list, dict) else Any
     if isinstance(schema, types.UnionType) and (other := [each for each in schema.__args__ if each is not type(None)]):
         return other[0] if len(other) == 1 else Any
     return schema
-
-
-def _hints(schema: Any) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
 
 
 def parse_text(text: str, declared: Any) -> Any:

@@ -13,8 +13,8 @@ from PIL import Image
 
 from scq.engine.checkpoint import whole_checkpoints
 from scq.engine.config import as_dict, read_saved_config, save_config, saved_form
-from scq.engine.errors import UserError
-from scq.engine.files import atomic_write, make_folder, named_when_full, reason_of, write_file, write_json
+from scq.engine.errors import UserError, first_line
+from scq.engine.files import atomic_write, make_folder, named_when_full, write_file, write_json
 from scq.engine.plain_json import read_json
 from scq.engine.plain_yaml import leaves
 from scq.engine.references import Referenced
@@ -103,7 +103,7 @@ class RunFolder:
             self.accelerator.log(values, step=step)
         except OSError as error:  # of a tracker's own files
             raise UserError(
-                f"training.tracker={self._config.training.tracker} cannot write to {self.path} ({reason_of(error)}); "
+                f"training.tracker={self._config.training.tracker} cannot write to {self.path} ({first_line(error)}); "
                 "make room, or set training.tracker=none, and run again"
             ) from error
 

@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import HfApi
 
-from scq.engine.errors import UserError, first_line
+from scq.engine.network import from_hub
 
 # Folders in which this project's commands and its users keep models and data; they are not taken for users of the hub.
 LOCAL_FOLDERS = frozenset(
@@ -35,7 +34,7 @@ def local_folder(name: str | Path, **access: Any) -> Path:
     Raises:
         UserError: the name is one for the hub, which has no such model or refuses access.
     """
-    return from_hub(str(name), **access) if is_hub_name(str(name)) else Path(name)
+    return from_hub(str(name), "model", MODEL_FILES, **access) if is_hub_name(str(name)) else Path(name)
 
 
 def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -43,11 +42,3 @@ def upload(folder: Path, repo_id: str, private: bool | None = None, token: str |
     hub = HfApi(token=token)
     repository = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload from scq"))
-
-
-def from_hub(name: str, **access: Any) -> Path:
-    """The local copy of a model of the hub, see `local_folder`."""
-    try:
-        return Path(snapshot_download(name, allow_patterns=MODEL_FILES, **access))
-    except (OSError, ValueError, HFValidationError) as error:  # no network, no such model, no access
-        raise UserError(f"no model in {name}: no such folder, and not on the hub ({first_line(error)})") from error

@@ -19,7 +19,7 @@ SAMPLERS = ("maskgit", "halton", "ancestral", "remask")
 MAY_TAKE_MORE_STEPS_THAN_TOKENS = frozenset(["remask"])  # the others reveal at least one token in each step, for good
 GUIDANCE_SCHEDULES = ("constant", "linear")
 MOST_STEPS = 10_000  # far more than help any sampler, and few enough that a model from others cannot draw for ever
-MOST_CODES = 2**31 - 1
+LARGEST_TOP_K = 2**31 - 1
 TEMPERATURES = (1e-6, 1e6)  # beyond, logits that are divided by it leave the range of float32
 
 
@@ -59,7 +59,7 @@ class UnmaskingScheduler(SchedulerMixin, ConfigMixin):
         self.guidance_schedule = one_of("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
         self.steps = whole_number("steps", self.steps, 1, MOST_STEPS)
         self.refiner_steps = whole_number("refiner_steps", self.refiner_steps, 1, MOST_STEPS)
-        self.top_k = whole_number("top_k", self.top_k, 0, MOST_CODES)
+        self.top_k = whole_number("top_k", self.top_k, 0, LARGEST_TOP_K)
         self.temperature = finite_number("temperature", self.temperature, *TEMPERATURES)
         if self.final_temperature is not None:
             self.final_temperature = finite_number("final_temperature", self.final_temperature, *TEMPERATURES)

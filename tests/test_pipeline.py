@@ -267,7 +267,7 @@ def test_a_model_on_the_hub_is_asked_for_as_diffusers_does(
         asked.append((name, settings))
         return str(tiny_run / "model")
 
-    monkeypatch.setattr("scq.sampling.hub.snapshot_download", download)
+    monkeypatch.setattr("scq.engine.network.snapshot_download", download)
     loaded = SoftConvexPipeline.from_pretrained("ada/emoji", token="secret", revision="v2", cache_dir=tmp_path)
     assert loaded.image_size == 32
     ((name, settings),) = asked

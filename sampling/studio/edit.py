@@ -16,11 +16,11 @@ from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.sampling.studio.controls import Radio, Slider, WholeNumber
 from scq.sampling.studio.steps import (
     BUTTONS,
-    GALLERY_CLASS,
     LARGEST_SEED,
     MODEL_QUEUE,
     SHOWN_SIDE,
     chosen_settings,
+    drawn_gallery,
     labelled,
     sampler_controls,
     shown,
@@ -71,15 +71,7 @@ def edit_tab(pipeline: SoftConvexPipeline, drawn: gr.State, max_batch: int, mode
             redraw = gr.Button("Redraw", variant="primary")
             cancel = gr.Button("Cancel")
         with gr.Column(scale=3):
-            gallery = gr.Gallery(
-                label="Results",
-                columns=2,
-                format="png",
-                object_fit="contain",
-                height="auto",
-                buttons=BUTTONS,
-                elem_classes=GALLERY_CLASS,
-            )
+            gallery = drawn_gallery("Results", columns=2)
 
     def edit(
         edited: dict[str, Any] | None, what: str, strength: float, left: int, right: int, top: int,

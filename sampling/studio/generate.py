@@ -15,11 +15,10 @@ from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.sampling.studio.controls import Slider, WholeNumber
 from scq.sampling.studio.steps import (
     BATCH,
-    BUTTONS,
-    GALLERY_CLASS,
     LARGEST_SEED,
     MODEL_QUEUE,
     chosen_settings,
+    drawn_gallery,
     labelled,
     sampler_controls,
     shown,
@@ -46,15 +45,7 @@ def generate_tab(pipeline: SoftConvexPipeline, max_batch: int, model: dict[str, 
             generate = gr.Button("Generate", variant="primary")
             cancel = gr.Button("Cancel")
         with gr.Column(scale=3):
-            gallery = gr.Gallery(
-                label="Images",
-                columns=8,
-                format="png",
-                object_fit="contain",
-                height="auto",
-                buttons=BUTTONS,
-                elem_classes=GALLERY_CLASS,
-            )
+            gallery = drawn_gallery("Images", columns=8)
             download = gr.File(label="PNG files and their settings", interactive=False)
 
     def draw(first: int, count: int, *values: Any) -> Iterator[tuple[list[Image.Image], str | None, list]]:

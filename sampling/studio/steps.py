@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 import torch
@@ -23,16 +23,25 @@ from scq.sampling.pipeline import ImageOutput, SoftConvexPipeline
 from scq.sampling.studio.controls import Checkbox, Dropdown, Slider
 from scq.stage2_prior.scheduler import SAMPLERS
 
-MODEL_QUEUE = "model"  # everything that runs the networks waits in one queue, first come, first served
+MODEL_QUEUE = "model"  # everything that runs the networks waits in one queue; studio/line.py says in which order
 BATCH = 16  # images drawn together; a cancelled drawing stops within a step of one batch
 SHOWN_SIDE = 128  # pixels; smaller images are enlarged to it
 LARGEST_SEED = 2**31 - 1
-GALLERY_CLASS = "drawn"  # CSS class of galleries of drawn images
-BUTTONS = ["download", "fullscreen"]  # of pictures; gradio's own list also has one that uploads them to a public site
+GALLERY_CLASS = "drawn"  # CSS class of a `drawn_gallery`
+# Of pictures; gradio's own list also has one that uploads them to a public site.
+BUTTONS: list[gr.Button | Literal["share", "download", "download_all", "fullscreen"]] = ["download", "fullscreen"]
 
 
 class Cancelled(Exception):
     """The drawing was cancelled."""
+
+
+def drawn_gallery(label: str, columns: int) -> gr.Gallery:
+    """A gallery of drawn images, as high as they are."""
+    return gr.Gallery(
+        label=label, columns=columns, format="png", object_fit="contain", height="auto", buttons=BUTTONS,
+        elem_classes=GALLERY_CLASS,
+    )  # fmt: skip
 
 
 def sampler_controls(pipeline: SoftConvexPipeline) -> dict[str, gr.components.Component]:
