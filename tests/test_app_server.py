@@ -21,6 +21,7 @@ import gradio as gr
 import httpx
 import pytest
 from gradio_client import Client
+from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
@@ -409,6 +410,22 @@ def test_what_a_killed_server_left_goes_when_the_next_one_starts(tmp_path: Path)
     for process in (running, third):
         process.terminate()
         process.communicate(timeout=300)
+
+
+def test_an_equal_picture_is_not_written_again_while_a_browser_may_be_sent_it(tmp_path: Path) -> None:
+    private_folder()  # from then on, gradio's components write pictures in this way
+    gallery = gr.Gallery(format="png")
+    gallery.GRADIO_CACHE = str(tmp_path)
+    pictures = [Image.new("RGB", (8, 8), colour) for colour in ("red", "red", "blue")]
+    first = [Path(each.image.path) for each in gallery.postprocess(pictures).root]
+    assert first[0] == first[1] != first[2]
+    with Image.open(first[0]) as red:
+        assert red.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    first[0].write_bytes(b"still the first file")
+    os.utime(first[0], (0, 0))
+    assert [Path(each.image.path) for each in gallery.postprocess(pictures).root] == first
+    assert first[0].read_bytes() == b"still the first file"
+    assert time.time() - first[0].stat().st_mtime < 60, "it is as young as its last use"
 
 
 def test_a_sweep_takes_the_old_and_then_the_oldest(tmp_path: Path) -> None:

@@ -8,18 +8,23 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
-from gradio import routes
+from gradio import processing_utils, routes
+from PIL import Image
+
+from scq.engine.files import write_file
 
 KEPT_SECONDS = 3600  # how long an upload or a drawn picture stays on the server
 LARGEST_FOLDER = 2_000_000_000  # bytes; beyond them the oldest files go first
 _PREFIX = "scq-page-"
 _VARIABLE = "GRADIO_TEMP_DIR"  # where gradio looks for its folder
 _SMALLEST = 4096  # bytes that the smallest file takes on disk
+_writing = threading.Lock()  # equal pictures of one request are written by several threads
 
 
 @cache
@@ -39,8 +44,25 @@ def private_folder() -> Path:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent)).resolve()
     os.environ[_VARIABLE] = str(folder)
     routes.DEFAULT_TEMP_DIR = str(folder)  # a copy of the variable from when gradio was imported
+    processing_utils.save_pil_to_cache = save_picture
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def save_picture(img: Image.Image, cache_dir: str, name: str = "image", format: str = "webp") -> str:
+    """Write a picture under the hash of its bytes, as gradio's function of the same arguments does; returns the path.
+
+    Gradio writes the file of an equal picture again. A browser that is being sent it at that moment shows it as broken:
+    the second time that a seed is drawn, or while later images are added to a gallery. Here it is written once.
+    """
+    encoded = processing_utils.encode_pil_to_bytes(img, format)
+    path = Path(cache_dir).resolve() / processing_utils.hash_bytes(encoded) / f"{name}.{format}"
+    with _writing:
+        if path.is_file():
+            os.utime(path)  # it is in use again, and `sweep` goes by age
+        else:
+            write_file(path, encoded)
+    return str(path)
 
 
 def sweep(
