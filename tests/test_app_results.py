@@ -1,6 +1,7 @@
 """The tab of reports: which are found, under which names, and what is said where there is none."""
 
 import shutil
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -59,6 +60,28 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "given" / "report.md").unlink()
     (tmp_path / "given" / "report.md").symlink_to(tmp_path / "secret" / "report.md")
     assert _read(tmp_path / "given") == ("This report cannot be read.", [])
+
+
+def test_links_that_lead_to_themselves_hide_only_their_own_report(tmp_path: Path) -> None:
+    for name in ("sound", "loop", "pictures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sound" / "report.md").write_text("# Sound")
+    (tmp_path / "loop" / "report.md").symlink_to("report.md")
+    (tmp_path / "looped").symlink_to("looped")
+    (tmp_path / "pictures" / "a.png").symlink_to("a.png")
+    (tmp_path / "pictures" / "report.md").write_text("![a](a.png)")
+    assert list(find_reports([tmp_path])) == ["pictures", "sound"]
+    assert _read(tmp_path / "pictures") == ("*The picture a.png is missing.*", [])
+    assert _read(tmp_path / "loop") == ("This report cannot be read.", [])
+
+
+@pytest.mark.parametrize("piece", ["![x](", "![", "!", "~", "`", "```\n", "<", "![a](a.png", "~~~ "])
+def test_the_time_to_read_a_report_grows_with_its_length_only(piece: str, tmp_path: Path) -> None:
+    """A search that starts at every place and goes on to the end would take hours, and stop every other user."""
+    (tmp_path / "report.md").write_text(piece * (400_000 // len(piece)))
+    start = time.process_time()
+    _read(tmp_path)
+    assert time.process_time() - start < 20
 
 
 def test_a_picture_that_cannot_be_shown_is_a_line(tmp_path: Path, tiny_bomb: Path) -> None:

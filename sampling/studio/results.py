@@ -6,6 +6,7 @@ are, and its Markdown makes no reader's browser fetch anything.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ NO_REPORTS = (
     "There are no reports here. `scq benchmark quality` writes one, and `scq app --results FOLDER` shows it. The "
     "project's own are in `docs/results` of its repository, which is not part of an installed package."
 )
-_PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+\.png)\)")
+# Bounded, and elsewhere bound to the begin of a run, so that the time to search grows no faster than a report.
+_PICTURE = re.compile(r"!\[([^\]]{0,200})\]\(([^)\s]{1,251}\.png)\)")
 
 
 def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
@@ -36,10 +38,10 @@ def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
     A symbolic link that leads out of a given folder is not followed.
     """
     paths: dict[Path, None] = {}
-    for root in (folder.resolve() for folder in folders):
+    for root in map(_followed, folders):
         for path in (root, *sorted(root.glob("*"))):
-            if (report := (path / REPORT).resolve()).is_file() and report.is_relative_to(root):
-                paths[path.resolve()] = None
+            if (report := _followed(path / REPORT)).is_file() and report.is_relative_to(root):
+                paths[_followed(path)] = None
     names = {}
     for path in paths:
         ends = (Path(*path.parts[-count:]).as_posix() for count in range(1, len(path.parts) + 1))
@@ -93,9 +95,14 @@ def _read(folder: Path) -> tuple[str, list[tuple[Image.Image, str]]]:
 
 def harmless(markdown: str) -> str:
     """Markdown that makes a browser fetch nothing: HTML becomes text, a picture a link, and a diagram code."""
-    markdown = re.sub(r"!+\[", "[", markdown)
-    markdown = re.sub(r"(```+|~~~+)\s*mermaid", r"\1text", markdown, flags=re.IGNORECASE)
+    markdown = re.sub(r"(?<!!)!+\[", "[", markdown)
+    markdown = re.sub(r"((?<!`)```+|(?<!~)~~~+)\s*mermaid", r"\1text", markdown, flags=re.IGNORECASE)
     return re.sub(r"<(?=[a-z/!?])", "&lt;", markdown, flags=re.IGNORECASE)
+
+
+def _followed(path: Path) -> Path:
+    """Where the symbolic links of a path lead; `Path.resolve` fails on one that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _bytes_in(folder: Path, name: str, largest: int) -> bytes:
@@ -105,7 +112,9 @@ def _bytes_in(folder: Path, name: str, largest: int) -> bytes:
         FileNotFoundError: there is none.
         ValueError: it is larger than ``largest``, no regular file, or a link that leads out of the folder.
     """
-    path = (folder / name).resolve(strict=True)
+    path = _followed(folder / name)
+    if not path.exists():
+        raise FileNotFoundError(path)
     if not path.is_relative_to(folder) or not path.is_file() or path.stat().st_size > largest:
         raise ValueError(f"{name} is not read")
     return path.read_bytes()
