@@ -1,6 +1,8 @@
 """What several tests share: real images from an installed package, and one tiny run of the whole main job."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,11 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     run_benchmark(write_tiny_benchmark(folder), folder / "run")
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder for temporary files meanwhile: a client of gradio's leaves an empty folder there for each file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("downloads")))
+        yield Path(tempfile.gettempdir())

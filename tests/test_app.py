@@ -30,6 +30,8 @@ from scq.sampling.studio.steps import step_by_step, zipped
 from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
+pytestmark = pytest.mark.usefixtures("downloads")
+
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_run: Path) -> SoftConvexPipeline:

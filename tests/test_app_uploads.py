@@ -26,6 +26,8 @@ from scq.sampling.studio import uploads
 from scq.sampling.studio.edit import VARY
 from scq.sampling.studio.uploads import Drawing, UploadedDrawing
 
+pytestmark = pytest.mark.usefixtures("downloads")
+
 
 @pytest.fixture(scope="module")
 def client(tiny_run: Path) -> Iterator[Client]:
