@@ -59,23 +59,28 @@ def add_model(parser: argparse.ArgumentParser, help: str, embedded: bool = False
 
 def positive(text: str) -> int:
     """A whole number of at least 1, as the type of an argument."""
-    if not text.isdigit() or int(text) < 1:
+    if not _is_digits(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def natural(text: str) -> int:
     """A whole number of at least 0, as the type of an argument."""
-    if not text.isdigit():
+    if not _is_digits(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
 def port_number(text: str) -> int:
     """A whole number from 1 to 65535, as the type of an argument."""
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
+    if not _is_digits(text) or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: a whole number from 1 to 65535")
     return int(text)
+
+
+def _is_digits(text: str) -> bool:
+    """Whether Python reads a text as a whole number: not superscripts, and not thousands of digits."""
+    return text.isdecimal() and len(text) < 20
 
 
 def config_file(text: str) -> Path:

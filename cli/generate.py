@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import re
+import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 from socket import gethostname
 from typing import Any
+from urllib.parse import urlsplit
 
 from scq.cli.common import add_model, command, device, make_folder, port_number, positive
 from scq.engine.errors import UserError
@@ -111,7 +116,7 @@ def add_app(commands: Any) -> None:
         help="where a proxy in front has the page: /scq, or better the whole address, https://example.org/scq",
     )  # fmt: skip
     parser.add_argument(
-        "--name", action="append", default=[], metavar="NAME",
+        "--name", type=_host_name, action="append", default=[], metavar="NAME",
         help="a further host name that users call this server by; others are refused; may be repeated",
     )  # fmt: skip
     parser.add_argument("--max-batch", type=positive, default=64, help="the most images one request may draw")
@@ -123,8 +128,11 @@ def add_app(commands: Any) -> None:
 
 def _app(options: argparse.Namespace) -> None:
     auth = _login(options)
-    from scq.sampling.app import build_page, serve
     from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
+
+    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
+    _shield_gradio()
+    from scq.sampling.app import build_page, serve
     from scq.sampling.studio.results import find_reports
 
     for folder in options.results:
@@ -132,10 +140,21 @@ def _app(options: argparse.Namespace) -> None:
             raise UserError(f"--results {folder} is not a folder")
         if not find_reports([folder]):
             raise UserError(f"--results {folder} holds no report.md, and neither do the folders in it")
-    pipeline = SoftConvexPipeline.from_pretrained(options.model or EMBEDDED, device())
     page = build_page(pipeline, options.max_batch, [*options.results, *default_results()])
     names = [*options.name, gethostname()]
     serve(page, options.host, options.port, auth=auth, root_path=options.root_path, names=names)
+
+
+def _shield_gradio() -> None:
+    """Take out of the environment what Gradio, not imported yet, would obey: GRADIO_SHARE opens the page to the world,
+    GRADIO_ALLOWED_PATHS serves further folders, GRADIO_VIBE_MODE lets users edit the program. One says where its files
+    go, which `private_folder` heeds. From here on nothing is fetched but the page itself, which no proxy has."""
+    ignored = sorted(name for name in os.environ if name.startswith("GRADIO_") and name != "GRADIO_TEMP_DIR")
+    for name in ignored:
+        del os.environ[name]
+    if ignored:
+        print(f"scq: {', '.join(ignored)} of the environment: no effect on this page", file=sys.stderr)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "*"
 
 
 def _login(options: argparse.Namespace) -> tuple[str, str] | None:
@@ -145,12 +164,7 @@ def _login(options: argparse.Namespace) -> tuple[str, str] | None:
         UserError: they are not USER:PASSWORD, or their file cannot be read.
     """
     if options.auth_file is not None:
-        try:
-            lines = options.auth_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise UserError(f"--auth-file {options.auth_file}: {reason}") from error
-        source, text = f"the first line of {options.auth_file}", lines[0] if lines else ""
+        source, text = f"the first line of {options.auth_file}", _first_line(options.auth_file)
     elif options.auth is not None:
         source, text = "--auth", options.auth
     elif "SCQ_AUTH" in os.environ:
@@ -158,14 +172,51 @@ def _login(options: argparse.Namespace) -> tuple[str, str] | None:
     else:
         return None
     user, _, password = text.strip().partition(":")
+    user = user.strip()  # as the page does with what is typed
     if not (user and password):
         raise UserError(f"{source} must be USER:PASSWORD")
+    if not (user + password).isprintable():
+        raise UserError(f"{source} holds a character that cannot be typed; it must be USER:PASSWORD in one line")
     return user, password
 
 
+def _first_line(path: Path) -> str:
+    """The first line of a file with a password; if everybody on this machine may read it, that is said.
+
+    Raises:
+        UserError: it cannot be read, or is no regular file.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "it is not a file")  # a pipe would be waited for
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            line = file.readline()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"--auth-file {path}: {reason}") from error
+    if about.st_mode & stat.S_IROTH:
+        print(f"scq: everybody on this machine may read the password in {path}: chmod 600 {path}", file=sys.stderr)
+    return line
+
+
 def _root_path(text: str) -> str:
-    if text and not text.startswith(("/", "http://", "https://")):
+    """Where a proxy has the page, as the type of an argument: "", a path, or an http(s) address."""
+    try:
+        parts = urlsplit(text)
+        address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:  # such as a port of 99999
+        address = False
+    known = address or (text.startswith("/") and not text.startswith("//"))
+    if text and not (known and text.isprintable() and not set(text) & set(" ?#\\")):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a path, such as /scq, nor an http(s) address")
+    return text
+
+
+def _host_name(text: str) -> str:
+    """The name of a host, without scheme, port and path, as the type of an argument."""
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host, such as example.org")
     return text
 
 

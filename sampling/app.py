@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from collections.abc import Sequence
 from functools import partial
@@ -88,7 +89,7 @@ def serve(
     launch = partial(
         page.launch, server_name=f"[{bare}]" if ":" in bare else bare, server_port=port, prevent_thread_lock=True,
         quiet=not block, auth=auth, max_file_size=LARGEST_BYTES, state_session_capacity=MOST_SESSIONS,
-        root_path=root_path.rstrip("/") or None, ssr_mode=False, mcp_server=False,
+        root_path=root_path.rstrip("/"), share=False, ssr_mode=False, mcp_server=False,
         app_kwargs={
             "middleware": guards(bare, [*names, *([outside] if outside else [])]), "lifespan": housekeeping(page)
         },
@@ -112,6 +113,9 @@ def _refuse_address(host: str, bare: str, port: int | None) -> None:
     """Ask the system what is wrong with an address; gradio says of any failure that the port was not free."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(bare, port or 0, type=socket.SOCK_STREAM)[0]
+        known = ipaddress.ip_address(str(address[0]).partition("%")[0])
+        if known.is_multicast or str(known) == "255.255.255.255":  # can be listened to, but nobody is answered
+            raise UserError(f"--host {host} is an address of many machines; 0.0.0.0 is all of this one's own")
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)

@@ -25,8 +25,6 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
-from scq.cli.generate import _login
-from scq.cli.main import build_parser
 from scq.engine.errors import UserError
 from scq.sampling.app import serve
 from scq.sampling.studio import housekeeping
@@ -34,6 +32,8 @@ from scq.sampling.studio.folder import private_folder, sweep
 from scq.sampling.studio.guards import FREE_LOGINS, BoundedBodies, Names, OpenRequests, SlowLogins, client_of
 from scq.sampling.studio.line import PLACES_OF_ADDRESS, PLACES_OF_SESSION, in_turn
 from scq.sampling.studio.page import Page
+
+pytestmark = pytest.mark.usefixtures("downloads")
 
 gate = threading.Event()
 served: list[str] = []
@@ -91,7 +91,9 @@ def test_names_follow_from_where_a_server_listens() -> None:
     assert not closed.include("box.lan")
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "https://127.0.0.1", "http://127.0.0.1:1", "null"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "https://127.0.0.1", "http://127.0.0.1:1", "null", "http://[::1"]
+)
 def test_a_page_from_elsewhere_can_do_nothing(address: str, origin: str) -> None:
     own, foreign = {"Origin": address.rstrip("/")}, {"Origin": origin}
     for headers, allowed in ((own, True), (foreign, False)):
@@ -114,10 +116,33 @@ def test_what_the_page_does_not_use_is_closed(address: str) -> None:
     closed = (
         "gradio_api/file=http://192.0.2.7/a", "gradio_api/file/https://192.0.2.7/a", "gradio_api/proxy=https://a.hf.space",
         "gradio_api/dev/reload", "gradio_api/deep_link?session_hash=a", "gradio_api/runs", "monitoring", "//monitoring",
+        "gradio_api/process_recording", "gradio_api/vibe-code", "gradio_api/custom_component/1/client/component/a%0Ab",
+        "openapi.json", "gradio_api/of-the-next-version", "gradio_api/file=%0Ahttps://192.0.2.7/a",
     )  # fmt: skip
     for path in closed:
-        refused = httpx.get(f"{address}{path}", timeout=10)
-        assert (refused.status_code, refused.text) == (404, "This server does not offer that."), path
+        for method in ("GET", "POST"):
+            refused = httpx.request(method, f"{address}{path}", timeout=10)
+            assert (refused.status_code, refused.text) == (404, "This server does not offer that."), path
+
+
+def test_no_user_decides_what_another_is_answered(address: str) -> None:
+    """Gradio remembers its description of the page, with the address that the first one to ask has named."""
+    for forged in ({"X-Forwarded-Host": "evil.example"}, {"Host": "127.0.0.1:1"}):
+        for path in ("info", "openapi.json"):
+            httpx.get(f"{address}gradio_api/{path}", headers=forged)
+            httpx.post(f"{address}gradio_api/call/v2/said", json={}, headers=forged)
+            answer = httpx.get(f"{address}gradio_api/info").text
+            assert address.rstrip("/") in answer
+            assert "evil.example" not in answer
+            assert "127.0.0.1:1/" not in answer
+
+
+def test_answers_are_for_their_user_and_for_this_page(address: str) -> None:
+    (path,) = httpx.post(f"{address}gradio_api/upload", files={"files": ("a.png", b"<script>")}).json()
+    for answer in (httpx.get(f"{address}gradio_api/file={path}"), httpx.get(address), httpx.get(f"{address}runs")):
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'self'"
+        assert answer.headers["Cache-Control"] == "private"
 
 
 def test_a_request_is_bounded_before_it_is_read(address: str) -> None:
@@ -352,6 +377,26 @@ def test_the_folder_is_private_and_uploads_go_there(address: str) -> None:
     assert Path(path).is_relative_to(folder)
 
 
+@pytest.mark.parametrize("route", ["upload", "component_server"])
+def test_an_upload_that_breaks_off_leaves_nothing_elsewhere(address: str, route: str, downloads: Path) -> None:
+    def files() -> set[Path]:
+        return {path for path in downloads.rglob("*") if path.is_file() and not path.is_relative_to(private_folder())}
+
+    before, left = files(), len(list(private_folder().iterdir()))
+    with socket.create_connection(("127.0.0.1", httpx.URL(address).port)) as connection:
+        connection.sendall(
+            f"POST /gradio_api/{route} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 3000000\r\n"
+            "Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+            'Content-Disposition: form-data; name="files"; filename="a"\r\n\r\n'.encode()
+            + bytes(2_000_000)
+        )
+        deadline = time.monotonic() + 30
+        while len(list(private_folder().iterdir())) == left and files() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert files() == before, "only what is in the private folder is deleted after an hour"
+
+
 SERVER = """
 import sys
 from pathlib import Path
@@ -478,31 +523,8 @@ def test_a_sweep_that_fails_is_followed_by_another(
     assert "were not deleted; trying again" in caplog.text
 
 
-def login_of(*arguments: str) -> tuple[str, str] | None:
-    return _login(build_parser().parse_args(["app", *arguments]))
-
-
-def test_a_password_need_not_be_in_the_list_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SCQ_AUTH", raising=False)
-    assert login_of() is None
-    file = tmp_path / "auth"
-    file.write_text("ada:in a:file \n")
-    assert login_of("--auth-file", str(file)) == ("ada", "in a:file")
-    assert login_of("--auth", "ada:visible") == ("ada", "visible")
-    monkeypatch.setenv("SCQ_AUTH", "ada:from the environment")
-    assert login_of() == ("ada", "from the environment")
-    assert login_of("--auth-file", str(file)) == ("ada", "in a:file")
-    for text in ("", "ada", "ada:", ":secret"):
-        monkeypatch.setenv("SCQ_AUTH", text)
-        with pytest.raises(UserError, match="SCQ_AUTH must be USER:PASSWORD"):
-            login_of()
-        file.write_text(text)
-        with pytest.raises(UserError, match=r"first line of .*auth must be USER:PASSWORD"):
-            login_of("--auth-file", str(file))
-    with pytest.raises(UserError, match="No such file"):
-        login_of("--auth-file", str(tmp_path / "none"))
-
-
-def test_a_server_does_not_keep_freed_memory() -> None:
-    assert not build_parser().parse_args(["app"]).keep_freed_memory
-    assert build_parser().parse_args(["train", "prior", "--config", "a"]).keep_freed_memory
+@pytest.mark.parametrize("host", ["224.0.0.1", "255.255.255.255"])
+def test_an_address_of_many_machines_is_refused(host: str) -> None:
+    page = small_page()
+    with pytest.raises(UserError, match="an address of many machines"):
+        serve(page, host, None, block=False)

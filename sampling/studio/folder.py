@@ -11,10 +11,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from gradio import processing_utils, routes
+from gradio import processing_utils, route_utils, routes
 from PIL import Image
 
 from scq.engine.files import write_file
@@ -45,6 +45,8 @@ def private_folder() -> Path:
     os.environ[_VARIABLE] = str(folder)
     routes.DEFAULT_TEMP_DIR = str(folder)  # a copy of the variable from when gradio was imported
     processing_utils.save_pil_to_cache = save_picture
+    # Parts of a drawing would first go to the system's folder, and stay there if their request breaks off.
+    routes.GradioMultiPartParser = partial(route_utils.GradioMultiPartParser, upload_dir=folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -27,10 +27,13 @@ MOST_OPEN = 2048  # requests that are answered at a time, most of them streams t
 FREE_LOGINS = 5  # of an address, before it has to wait
 LONGEST_WAIT = 600.0  # seconds
 
-# Routes that the page does not use: they fetch foreign files through this server, write what a session holds to disk,
-# keep records elsewhere, or wait for news of development in a busy loop.
-_CLOSED = re.compile(
-    r"/gradio_api/(file[=/]\s*https?:|proxy=|dev/|deep_link|run-history|runs|stream/)|/monitoring", re.I
+# Routes that the page and gradio's clients use. Gradio has more, and every version others: they fetch foreign files
+# through this server, start ffmpeg, edit the program, write what a session holds to disk, or wait in a busy loop.
+_OPEN = re.compile(
+    r"/(gradio_api/(app_id|call/.+|cancel|component_server|file[=/](?!\s*https?:).*|heartbeat/.+|info|login_check|"
+    r"openapi\.json|queue/(data|join|status)|reset|(run|api)/.+|startup-events|theme\.css|token|upload(_progress)?|user)|"
+    r"config|favicon\.ico|login|logout|manifest\.json|robots\.txt|theme\.css|(assets|static|svelte)/.+)?/?",
+    re.IGNORECASE | re.DOTALL,
 )
 _log = logging.getLogger(__name__)
 _UPLOADS = ("/gradio_api/upload", "/gradio_api/component_server")
@@ -79,6 +82,7 @@ def guards(host: str, names: Collection[str] = ()) -> list[Middleware]:
     known = Names(host.lower(), frozenset(name.lower() for name in names))
     return [
         Middleware(WholeAnswers),
+        Middleware(AnswersForOne),
         Middleware(KnownNames, names=known),
         Middleware(OwnPages, names=known),
         Middleware(OpenRoutes),
@@ -127,6 +131,32 @@ class WholeAnswers(Guard):
             # Any other answer breaks off with its connection, so that nobody takes the half for the whole.
 
 
+class AnswersForOne(Guard):
+    """Keeps what one user is answered from others: proxies do not store it, no other page shows it in a frame, and
+    browsers do not guess its type.
+
+    Gradio would describe the page to everybody with the address that the first request for `info` names.
+    """
+
+    HEADERS = (
+        ("Cache-Control", "private"),
+        ("Content-Security-Policy", "frame-ancestors 'self'"),
+        ("X-Content-Type-Options", "nosniff"),
+    )
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def completed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.HEADERS:
+                    headers.setdefault(name, value)
+            await send(message)
+
+        if "app" in scope:
+            scope["app"].api_info = None
+        await self.app(scope, receive, completed)
+
+
 class KnownNames(Guard):
     """Refuses a Host header that is none of this server's names."""
 
@@ -161,7 +191,7 @@ class OwnPages(Guard):
             await PlainTextResponse(line, 403)(scope, receive, send)
 
     def _is_own(self, origin: str, hosts: Iterable[str | None]) -> bool:
-        place = urlsplit(origin).netloc.lower()
+        place = origin.partition("://")[2].lower()
         return bool(place) and (place in {host.lower() for host in hosts if host} or _name_in(place) in self.names.more)
 
 
@@ -169,10 +199,10 @@ class OpenRoutes(Guard):
     """Hides the routes that the page does not use."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if _CLOSED.match(_path(scope)):
-            await PlainTextResponse("This server does not offer that.", 404)(scope, receive, send)
-        else:
+        if _OPEN.fullmatch(_path(scope)):
             await self.app(scope, receive, send)
+        else:
+            await PlainTextResponse("This server does not offer that.", 404)(scope, receive, send)
 
 
 class OpenRequests(Guard):
