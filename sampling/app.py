@@ -22,14 +22,18 @@ from scq.sampling.studio.housekeeping import allow_open_files, housekeeping, sto
 from scq.sampling.studio.inspect import inspect_tab
 from scq.sampling.studio.line import use_fair_queue
 from scq.sampling.studio.page import Page
-from scq.sampling.studio.results import results_tab
+from scq.sampling.studio.results import REPORT_CLASS, results_tab
 from scq.sampling.studio.steps import GALLERY_CLASS, fingerprints
 from scq.sampling.studio.uploads import LARGEST_BYTES
 
-# Gradio's columns of 100 pixels or more reach out of a narrow screen, where what is cut off cannot be scrolled to.
+# Gradio keeps a gallery at one height, whatever is in it, and breaks a table's words where its columns are narrow. Its
+# columns of 100 pixels or more reach out of a narrow screen, where what is cut off cannot be scrolled to.
 STYLE = f"""
+.{GALLERY_CLASS} .grid-wrap.fixed-height {{ min-height: 0; max-height: none; }}
+.{REPORT_CLASS} table * {{ word-break: normal; overflow-wrap: normal; }}
 @media (max-width: 640px) {{
     .{GALLERY_CLASS} .grid-container {{ grid-template-columns: repeat(auto-fit, minmax(90px, 1fr)); }}
+    .{REPORT_CLASS} table {{ display: block; overflow-x: auto; border: 0; padding: 0; }}
 }}
 """
 MOST_SESSIONS = 500  # whose images the server remembers
@@ -94,6 +98,7 @@ def serve(
             "middleware": guards(bare, [*names, *([outside] if outside else [])]), "lifespan": housekeeping(page)
         },
         css=STYLE,
+        footer_links=["api", "gradio", "settings"],  # not the record of past runs, which `OpenRoutes` hides
         _frontend=False,  # otherwise gradio first requests the page, and gives up after 3 seconds on a busy machine
     )  # fmt: skip
     try:

@@ -115,6 +115,29 @@ def test_generate_draws_other_images_for_another_seed(page: Page, tmp_path: Path
     expect(images.first).not_to_have_attribute("src", first, timeout=PATIENCE)
 
 
+@pytest.mark.parametrize("width", [400, 1280])
+def test_pictures_and_tables_have_the_room_that_they_need(page: Page, width: int, tmp_path: Path) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    generate(page)
+    box, seen, used = page.evaluate(
+        """() => {
+            const grid = document.querySelector(".drawn .grid-container")
+            const box = grid.closest(".grid-wrap")
+            return [box.scrollHeight, box.clientHeight, grid.offsetHeight]
+        }"""
+    )
+    assert box == seen, "no picture needs scrolling inside the gallery"
+    assert box - used < 40, "nothing is empty below the pictures"
+    keep(page, tmp_path, f"generate_{width}")
+    tab(page, "Benchmark").get_by_text("KID leads").first.wait_for()
+    page.wait_for_timeout(500)
+    words = page.locator(".report th", has_text="precision").first
+    assert words.bounding_box()["height"] < 120, "its word is not broken into letters"
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    expect(page.get_by_role("button", name="Runs")).to_have_count(0)
+    keep(page, tmp_path, f"benchmark_{width}")
+
+
 @contextmanager
 def watched(pipeline: SoftConvexPipeline, delay: float = 0.0) -> Iterator[list[int]]:
     """The list gets an entry for every look of the prior, which takes ``delay`` seconds longer."""

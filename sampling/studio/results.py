@@ -20,6 +20,7 @@ from scq.sampling.studio.steps import BUTTONS
 from scq.sampling.studio.uploads import LARGEST_BYTES, open_bounded
 
 REPORT = "report.md"
+REPORT_CLASS = "report"  # CSS class of its text
 MOST_PICTURES = 64  # of one report
 LARGEST_REPORT = 1_000_000  # bytes of its text
 SHOWN_SIDE = 2400  # pixels, at most, of a picture as it is shown
@@ -59,7 +60,7 @@ def results_tab(folders: Sequence[Path]) -> None:
     text, pictures = _read(reports[first])
     chosen = Dropdown(list(reports), value=first, label="Report")
     shown = [
-        gr.Markdown(text),
+        gr.Markdown(text, elem_classes=REPORT_CLASS),
         gr.Gallery(
             pictures, label="Pictures", columns=1, format="png", object_fit="contain", height="auto", buttons=BUTTONS
         ),
