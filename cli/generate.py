@@ -54,7 +54,7 @@ def add_sample(commands: Any) -> None:
 def _sample(options: argparse.Namespace) -> None:
     import torch
 
-    from scq.engine.files import atomic_write
+    from scq.engine.files import atomic_write, remove_leftovers
     from scq.engine.progress import progress_bar
     from scq.sampling.arguments import LARGEST_SEED
     from scq.sampling.pipeline import EMBEDDED, SoftConvexPipeline
@@ -71,6 +71,7 @@ def _sample(options: argparse.Namespace) -> None:
     if options.compile:
         pipeline.prior.compile()
     make_folder(options.out)
+    remove_leftovers(options.out, of_others=True)
     with progress_bar("sample") as bar:
         for start in range(0, options.num, options.batch_size):
             count = min(options.batch_size, options.num - start)

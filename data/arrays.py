@@ -12,6 +12,7 @@ import numpy as np
 
 from scq.data.storage import with_retries
 from scq.engine.errors import DataError
+from scq.engine.files import open_plain
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _LONGEST_HEADER = 4096  # bytes; numpy writes 128
@@ -35,7 +36,7 @@ def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     what = f"'{path}'"
 
     def header() -> tuple[tuple[int, ...], bool, np.dtype, int, int]:
-        with path.open("rb") as file, warnings.catch_warnings():
+        with open_plain(path) as file, warnings.catch_warnings():
             try:
                 warnings.simplefilter("error")  # about headers that Python 2 wrote; we never did
                 found = _HEADERS[np.lib.format.read_magic(file)](file, max_header_size=_LONGEST_HEADER)
@@ -67,7 +68,7 @@ def is_intact(path: Path, sha256: str, start: int = 0) -> bool:
         return True
 
     def digest() -> str:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             file.seek(start)
             return hashlib.file_digest(file, "sha256").hexdigest()
 

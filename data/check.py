@@ -1,7 +1,6 @@
 """Inspecting a packed set: whether it is intact, and what its images look like."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from scq.data.shards import ShardSet, index_name, scan_shard
 from scq.data.storage import LocalStorage, Storage
 from scq.data.transforms import decode
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write, make_folder
+from scq.engine.files import atomic_write, expand_home, make_folder
 
 
 def check(out: str | os.PathLike) -> list[str]:
@@ -86,7 +85,7 @@ def preview(out: str | os.PathLike, png_path: str | os.PathLike, columns: int = 
         image = image.resize([max(1, round(scale * side)) for side in image.size], smooth)
         sheet.paste(image, (2 + i % columns * (cell + 2), 2 + i // columns * (cell + 2)))
     try:
-        path = Path(png_path).expanduser()
+        path = expand_home(png_path)
         make_folder(path.parent)
         with atomic_write(path) as file:
             sheet.save(file, "PNG")

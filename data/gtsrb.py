@@ -9,6 +9,7 @@ from pathlib import Path
 from scq.data.source import Entry, Source, existing_directory, list_folder, read_file
 from scq.data.storage import with_retries
 from scq.engine.errors import DataError
+from scq.engine.files import read_plain
 
 CLASSES = 43
 TEST_TABLE = "GT-final_test.csv"
@@ -23,7 +24,7 @@ def read_table(table: Path) -> list[tuple[str, int]]:
 
     def read() -> str:
         # Names are whatever bytes the archive has, as they are for the file system.
-        return table.read_text("utf-8-sig", "surrogateescape")
+        return read_plain(table).decode("utf-8-sig", "surrogateescape")
 
     named: list[tuple[str, int]] = []
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from scq.data.lmdb_file import LmdbFile
 from scq.data.source import Entry, Source, existing_directory
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write, make_folder
+from scq.engine.files import atomic_write, expand_home, make_folder
 
 LARGEST_RATIO = 100  # of unpacked to packed bytes; encoded images hardly shrink
 
@@ -87,7 +87,7 @@ class LsunSource(Source):
 
     def __init__(self, path: str, split: str | None = None):
         super().__init__(path, split)
-        zipped = Path(path).expanduser()
+        zipped = expand_home(path)
         is_zip = zipped.suffix == ".zip" and zipped.is_file()
         data = self._find(unpack(zipped) if is_zip else existing_directory(path), split) / "data.mdb"
         self.archive = zipped if is_zip else data

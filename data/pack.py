@@ -33,7 +33,16 @@ from scq.data.sources import open_source
 from scq.data.storage import with_retries
 from scq.data.transforms import PROTOCOLS, decode, get_protocol
 from scq.engine.errors import BadImage, DataError
-from scq.engine.files import atomic_write, make_folder, remove_leftovers, sha256_of, write_json
+from scq.engine.files import (
+    atomic_write,
+    expand_home,
+    make_folder,
+    open_plain,
+    read_plain,
+    remove_leftovers,
+    sha256_of,
+    write_json,
+)
 from scq.engine.interruption import outlive_signals
 from scq.engine.plain_json import parse_json
 from scq.engine.progress import say
@@ -116,7 +125,7 @@ def pack(
         "images_per_shard": images_per_shard,
         "pillow": PIL.__version__,  # another version may compress to different bytes
     }
-    directory = Path(out).expanduser()
+    directory = expand_home(out)
     if finished := _finished(directory, settings):
         return finished
     packers = _packers(images, crop, size, keep_encoded, os.cpu_count() or 1 if workers is None else workers)
@@ -144,7 +153,7 @@ def pack(
 def _name(format: str, source: str | os.PathLike) -> str | None:
     """The set's name in reports: the last component of the source's path; None if the format is the better name."""
     # Emoji are called "emoji", whether from the package or a folder "72x72": model cards credit the graphics by it.
-    return None if format == "emoji" else Path(source).expanduser().absolute().name or None
+    return None if format == "emoji" else expand_home(source).absolute().name or None
 
 
 @contextlib.contextmanager
@@ -152,7 +161,7 @@ def _locked_journal(directory: Path) -> Iterator[IO[bytes]]:
     """Yield the journal of the pack, locked for this process alone; the lock ends with the process in any case."""
     try:
         make_folder(directory)
-        journal = (directory / JOURNAL).open("a+b")
+        journal = open_plain(directory / JOURNAL, "a+b")
     except OSError as error:
         raise DataError(f"cannot write to '{directory}': {error.strerror}") from error
     with journal:
@@ -188,7 +197,7 @@ def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
     path = directory / shards.MANIFEST
     if not path.is_file():
         return None
-    manifest = parse_manifest(path.read_bytes(), f"'{path}'", IMAGES)
+    manifest = parse_manifest(read_plain(path), f"'{path}'", IMAGES)
     (directory / JOURNAL).unlink(missing_ok=True)  # left behind if a pack was killed between its last two steps
     if difference := _difference(_with_times(manifest, directory), {**settings, "pillow": manifest["pillow"]}):
         raise DataError(f"'{directory}' already holds another set ({difference}): delete it or choose another folder")
@@ -198,7 +207,7 @@ def _finished(directory: Path, settings: dict[str, Any]) -> dict[str, Any] | Non
 def _with_times(manifest: dict[str, Any], directory: Path) -> dict[str, Any]:
     """The manifest with the times of the source's files, if they are known: whoever deletes TIMES keeps the set."""
     try:
-        times = parse_json((directory / TIMES).read_bytes(), f"'{directory / TIMES}'", "delete it")["times"]
+        times = parse_json(read_plain(directory / TIMES), f"'{directory / TIMES}'", "delete it")["times"]
     except FileNotFoundError:
         return manifest
     except (DataError, TypeError, KeyError) as error:

@@ -20,7 +20,7 @@ from scq.data.arrays import is_intact, map_array
 from scq.data.manifest import IMAGES, MANIFEST, contents_fingerprint, parse_manifest
 from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, open_storage, with_retries
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write, cache_folder, write_file
+from scq.engine.files import atomic_write, cache_folder, expand_home, open_plain, read_plain, write_file
 from scq.engine.references import shown
 
 ROW = np.dtype([("offset", "<u8"), ("length", "<u4"), ("shard", "<u4"), ("label", "<u4")])
@@ -68,7 +68,7 @@ def _members(path: Path, shard: int) -> list[list[int]]:
     """The values of ROW for each image of a shard."""
     rows: list[list[int]] = []
     current, row, label, end = "", None, 0, 0
-    with tarfile.open(path, "r:") as tar:
+    with open_plain(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             # Links and sparse files would lead elsewhere, or claim more bytes than there are.
             if not member.isreg() or member.issparse() or member.offset_data < end or member.size < 0:
@@ -170,7 +170,7 @@ class ShardSet:
         self._rows: np.ndarray | None = None
         self._kept: CachedStorage | None = None
         if isinstance(self.storage, RemoteStorage):
-            folder = Path(cache).expanduser() if cache else cache_folder()
+            folder = expand_home(cache) if cache else cache_folder()
             digests = {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
             self._kept = CachedStorage(self.storage, folder / self.fingerprint[:16], digests)
             if cache:
@@ -224,7 +224,7 @@ class ShardSet:
         noted, expected = path.with_suffix(".sha256"), self.manifest.get("index_sha256")
         try:
             if expected is None and noted.is_file():
-                expected = noted.read_text(errors="replace").strip()
+                expected = read_plain(noted).decode(errors="replace").strip()
             if not path.is_file():
                 scanned = build_index(path.parent, self.manifest)
             elif expected is None:

@@ -19,6 +19,7 @@ from PIL import Image
 from scq.data.storage import with_retries
 from scq.data.transforms import HEIF_SUFFIXES
 from scq.engine.errors import BadImage, DataError
+from scq.engine.files import expand_home, open_at_once
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -127,7 +128,7 @@ def existing_directory(path: str) -> Path:
     Raises:
         DataError: it does not exist, or is not a folder.
     """
-    directory = Path(path).expanduser()
+    directory = expand_home(path)
     if not directory.exists():
         raise DataError(f"source '{path}' does not exist")
     if not directory.is_dir():
@@ -180,17 +181,13 @@ def read_file(path: str | os.PathLike) -> bytes:
         DataError: it is a pipe, a socket or a device.
         OSError: it cannot be read now.
     """
-    with open(path, "rb", opener=_open_at_once) as file:
+    with open(path, "rb", opener=open_at_once) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise DataError(f"'{path}' is not a file")
         if found.st_size > LARGEST_FILE:
             raise BadImage(f"has {found.st_size:,} bytes, more than an image has")
         return file.read()
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # or a pipe would wait for its writer
 
 
 class FolderSource(Source):

@@ -8,6 +8,7 @@ error names the file. Handles belong to one process and are reopened after a for
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from scq.engine.errors import DataError
-from scq.engine.files import atomic_write, make_folder, sha256_of
+from scq.engine.files import atomic_write, expand_home, make_folder, open_plain, sha256_of
 from scq.engine.references import HIDDEN, shown, without_urls
 
 PROTOCOLS = ("file", "http", "https", "s3", "gs", "hf")
@@ -31,6 +32,9 @@ OPEN_FILES = 64
 PIECE = 2**24
 LARGEST_MANIFEST = 2**28  # bytes; a tenth is enough for a thousand million images in shards of 10,000
 T = TypeVar("T")
+# What no other attempt changes: there is no such file, it may not be read, is no plain file, or has no possible name.
+_LASTING = (FileNotFoundError, PermissionError, NotADirectoryError)
+_LASTING_NUMBERS = frozenset([errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO])
 
 
 def with_retries(read: Callable[[], T], what: str) -> T:
@@ -44,9 +48,10 @@ def with_retries(read: Callable[[], T], what: str) -> T:
             return read()
         except DataError:
             raise
-        except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-            raise DataError(f"{what} cannot be read: {error.strerror or type(error).__name__}") from error
         except Exception as error:  # every fsspec backend raises errors of its own
+            if isinstance(error, _LASTING) or getattr(error, "errno", None) in _LASTING_NUMBERS:
+                reason = getattr(error, "strerror", None) or type(error).__name__
+                raise DataError(f"{what} cannot be read: {reason}") from error
             if pause is None:
                 tries = len(PAUSES) + 1
                 reason = f"{type(error).__name__}: {without_urls(str(error))}"
@@ -89,13 +94,13 @@ class LocalStorage(Storage):
 
     def __init__(self, location: str | os.PathLike):
         self.location = os.fspath(location)
-        self.directory = Path(location).expanduser()
+        self.directory = expand_home(location)
         self._descriptors: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
     def read(self, name: str) -> bytes:
         def whole() -> bytes:
             try:
-                with (self.directory / name).open("rb") as file:
+                with open_plain(self.directory / name) as file:
                     if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
                         raise DataError(f"{self.describe(name)} is larger than any manifest")
                     return file.read()
@@ -120,7 +125,8 @@ class LocalStorage(Storage):
 
     def _descriptor(self, name: str) -> int:
         if name not in self._descriptors:
-            self._descriptors[name] = os.open(self.directory / name, os.O_RDONLY)
+            with open_plain(self.directory / name) as file:
+                self._descriptors[name] = os.dup(file.fileno())
             if len(self._descriptors) > OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         self._descriptors.move_to_end(name)
@@ -253,7 +259,7 @@ class CachedStorage(Storage):
 @contextlib.contextmanager
 def only_one_process(path: Path) -> Iterator[None]:
     """Wait until no other process is in the block for the same path; a dead process does not block the others."""
-    with path.open("ab") as lock:
+    with open_plain(path, "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -23,7 +23,7 @@ from scq.data.manifest import MANIFEST, TOKENS, contents_fingerprint, parse_mani
 from scq.data.order import ResumableStream, create_order, rank_slice
 from scq.data.storage import LocalStorage, with_retries
 from scq.engine.errors import DataError
-from scq.engine.files import make_folder, remove_leftovers, write_file, write_json
+from scq.engine.files import expand_home, make_folder, open_plain, read_plain, remove_leftovers, write_file, write_json
 from scq.engine.plain_json import parse_json
 from scq.engine.randomness import position_bits
 
@@ -88,7 +88,7 @@ class TokenWriter:
         images_per_shard: int = IMAGES_PER_SHARD,
     ):
         rank_slice(world_size, rank, world_size)
-        self.directory = Path(out).expanduser()
+        self.directory = expand_home(out)
         self.rank, self.world_size, self.images_per_shard = rank, world_size, images_per_shard
         self.settings = {
             "format": TOKENS,
@@ -166,13 +166,13 @@ class TokenWriter:
         path = self.directory / MANIFEST
         if not path.is_file():
             return False
-        manifest = parse_manifest(path.read_bytes(), f"'{path}'", TOKENS)
+        manifest = parse_manifest(read_plain(path), f"'{path}'", TOKENS)
         self._refuse_other(manifest)
         self._records = manifest["shards"]
         return True
 
     def _read(self, part: Path) -> dict[str, Any]:
-        return parse_manifest(part.read_bytes(), f"'{part}'", TOKENS, part=True)
+        return parse_manifest(read_plain(part), f"'{part}'", TOKENS, part=True)
 
     def _refuse_other_parts(self) -> None:
         """Raise DataError if another process writes other tokens here, or has begun to."""
@@ -199,7 +199,7 @@ class TokenWriter:
     def _lock(self) -> None:
         """Keep other writers from this rank's part until it is closed; the lock ends with the process in any case."""
         path = self.directory / f".{self._part.stem}.lock"
-        lock = path.open("ab")
+        lock = open_plain(path, "ab")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -411,7 +411,7 @@ class TokenDataset:
         """
         for record in self.manifest["shards"]:
             path = self.directory / f"{record['name']}.keys.txt"
-            lines = with_retries(path.read_bytes, f"'{path}'").splitlines()
+            lines = with_retries(lambda file=path: read_plain(file), f"'{path}'").splitlines()
             keys = [parse_json(line, f"'{path}'", "write the tokens again") for line in lines]
             if len(keys) != record["images"] or not all(isinstance(key, str) for key in keys):
                 raise DataError(f"'{path}' does not hold one key for each of {record['images']} images")

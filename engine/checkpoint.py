@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from scq.engine.errors import UserError, first_line
-from scq.engine.files import sha256_of
+from scq.engine.files import read_plain, sha256_of
 from scq.engine.folders import atomic_folder, remove_leftover_folders
 from scq.engine.processes import gather_objects, rank_and_world_size
 from scq.engine.progress import say
@@ -212,7 +212,9 @@ def check(checkpoint: Path, modules: Iterable[str] = ()) -> None:
     try:
         if "sha256" not in state:  # older than digests
             for name in modules:
+                read_plain(checkpoint / f"{name}.safetensors")
                 load_file(checkpoint / f"{name}.safetensors")
+            read_plain(checkpoint / "optimizers.pt")
             _optimizers(checkpoint)
         for name, digest in state.get("sha256", {}).items():
             if sha256_of(checkpoint / name) != digest:
@@ -226,7 +228,7 @@ def check(checkpoint: Path, modules: Iterable[str] = ()) -> None:
 def _state(checkpoint: Path) -> dict[str, Any] | None:
     """The content of a checkpoint's state.json; None if there is none, or it is damaged."""
     try:
-        state = json.loads((checkpoint / STATE).read_text())
+        state = json.loads(read_plain(checkpoint / STATE))
         step = int(checkpoint.name.removeprefix("step_"))
     except (OSError, ValueError, RecursionError):
         return None

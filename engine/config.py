@@ -12,6 +12,7 @@ somebody else's: it is read as plain data, in which nothing is looked up (`read_
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from scq.engine.errors import UserError, first_line
-from scq.engine.files import write_file
+from scq.engine.files import expand_home, write_file
 from scq.engine.plain_yaml import declared_type, leaves, parse_text, read_yaml, write_yaml
 from scq.engine.references import Referenced, shown
 
@@ -195,10 +196,7 @@ def _expand_home(config: Any) -> Any:
         if is_dataclass(value):
             _expand_home(value)
         elif isinstance(value, str) and value.startswith("~"):
-            try:
-                home = str(Path(value).expanduser())
-            except RuntimeError:  # no user has that name, so it is a name like any other
-                continue
+            home = str(expand_home(value))
             setattr(config, each.name, Referenced(home, value.reference) if isinstance(value, Referenced) else home)
     return config
 
@@ -288,7 +286,7 @@ def _chain(path: Path, schema: type) -> list[tuple[Path, dict[str, Any]]]:
     chain: list[tuple[Path, dict[str, Any]]] = []
     following: Path | None = path
     while following is not None:
-        if following.resolve() in [known.resolve() for known, _ in chain]:
+        if os.path.realpath(following) in [os.path.realpath(known) for known, _ in chain]:
             raise UserError(f"config {following} is based on itself")
         if not following.is_file():
             raise UserError(f"config {following} does not exist; those that come with scq are in configs/")

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,6 +23,7 @@ from typing import IO, Any
 
 from scq.engine.progress import say
 
+JUST_MADE = 60.0  # seconds in which somebody may still be at work on what is temporary
 FULL = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG])  # what a full disk, quota or file size limit answers
 
 
@@ -42,6 +45,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync_folder(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the name that the user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,6 +62,41 @@ def named_when_full(path: Path) -> Iterator[None]:
         if error.errno in FULL and not error.filename:
             error.filename = str(path)
         raise
+
+
+def open_plain(path: Path, mode: str = "rb") -> IO[bytes]:
+    """Open a plain file, at once: a pipe is not waited for, and a device, which may have no end, is not read.
+
+    Args:
+        mode: as ``open`` has it, of bytes.
+
+    Raises:
+        OSError: it cannot be opened, or is no plain file.
+    """
+    file: IO[bytes] = open(path, mode, opener=open_at_once)  # noqa: SIM115, the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.ENXIO, "it is not a plain file", str(path))
+    return file
+
+
+def read_plain(path: Path) -> bytes:
+    """The bytes of a plain file (see `open_plain`)."""
+    with open_plain(path) as file:
+        return file.read()
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """The opener of files that may be pipes, which are not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)  # the umask takes its part of the mode
+
+
+def expand_home(path: str | os.PathLike) -> Path:
+    """Expand a leading ~ to the user's home, as a shell does; if no user has that name, it is a name like any other."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def make_folder(folder: Path) -> None:
@@ -77,15 +119,21 @@ def write_json(path: Path, value: Any, indent: int = 1) -> None:
     write_file(path, json.dumps(value, indent=indent, ensure_ascii=True) + "\n")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in a folder."""
+def remove_leftovers(folder: Path, of_others: bool = False) -> None:
+    """Delete the temporary files that killed processes left in a folder.
+
+    Args:
+        of_others: whether other processes may be writing there; then files of the last JUST_MADE seconds stay.
+    """
     for path in folder.glob(".*.tmp*"):
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may have renamed it
+            if path.is_file() and not (of_others and time.time() - path.stat().st_mtime < JUST_MADE):
+                path.unlink()
 
 
 def sha256_of(path: Path) -> str:
     """The sha256 of a file as hexadecimal text; the file is read in chunks."""
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -101,8 +149,7 @@ def cache_folder() -> Path:
 
 @cache
 def _cache_folder(named: Path) -> Path:
-    with suppress(RuntimeError):  # the user has no home
-        named = named.expanduser()
+    named = expand_home(named)
     if named.parts[0] != "~" and is_writable(named):
         return named
     say(f"nothing can be kept in {named}, so that every run makes it again; SCQ_CACHE may name another folder")

@@ -22,7 +22,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from scq.engine.errors import DataError, UserError, first_line
-from scq.engine.files import make_folder, sync_file, sync_folder
+from scq.engine.files import JUST_MADE, make_folder, sync_file, sync_folder
 from scq.engine.plain_json import read_json
 
 Read = TypeVar("Read")
@@ -38,7 +38,6 @@ _COMPONENTS = frozenset(["tokenizer", "prior", "refiner", "scheduler"])
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, and RENAME_SWAP of macOS
 _NO_EXCHANGE = frozenset([errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP])
 _NO_LINK = frozenset([errno.EPERM, errno.EACCES, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP])
-_JUST_MADE = 60.0  # seconds in which a temporary folder may not be locked yet by the process that makes it
 
 
 class _UnwrittenModel(UserError):
@@ -98,7 +97,7 @@ def replaced_model(
         UserError: see `refuse_to_replace`; or the files cannot be written, for example because the disk is full. The
             old model is still there then.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     refuse_to_replace(folder, classes)
     try:
         with atomic_folder(folder, keeps=keeps or _is_a_users) as fresh:
@@ -119,7 +118,7 @@ def refuse_to_replace(folder: Path | str, classes: Collection[str]) -> None:
         UserError: ``folder`` is a file, is or contains the current folder, is a git repository, or holds files but no
             model of one of ``classes``.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     if Path.cwd().resolve().is_relative_to(folder):
         raise UserError(f"a model cannot replace {folder}, which is or contains the current folder; name another one")
     if not folder.exists():
@@ -165,8 +164,10 @@ def remove_leftover_folders(folder: Path, name: str = "") -> None:
     Args:
         name: delete only what was to become the folder of this name; empty for all.
     """
+    # A model that is saved into such a folder has one of its own, which begins with two dots.
+    begins = (f".{name}.tmp", f"..{name}.tmp") if name else "."
     for path in folder.glob(".*.tmp*"):
-        if path.is_dir() and (not name or path.name.startswith(f".{name}.tmp")) and _is_abandoned(path):
+        if path.is_dir() and path.name.startswith(begins) and _is_abandoned(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -279,7 +280,8 @@ def _is_abandoned(folder: Path) -> bool:
     except OSError:
         return False  # it is gone, too
     try:
-        return _lock(descriptor) and time.time() - os.fstat(descriptor).st_mtime > _JUST_MADE
+        # One that was just made may not be locked yet.
+        return _lock(descriptor) and time.time() - os.fstat(descriptor).st_mtime > JUST_MADE
     finally:
         os.close(descriptor)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import inspect
+import os
 import stat
 from pathlib import Path
 from typing import Any, Self
@@ -82,7 +83,7 @@ class Network(ModelMixin, ConfigMixin):
         Raises:
             UserError: the folder holds anything but a network of this class, or cannot be written.
         """
-        folder = Path(save_directory).resolve()
+        folder = Path(os.path.realpath(save_directory))
         index = f"{WEIGHTS}.safetensors.index{f'.{variant}' if variant else ''}.json"
         old = {path.name for path in weight_files(folder, variant)} | {index}
         with replaced_model(

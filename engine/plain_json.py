@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scq.engine.errors import DataError
+from scq.engine.files import read_plain
 
 
 def parse_json(text: str | bytes, where: str, advice: str, *, finite: bool = True) -> Any:
@@ -37,7 +38,7 @@ def read_json(path: Path, advice: str) -> Any:
         DataError: it cannot be read, or holds no JSON; the message ends with ``advice``.
     """
     try:
-        text = path.read_bytes()
+        text = read_plain(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): {advice}") from error
     return parse_json(text, str(path), advice, finite=False)

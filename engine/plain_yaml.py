@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from scq.engine.errors import UserError, first_line
+from scq.engine.files import open_plain
 
 LARGEST_BYTES = 2**20  # of a file; a config of ours has a few kilobytes
 _PLAIN, _MERGE = "tag:scq:plain", "tag:yaml.org,2002:merge"
@@ -146,7 +147,7 @@ def read_yaml(path: Path, schema: Any, aliases: bool = True) -> dict[str, Any]:
         UserError: the file cannot be read or is no such mapping; the message names it.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             text = file.read(LARGEST_BYTES + 1)
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from error

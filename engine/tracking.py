@@ -14,7 +14,15 @@ from PIL import Image
 from scq.engine.checkpoint import whole_checkpoints
 from scq.engine.config import as_dict, read_saved_config, save_config, saved_form
 from scq.engine.errors import UserError, first_line
-from scq.engine.files import atomic_write, make_folder, named_when_full, write_file, write_json
+from scq.engine.files import (
+    atomic_write,
+    make_folder,
+    named_when_full,
+    open_plain,
+    remove_leftovers,
+    write_file,
+    write_json,
+)
 from scq.engine.plain_json import read_json
 from scq.engine.plain_yaml import leaves
 from scq.engine.references import Referenced
@@ -63,8 +71,8 @@ class RunFolder:
         self._track(step, values)
         path = self.path / "metrics.jsonl"
         if self.is_main:
-            with named_when_full(path), path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            with named_when_full(path), open_plain(path, "ab") as file:
+                file.write(f"{json.dumps({'step': step, **values})}\n".encode())
 
     def log_more(self, step: int, values: dict[str, float]) -> None:
         """Add values to the line of a step that is logged already."""
@@ -79,6 +87,8 @@ class RunFolder:
         """
         if self.is_main:
             make_folder(self.path / "images")
+            for folder in (self.path, self.path / "images"):
+                remove_leftovers(folder)
             save_config(self._config, self.path / "config.yaml")
             if digests := self._digests():
                 write_json(self.path / REFERENCES, digests)
@@ -126,7 +136,7 @@ class RunFolder:
     def _lock(self) -> None:
         """Keep other processes from training in this folder until this one ends or has finished training."""
         make_folder(self.path)
-        self._locked = (self.path / ".lock").open("ab")
+        self._locked = open_plain(self.path / ".lock", "ab")
         try:
             # A POSIX record lock: unlike flock's, data workers that outlive a killed process do not hold it.
             fcntl.lockf(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)

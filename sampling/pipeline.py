@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -387,7 +388,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``,
                 ``safe_serialization`` is False, or ``variant`` is given. Nothing has been touched by then.
         """
-        folder, model = Path(save_directory).resolve(), self.as_model()
+        folder, model = Path(os.path.realpath(save_directory)), self.as_model()
         if not safe_serialization:
             raise UserError("safe_serialization=False would write weights that can run code when read; leave it out")
         if variant is not None:

@@ -2,11 +2,14 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -26,6 +29,34 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fail if the block, which may wait for ever, takes longer."""
+
+    def too_long(*_: object) -> None:
+        pytest.fail(f"after {seconds} s it still waits")  # which is no Exception, so that no retry catches it
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def make_pipe(path: Path) -> None:
+    """Put a pipe that nobody writes to in the place of a file."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def make_endless(path: Path) -> None:
+    """Put a link to a device without an end in the place of a file."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
 
 
 def launcher(processes: int) -> list[str]:

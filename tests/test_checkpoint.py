@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import files_of_at_most
+from helpers import files_of_at_most, make_endless, make_pipe, within
 from torch import nn
 
 from scq.engine.checkpoint import Checkpoints
@@ -47,6 +47,8 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "missing": lambda path: path.unlink(),
     "bit": flip_a_bit,
     "unreadable": lambda path: (path.unlink(), path.mkdir())[0],
+    "pipe": make_pipe,
+    "endless": make_endless,
 }
 FILES = ("model.safetensors", "ema.safetensors", "optimizers.pt", "state.json")
 
@@ -76,7 +78,8 @@ def test_a_damaged_newest_checkpoint_is_stepped_over(
     checkpoints = opened(tmp_path, network)
     save_numbered(checkpoints, network, (1, 2))
     DAMAGES[damage](checkpoints.folder / "step_00000002" / file)
-    assert checkpoints.restore()["step"] == 1
+    with within(10):
+        assert checkpoints.restore()["step"] == 1
     assert (network.weight == 1).all()
     warnings = capsys.readouterr().err
     assert f"checkpoint {checkpoints.folder / 'step_00000002'} is damaged: " in warnings
@@ -92,7 +95,8 @@ def test_so_is_one_that_is_older_than_digests(damage: str, network: nn.Module, t
         without_digests(path)
         if path.name != "step_00000001":
             DAMAGES[damage](path / file)
-    assert checkpoints.restore()["step"] == 1
+    with within(10):
+        assert checkpoints.restore()["step"] == 1
     assert (network.weight == 1).all()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_samples import write_folder
+from helpers import make_endless, make_pipe, within
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +135,24 @@ def test_any_other_bytes_in_any_file_are_refused_or_change_nothing_that_is_read(
         at = data.draw(st.integers(0, min(len(content), 700) - 1))
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
     reads_the_same_or_is_refused(kind, copies, file, bytes(content))
+
+
+@pytest.mark.parametrize("put", [make_pipe, make_endless])
+@pytest.mark.parametrize("kind", list(READERS))
+def test_what_is_no_plain_file_is_not_waited_for(sets, tmp_path, kind, put):
+    folder = tmp_path / kind
+    for file in sorted(path.name for path in (sets / kind).iterdir()):
+        if file.endswith(".lock"):
+            continue  # nobody reads it
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sets / kind, folder)
+        put(folder / file)
+        with within(10):
+            try:
+                found = READERS[kind](folder)
+            except DataError as error:
+                found = READERS[kind](sets / kind) if file in str(error) else str(error)
+        assert found == READERS[kind](sets / kind)
 
 
 @MANY
@@ -284,6 +303,7 @@ def test_errors_of_a_network_file_system_are_tried_again(sets, kind):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("scq.data.storage.PAUSES", (0.0, 0.0, 0.0))
         patch.setattr("pathlib.Path.open", fail(Path.open))
+        patch.setattr("builtins.open", fail(open))
         patch.setattr("os.pread", fail(os.pread))
         patch.setattr("scq.data.arrays._verified", set())
         expected = READERS[kind](sets / kind)

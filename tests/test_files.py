@@ -6,16 +6,28 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPOSITORY
+from helpers import REPOSITORY, make_endless, make_pipe, within
 from safetensors.torch import save_file
 
 from scq.engine.errors import UserError
-from scq.engine.files import atomic_write, write_file, write_json
-from scq.engine.folders import atomic_folder, read_unmixed, replaced_model
+from scq.engine.files import (
+    atomic_write,
+    expand_home,
+    open_plain,
+    read_plain,
+    remove_leftovers,
+    sha256_of,
+    write_file,
+    write_json,
+)
+from scq.engine.folders import atomic_folder, read_unmixed, refuse_to_replace, replaced_model
+from scq.engine.plain_json import read_json
+from scq.engine.plain_yaml import read_yaml
 
 OURS = {"Painter"}
 
@@ -41,6 +53,45 @@ def test_a_new_model_replaces_the_old_one_whole(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", "third")
     assert text(tmp_path / "empty") == "third"
+
+
+@pytest.mark.parametrize("put", [make_pipe, make_endless])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: sha256_of(path),
+        lambda path: read_plain(path),
+        lambda path: open_plain(path, "ab"),
+        lambda path: read_json(path, "delete it"),
+        lambda path: read_yaml(path, dict),
+        lambda path: refuse_to_replace(path.parent, OURS),
+    ],
+)
+def test_only_plain_files_are_read_and_nothing_is_waited_for(
+    read: Callable[[Path], object], put: Callable[[Path], None], tmp_path: Path
+) -> None:
+    put(tmp_path / "config.json")
+    with within(10), pytest.raises((OSError, UserError)):
+        read(tmp_path / "config.json")
+
+
+def test_a_folder_that_is_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to("model")
+    with pytest.raises(UserError, match="model cannot be written"):
+        write(tmp_path / "model", "lost")
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(OSError) as refused:
+        write_file(tmp_path / "file", "text")
+    assert refused.value.filename == str(tmp_path / "file")
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-name", "~nobody-has-this-name/shards"])
+def test_a_home_of_nobody_is_a_name_like_any_other(path: str) -> None:
+    assert expand_home(path) == Path(path)
+    assert expand_home("~/x") == Path("~/x").expanduser()
 
 
 def test_what_is_not_ours_is_refused_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,15 +254,27 @@ def test_without_exchange_two_renames_do(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_killed_processes_left_is_deleted_but_not_what_lives(tmp_path: Path) -> None:
-    for name in (".model.tmp0", ".model.tmp1", ".other.tmp2"):
+    for name in (".model.tmp0", ".model.tmp1", ".other.tmp2", "..model.tmp0.tmp3"):
         (tmp_path / name).mkdir()
-    for name in (".model.tmp0", ".other.tmp2"):
+    for name in (".model.tmp0", ".other.tmp2", "..model.tmp0.tmp3"):
         os.utime(tmp_path / name, (0, 0))
     with atomic_folder(tmp_path / "model") as living:
         os.utime(living, (0, 0))
         write(tmp_path / "model", "meanwhile")
         assert living.is_dir()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.tmp1", ".other.tmp2", "model"]
+
+
+def test_files_that_killed_processes_left_are_deleted_but_not_what_is_being_written(tmp_path: Path) -> None:
+    for name in (".0.png.tmp7", ".1.png.tmp8", "2.png"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".model.tmp9").mkdir()
+    os.utime(tmp_path / ".0.png.tmp7", (0, 0))
+    os.utime(tmp_path / "2.png", (0, 0))
+    remove_leftovers(tmp_path, of_others=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".1.png.tmp8", ".model.tmp9", "2.png"]
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.tmp9", "2.png"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])

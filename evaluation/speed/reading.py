@@ -16,6 +16,7 @@ from scq.data.shards import ShardSet
 from scq.data.stream import Batch, ImageStream
 from scq.data.tokens import TokenStream, TokenWriter
 from scq.engine.errors import DataError
+from scq.engine.files import expand_home
 from scq.engine.references import shown
 
 WEBDATASET, STREAM = "webdataset, plain pipeline", "scq, decoding every image"
@@ -57,7 +58,7 @@ def benchmark_data(
     if opened.manifest["image_size"] is None:
         raise DataError(f"the images of '{shown(opened.location)}' have different sizes: batches cannot be compared")
     # Absolute, because webdataset takes the first word of pipe:... for a protocol, and runs what follows.
-    files = [Path(opened.location).expanduser().absolute() / shard["name"] for shard in opened.manifest["shards"]]
+    files = [expand_home(opened.location).absolute() / shard["name"] for shard in opened.manifest["shards"]]
     if not all(file.is_file() for file in files):
         raise DataError(f"'{shown(opened.location)}' is not a complete folder of this machine: run `scq data check`")
     with tempfile.TemporaryDirectory(prefix="scq-benchmark-") as folder:
