@@ -12,6 +12,8 @@ from typing import Any
 from scq.engine import files
 from scq.engine.errors import UserError
 
+LARGEST = 2**31 - 1  # of the whole numbers that a command is given
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows an option's default where there is one: not for a flag, an empty list, or what has to be given."""
@@ -59,28 +61,25 @@ def add_model(parser: argparse.ArgumentParser, help: str, embedded: bool = False
 
 def positive(text: str) -> int:
     """A whole number of at least 1, as the type of an argument."""
-    if not _is_digits(text) or int(text) < 1:
+    if (number := natural(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
+    return number
 
 
 def natural(text: str) -> int:
     """A whole number of at least 0, as the type of an argument."""
-    if not _is_digits(text):
+    if not text.isdecimal():  # "²" is a digit that Python does not read
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    if len(text) > 10 or int(text) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text[:12]!r} is more than {LARGEST}")
     return int(text)
 
 
 def port_number(text: str) -> int:
     """A whole number from 1 to 65535, as the type of an argument."""
-    if not _is_digits(text) or not 1 <= int(text) <= 65535:
+    if not text.isdecimal() or len(text) > 5 or not 1 <= int(text) <= 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port: a whole number from 1 to 65535")
     return int(text)
-
-
-def _is_digits(text: str) -> bool:
-    """Whether Python reads a text as a whole number: not superscripts, and not thousands of digits."""
-    return text.isdecimal() and len(text) < 20
 
 
 def config_file(text: str) -> Path:

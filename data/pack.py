@@ -32,6 +32,8 @@ from scq.data.source import Entry, Source
 from scq.data.sources import open_source
 from scq.data.storage import with_retries
 from scq.data.transforms import PROTOCOLS, decode, get_protocol
+from scq.engine.checks import whole_number
+from scq.engine.config import MOST_WORKERS
 from scq.engine.errors import BadImage, DataError
 from scq.engine.files import (
     atomic_write,
@@ -93,7 +95,11 @@ def pack(
     Raises:
         DataError: the source is missing, was changed since, or cannot be read; the settings contradict each other or
             what is already in `out`; too many images are unusable; or the disk is full or not writable.
+        UserError: a number is out of range.
     """
+    whole_number("images_per_shard", images_per_shard, 1, 2**31)
+    if workers is not None:
+        whole_number("workers", workers, 0, MOST_WORKERS)
     images = open_source(format, source, split)
     crop = crop or ("none" if keep_encoded and size is None else images.default_crop)
     get_protocol(crop, size)

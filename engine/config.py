@@ -15,15 +15,16 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from scq.engine import checks
 from scq.engine.errors import UserError, first_line
 from scq.engine.files import expand_home, write_file
 from scq.engine.plain_yaml import declared_type, leaves, parse_text, read_yaml, write_yaml
@@ -32,6 +33,16 @@ from scq.engine.references import Referenced, shown
 Schema = TypeVar("Schema")
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of scq; in a checkout, the root of the repository
 CONFIG_ROOT = PACKAGE / "configs"
+LARGEST = 2**31 - 1  # whole number in a config, by value; seeds are made of 64 bits, of which a step needs its own
+MOST_WORKERS, MOST_IMAGES = 1024, 2**20  # processes that read data; images in a batch
+Ranges = list[tuple[str, bool, str]]  # for fields: the name, whether the value is valid, and what it must be
+
+
+@runtime_checkable
+class Section(Protocol):
+    """A part of a config that knows which values no run could use."""
+
+    def ranges(self) -> Ranges: ...
 
 
 @dataclass
@@ -45,6 +56,15 @@ class OptimizerConfig:
     schedule: str = "cosine"  # constant | cosine, after a linear warm-up
     final_share: float = 0.05  # cosine ends at this share of learning_rate
     clip_norm: float = 1.0  # largest gradient norm; 0 turns clipping off
+
+    def ranges(self) -> Ranges:
+        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        positive = ("learning_rate", "weight_decay", "warmup_steps", "clip_norm")
+        return [
+            *((name, 0 <= getattr(self, name) < math.inf, "at least 0, and finite") for name in positive),
+            ("betas", betas, "two numbers in [0, 1)"),
+            ("final_share", 0 <= self.final_share <= 1, "in [0, 1]"),
+        ]
 
 
 @dataclass
@@ -65,6 +85,15 @@ class LoopConfig:
     images_every: int = 500  # steps between pictures in the run folder; 0 for no pictures
     tracker: str = "none"  # none | tensorboard | wandb, in addition to metrics.jsonl
 
+    def ranges(self) -> Ranges:
+        counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
+        return [
+            *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
+            *((name, getattr(self, name) >= 0, "at least 0") for name in ("keep_checkpoints", "images_every")),
+            ("batch_size", self.batch_size <= MOST_IMAGES, f"at most {MOST_IMAGES}"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)"),
+        ]
+
 
 @dataclass
 class DataConfig:
@@ -81,6 +110,14 @@ class DataConfig:
     # full shuffles all images in every epoch; blocks shuffles the shards, then the images within blocks of shards. With
     # blocks, a batch needs only a few shards; with full, a cache would have to fetch nearly one for every image.
     shuffle: str = "full"
+
+    def ranges(self) -> Ranges:
+        return [
+            ("workers", self.workers >= 0, "at least 0"),
+            ("workers", self.workers <= MOST_WORKERS, f"at most {MOST_WORKERS}"),
+            ("max_bad", 0 <= self.max_bad < 1, "in [0, 1)"),
+            ("shuffle", self.shuffle in ("full", "blocks"), "full or blocks"),
+        ]
 
 
 def load_config(schema: type[Schema], path: Path | str | None = None, overrides: list[str] | None = None) -> Schema:
@@ -202,44 +239,29 @@ def _expand_home(config: Any) -> Any:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Refuse values with which no run could train, in the sections that all experiments share.
+    """Refuse values with which no run could train.
 
     Raises:
         UserError: a value is out of range; the message gives its full key.
     """
     for name, good, what in _ranges(config):
         if not good:
-            raise UserError(f"{prefix}{name} is {getattr(config, name)!r}; it must be {what}")
+            raise UserError(f"{prefix}{name} is {checks.shown(getattr(config, name))}; it must be {what}")
     for each in fields(config):
         value = getattr(config, each.name)
         if is_dataclass(value):
             check_ranges(value, f"{prefix}{each.name}.")
 
 
-def _ranges(config: object) -> list[tuple[str, bool, str]]:
-    """For each field: its name, whether its value is valid, and what it must be."""
-    if isinstance(config, LoopConfig):
-        counts = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every")
-        return [
-            *((name, getattr(config, name) >= 1, "at least 1") for name in counts),
-            *((name, getattr(config, name) >= 0, "at least 0") for name in ("keep_checkpoints", "images_every")),
-            ("ema_decay", 0 <= config.ema_decay < 1, "in [0, 1)"),
-        ]
-    if isinstance(config, OptimizerConfig):
-        betas = len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)
-        positive = ("learning_rate", "weight_decay", "warmup_steps", "clip_norm")
-        return [
-            *((name, 0 <= getattr(config, name) < math.inf, "at least 0, and finite") for name in positive),
-            ("betas", betas, "two numbers in [0, 1)"),
-            ("final_share", 0 <= config.final_share <= 1, "in [0, 1]"),
-        ]
-    if isinstance(config, DataConfig):
-        return [
-            ("workers", config.workers >= 0, "at least 0"),
-            ("max_bad", 0 <= config.max_bad < 1, "in [0, 1)"),
-            ("shuffle", config.shuffle in ("full", "blocks"), "full or blocks"),
-        ]
-    return []
+def _ranges(config: object) -> Ranges:
+    """The ranges of a section: its own, and that of every number."""
+    numbers = {each.name: getattr(config, each.name) for each in fields(cast(Any, config))}
+    whole = f"a whole number from {-LARGEST} to {LARGEST}"
+    return [
+        *((name, math.isfinite(value), "finite") for name, value in numbers.items() if type(value) is float),
+        *((name, abs(value) <= LARGEST, whole) for name, value in numbers.items() if type(value) is int),
+        *(config.ranges() if isinstance(config, Section) else []),
+    ]
 
 
 def save_config(config: object, path: Path) -> None:
@@ -306,8 +328,25 @@ def _merge(config: DictConfig, other: dict[str, Any], source: str) -> DictConfig
     try:
         if unset := next((key for key, value in leaves(other) if value == "???"), None):  # it would be left out
             raise UserError(f"{source}: {unset} is ???, which stands for a missing value; give it one")
+        if misplaced := next((key for key in _mappings(other) if OmegaConf.is_list(_at(config, key))), None):
+            raise UserError(f"{source}: wrong value for {misplaced!r}: it is a list, and not a mapping")
         return cast(DictConfig, OmegaConf.merge(config, other))
     except OmegaConfBaseException as error:
         key = error.full_key or error.key or "?"
         kind = "unknown key" if "not in" in str(error) else "wrong value for"
         raise UserError(f"{source}: {kind} {key!r}: {first_line(error)}") from error
+
+
+def _mappings(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The full key of every mapping inside a mapping."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield f"{prefix}{key}"
+            yield from _mappings(value, f"{prefix}{key}.")
+
+
+def _at(config: DictConfig, key: str) -> Any:
+    try:
+        return OmegaConf.select(config, key)
+    except OmegaConfBaseException:  # an unknown key, which merging names
+        return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import load_model
 
 from scq.engine.accelerators import make_accelerator
+from scq.engine.config import check_ranges
 from scq.engine.dry_run import estimate
 from scq.engine.errors import UserError
 from scq.engine.loop import Loop, Trained
@@ -36,6 +37,7 @@ def run(stage: Stage) -> Trained:
     config = stage.config
     if not config.out:
         raise UserError(f"out is empty: name a folder for the run, for example out=runs/{stage.name}")
+    check_ranges(config)
     accelerator = make_accelerator(config.training, begun_precision(config))
     stream = stage.open_stream(accelerator)
     task = stage.build(accelerator)

@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+NORMS = ("group", "spectral")
+MOST_CHANNELS, MOST_LAYERS = 2**12, 12
+
 
 class PatchDiscriminator(nn.Module):
     """Images (B, 3, H, W) in [-1, 1] -> patch logits (B, 1, h, w), positive for real.
@@ -24,7 +27,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 64, layers: int = 3, norm: str = "group"):
         super().__init__()
-        if norm not in ("group", "spectral"):
+        if norm not in NORMS:
             raise ValueError(f"norm must be group or spectral, not {norm!r}")
         bounded = spectral_norm if norm == "spectral" else nn.Identity()
         widths = [channels * min(2**i, 8) for i in range(layers + 1)]

@@ -11,6 +11,7 @@ from torch import nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import VGG16_Weights, vgg16
 
+from scq.engine.config import Ranges
 from scq.engine.errors import UserError, first_line
 from scq.engine.processes import rank_and_world_size, sum_across_processes
 from scq.engine.schedules import linear_ramp
@@ -24,7 +25,7 @@ from scq.stage1_tokenizer.adversarial import (
     generator_loss,
     gradient_penalty,
 )
-from scq.stage1_tokenizer.discriminator import PatchDiscriminator
+from scq.stage1_tokenizer.discriminator import MOST_CHANNELS, MOST_LAYERS, NORMS, PatchDiscriminator
 
 
 @dataclass
@@ -48,6 +49,18 @@ class LossConfig:
     r1_every: int = 16  # steps between penalties, each of which counts this many times
     lecam: float = 0.0  # weight of LeCam regularization
     augment: list[str] = field(default_factory=list)  # for small sets: colour, shift, cutout
+
+    def ranges(self) -> Ranges:
+        weights = ("l1", "l2", "perceptual", "adversarial", "adaptive_max", "r1", "lecam")
+        steps = ("adversarial_start", "adversarial_ramp", "discriminator_lead")
+        return [
+            *((name, getattr(self, name) >= 0, "at least 0") for name in (*weights, *steps)),
+            ("r1_every", self.r1_every >= 1, "at least 1"),
+            ("game", self.game in GAMES, " or ".join(GAMES)),
+            ("discriminator_norm", self.discriminator_norm in NORMS, " or ".join(NORMS)),
+            ("discriminator_channels", 1 <= self.discriminator_channels <= MOST_CHANNELS, f"1 to {MOST_CHANNELS}"),
+            ("discriminator_layers", 1 <= self.discriminator_layers <= MOST_LAYERS, f"1 to {MOST_LAYERS}"),
+        ]
 
 
 class PerceptualLoss(nn.Module):

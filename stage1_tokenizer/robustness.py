@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scq.engine.config import Ranges
 from scq.engine.errors import UserError
 from scq.stage1_tokenizer.quantizers import Quantized, Quantizer
 
@@ -24,6 +25,9 @@ class RobustnessConfig:
     neighbours: int = 8  # how many nearest codes a token may be swapped for
     final_share: float = 0.0  # swapped_share changes linearly to this
     steps: int = 0  # steps that the change takes; 0 keeps swapped_share throughout
+
+    def ranges(self) -> Ranges:
+        return [("steps", self.steps >= 0, "at least 0")]
 
 
 class NeighbourSwap(NamedTuple):

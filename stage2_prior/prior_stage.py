@@ -85,7 +85,7 @@ def build_prior(config: PriorExperiment, tokens: TokenDataset, codes: Tensor) ->
     architecture = config.architecture
     if architecture.class_conditional and not tokens.num_classes:
         raise UserError(f"architecture.class_conditional=true, but {config.data.train} has no classes")
-    if architecture.width % architecture.heads:
+    if architecture.heads > 0 and architecture.width % architecture.heads:  # else the transformer refuses them
         raise UserError(
             f"architecture.width={architecture.width} is not a multiple of architecture.heads={architecture.heads}"
         )

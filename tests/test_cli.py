@@ -74,6 +74,7 @@ def test_no_command_is_missing_from_these_tests() -> None:
         (["tokenize", "--model", "no-such-model", "--data", "x", "--out", "OUT"], "no-such-model"),
         (["sample", "--model", "no-such-model", "--out", "OUT"], "no-such-model"),
         (["sample", "--model", "x", "--out", "OUT", "--num", "0"], "--num"),
+        (["sample", "--model", "x", "--out", "OUT", "--num", "9" * 25], "--num"),
         (["evaluate", "--model", "x", "--data", "no-such-shards", "--out", "OUT"], "no-such-shards"),
         (["app", "--model", "no-such-model"], "no-such-model"),
         (["paint"], "paint"),

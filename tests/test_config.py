@@ -1,5 +1,7 @@
 """Configs: inheritance, overrides, and mistakes that are named."""
 
+import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,10 +10,12 @@ import torch
 
 from scq.engine.config import CONFIG_ROOT, as_dict, load_config, save_config
 from scq.engine.errors import UserError
+from scq.engine.plain_yaml import leaves
+from scq.engine.run import run
 from scq.evaluation.benchmark.run import BenchmarkConfig
 from scq.evaluation.benchmark.tokenizers import ComparisonConfig
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
-from scq.stage1_tokenizer.stage import TokenizerExperiment, build_tokenizer
+from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage, build_tokenizer
 from scq.stage2_prior.prior_stage import PriorExperiment, build_prior
 from scq.stage2_prior.refiner_stage import RefinerExperiment, build_refiner
 from scq.stage2_prior.scheduler import parse_settings
@@ -147,11 +151,46 @@ def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
         ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan"),
         ("data.workers=-1", "data.workers is -1"),
         ("data.shuffle=some", "data.shuffle is 'some'; it must be full or blocks"),
+        ("data.workers=1000000000", "data.workers is 1000000000; it must be at most 1024"),
+        ("training.batch_size=1000000000", "training.batch_size is 1000000000; it must be at most 1048576"),
+        ("training.seed=9223372036854775807", "training.seed is 9223372036854775807; it must be a whole number from"),
+        (f"training.steps={10**30}", r"training.steps is 2\*\*99 or beyond; it must be a whole number from"),
+        ("optimizer.betas={a: 1}", "wrong value for 'optimizer.betas': it is a list, and not a mapping"),
+        ("architecture.channels={}", "wrong value for 'architecture.channels'"),
+        ("loss.adaptive_max=nan", "loss.adaptive_max is nan; it must be finite"),
+        ("loss.adversarial=inf", "loss.adversarial is inf; it must be finite"),
+        ("loss.perceptual=-1", "loss.perceptual is -1.0; it must be at least 0"),
+        ("loss.game=chess", "loss.game is 'chess'; it must be hinge or non-saturating"),
+        ("loss.discriminator_norm=none", "loss.discriminator_norm is 'none'; it must be group or spectral"),
+        ("loss.discriminator_layers=1000000000", "loss.discriminator_layers is 1000000000; it must be 1 to 12"),
+        ("robustness.steps=-1", "robustness.steps is -1; it must be at least 0"),
     ],
 )
 def test_a_wrong_override_is_named(override: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
         load_config(TokenizerExperiment, None, [override])
+
+
+def test_a_config_from_python_is_checked_as_well(tmp_path: Path) -> None:
+    config = TokenizerExperiment(out=str(tmp_path))
+    config.loss.lecam = math.nan
+    with pytest.raises(UserError, match=r"loss\.lecam is nan; it must be finite"):
+        run(TokenizerStage(config))
+
+
+@pytest.mark.parametrize("experiment", [TokenizerExperiment, PriorExperiment, RefinerExperiment])
+def test_every_number_of_a_config_has_an_end(experiment: type) -> None:
+    for key, default in leaves(as_dict(experiment())):
+        if type(default) in (int, float):
+            for value in ("nan", "inf") if type(default) is float else (2**31, -(2**40), 10**30):
+                with pytest.raises(UserError, match=f"^{re.escape(key)} is "):
+                    load_config(experiment, None, [f"{key}={value}"])
+
+
+def test_a_prior_without_heads_is_refused() -> None:
+    tokens = SimpleNamespace(codebook_size=16, grid=(2, 2), num_classes=0, class_names=(), fingerprint="f00d")
+    with pytest.raises(UserError, match="heads=0 must be a whole number, at least 1"):
+        build_prior(load_config(PriorExperiment, None, ["architecture.heads=0"]), tokens, torch.empty(16, 4))
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from scq.data.pack import TIMES, pack
 from scq.data.shards import ShardSet, key_of, member_name
 from scq.data.source import IMAGE_SUFFIXES, FolderSource, Source
 from scq.data.transforms import PROTOCOLS, decode
-from scq.engine.errors import DataError
+from scq.engine.errors import DataError, UserError
 from scq.evaluation.reference import Reference
 
 
@@ -164,6 +164,13 @@ def test_an_interrupted_pack_goes_on_after_the_last_complete_shard(folder, tmp_p
     assert min(seen) > 40
     packed(folder, tmp_path / "straight", images_per_shard=8)
     assert tree_bytes(tmp_path / "out") == tree_bytes(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("setting", [{"workers": 100_000}, {"workers": -1}, {"images_per_shard": 10**25}])
+def test_numbers_without_an_end_are_refused(tmp_path, setting):
+    write_folder(tmp_path / "photos", 2)
+    with pytest.raises(UserError, match=f"^{next(iter(setting))}=.* must be a whole number"):
+        pack(tmp_path / "photos", tmp_path / "set", format="folder", size=8, **setting)
 
 
 def test_two_packs_at_once_are_refused(folder, tmp_path):

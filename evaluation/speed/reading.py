@@ -15,6 +15,8 @@ import torch
 from scq.data.shards import ShardSet
 from scq.data.stream import Batch, ImageStream
 from scq.data.tokens import TokenStream, TokenWriter
+from scq.engine.checks import whole_number
+from scq.engine.config import MOST_WORKERS
 from scq.engine.errors import DataError
 from scq.engine.files import expand_home
 from scq.engine.references import shown
@@ -53,7 +55,9 @@ def benchmark_data(
 
     Raises:
         DataError: the set is missing or remote, or has images of different sizes.
+        UserError: there are more workers than MOST_WORKERS.
     """
+    whole_number("workers", workers, 0, MOST_WORKERS)
     opened = ShardSet(shards)
     if opened.manifest["image_size"] is None:
         raise DataError(f"the images of '{shown(opened.location)}' have different sizes: batches cannot be compared")
