@@ -15,7 +15,7 @@ from scq.engine.errors import DataError
 from scq.engine.files import open_plain
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_LONGEST_HEADER = 4096  # bytes; numpy writes 128
+LONGEST_HEADER = 4096  # bytes; numpy writes 128
 _SETTLED = 1.0  # seconds after which a file system surely gives a changed file another time
 _verified: set[tuple[object, ...]] = set()  # files of this process whose digest was right, as they were then
 
@@ -39,7 +39,7 @@ def map_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
         with open_plain(path) as file, warnings.catch_warnings():
             try:
                 warnings.simplefilter("error")  # about headers that Python 2 wrote; we never did
-                found = _HEADERS[np.lib.format.read_magic(file)](file, max_header_size=_LONGEST_HEADER)
+                found = _HEADERS[np.lib.format.read_magic(file)](file, max_header_size=LONGEST_HEADER)
             except OSError:
                 raise
             except Exception as error:  # numpy's parser has an error of its own for every kind of damage

@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from scq.data.arrays import is_intact, map_array
+from scq.data.arrays import LONGEST_HEADER, is_intact, map_array
 from scq.data.manifest import IMAGES, MANIFEST, contents_fingerprint, parse_manifest
 from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, Storage, open_storage, with_retries
 from scq.engine.errors import DataError
@@ -172,7 +172,9 @@ class ShardSet:
         if isinstance(self.storage, RemoteStorage):
             folder = expand_home(cache) if cache else cache_folder()
             digests = {shard["name"]: shard["sha256"] for shard in self.manifest["shards"]}
-            self._kept = CachedStorage(self.storage, folder / self.fingerprint[:16], digests)
+            sizes = {shard["name"]: shard["bytes"] for shard in self.manifest["shards"]}
+            sizes[index_name(self.manifest)] = len(self) * ROW.itemsize + LONGEST_HEADER
+            self._kept = CachedStorage(self.storage, folder / self.fingerprint[:16], digests, sizes)
             if cache:
                 self.storage = self._kept
 

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import fsspec
 
+from scq.data.pace import LARGEST_MANIFEST, Pace
 from scq.engine.errors import DataError
 from scq.engine.files import atomic_write, expand_home, make_folder, open_plain, sha256_of
 from scq.engine.references import HIDDEN, shown, without_urls
@@ -30,7 +31,6 @@ PROTOCOLS = ("file", "http", "https", "s3", "gs", "hf")
 PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between attempts at a failing read
 OPEN_FILES = 64
 PIECE = 2**24
-LARGEST_MANIFEST = 2**28  # bytes; a tenth is enough for a thousand million images in shards of 10,000
 T = TypeVar("T")
 # What no other attempt changes: there is no such file, it may not be read, is no plain file, or has no possible name.
 _LASTING = (FileNotFoundError, PermissionError, NotADirectoryError)
@@ -164,7 +164,12 @@ class RemoteStorage(Storage):
             try:
                 # Not fsspec's url_to_fs, which would look for chains in the URL.
                 system_of = fsspec.get_filesystem_class(protocol)
-                system = system_of(**system_of._get_kwargs_from_urls(url))
+                options = system_of._get_kwargs_from_urls(url)
+                if protocol in ("http", "https"):
+                    from scq.data.http_client import get_client  # its library comes with fsspec's own for HTTP
+
+                    options = {**options, "get_client": get_client}
+                system = system_of(**options)
                 path = system_of._strip_protocol(url)
             except (ImportError, ValueError) as error:
                 reason = without_urls(str(error))
@@ -176,14 +181,21 @@ class RemoteStorage(Storage):
     def read(self, name: str) -> bytes:
         def whole() -> bytes:
             system, path = self._connect()
-            return system.cat_file(f"{path}/{name}")
+            text = system.cat_file(f"{path}/{name}")
+            if len(text) > LARGEST_MANIFEST:
+                raise DataError(f"{self.describe(name)} is larger than any manifest")
+            return text
 
         return with_retries(whole, self.describe(name))
 
-    def fetch(self, name: str, target: Path) -> None:
-        """Copy the whole file to a local path, without retries."""
+    def fetch(self, name: str, target: Path, most: int) -> None:
+        """Copy the whole file, of at most so many bytes, to a local path, without retries.
+
+        Raises:
+            DataError: it has more of them.
+        """
         system, path = self._connect()
-        system.get_file(f"{path}/{name}", str(target))
+        system.get_file(f"{path}/{name}", str(target), callback=_Watched(most, self.describe(name)))
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         def read() -> bytes:
@@ -215,16 +227,30 @@ class RemoteStorage(Storage):
         return {**self.__dict__, "_system": None}
 
 
+class _Watched(fsspec.Callback):
+    """Ends a transfer of more bytes than there can be, or one that has no end."""
+
+    def __init__(self, most: int, what: str):
+        super().__init__()
+        self.pace, self.what = Pace(most), what
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self.pace.add(inc):
+            raise DataError(f"{self.what} is longer than its manifest says; the set was changed, or its server fails")
+
+
 class CachedStorage(Storage):
     """A remote folder whose files are fetched whole and verified on first use, then read from a local copy.
 
     Args:
         folder: of the local copies; several processes may share it.
         digests: the expected sha256 of each file; files without one are not verified.
+        sizes: the bytes that each file has at most.
     """
 
-    def __init__(self, remote: RemoteStorage, folder: Path, digests: dict[str, str]):
-        self.remote, self.location, self.digests = remote, remote.location, digests
+    def __init__(self, remote: RemoteStorage, folder: Path, digests: dict[str, str], sizes: dict[str, int]):
+        self.remote, self.location, self.digests, self.sizes = remote, remote.location, digests, sizes
         self.local = LocalStorage(folder)
         self._ready: set[str] = set()
 
@@ -251,7 +277,7 @@ class CachedStorage(Storage):
 
     def _download(self, name: str, path: Path) -> None:
         with atomic_write(path) as target:
-            self.remote.fetch(name, Path(target.name))
+            self.remote.fetch(name, Path(target.name), self.sizes[name])
             if self.digests.get(name) not in (None, sha256_of(Path(target.name))):
                 raise EOFError("what arrived has another sha256 than the manifest says")
 

@@ -1,5 +1,6 @@
 """Sets behind a URL: range requests, local cache, retries, and errors that name the file."""
 
+import contextlib
 import gc
 import http.server
 import itertools
@@ -9,6 +10,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -17,11 +19,12 @@ import pytest
 import torch
 from data_samples import write_folder
 from fsspec.implementations.local import LocalFileSystem
+from helpers import within
 
 from scq.data.check import check
 from scq.data.pack import pack
 from scq.data.shards import ShardSet
-from scq.data.storage import LocalStorage, RemoteStorage, with_retries
+from scq.data.storage import CachedStorage, LocalStorage, RemoteStorage, with_retries
 from scq.data.stream import ImageStream, iterate_once
 from scq.engine.errors import DataError
 from scq.engine.references import Referenced
@@ -259,6 +262,59 @@ def test_a_server_cannot_lead_to_a_file(server, shards, monkeypatch):
     )
     with pytest.raises(DataError, match=r"manifest.json' cannot be read"):
         ImageStream(server.url, batch_size=1)
+
+
+def endless(self, status, first=b""):
+    """Answer without an end, until the client leaves."""
+    self.send_response(status)
+    self.end_headers()
+    self.close_connection = True
+    with contextlib.suppress(OSError):
+        self.wfile.write(first)
+        while self.command == "GET" and self.server.sent < 2**29:
+            self.server.sent += self.wfile.write(bytes(2**16))
+
+
+@pytest.mark.parametrize("endless_file", ["manifest.json", "index", "shard"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_server_without_an_end_is_left(server, tmp_path, monkeypatch, endless_file, cached):
+    monkeypatch.setattr("scq.data.pace.LARGEST_MANIFEST", 2**22)
+    monkeypatch.setattr("scq.data.http_client.LARGEST_MANIFEST", 2**22)
+    monkeypatch.setattr("scq.data.storage.LARGEST_MANIFEST", 2**22)
+    server.sent, answer = 0, Handler.do_GET
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: endless(self, 206) if f"/{endless_file}" in self.path else answer(self)
+    )
+    with within(30), pytest.raises(DataError, match=f"{endless_file}.* (longer than|larger than|ignores range)"):
+        next(ImageStream(server.url, batch_size=4, cache=tmp_path / "cache" if cached else None).iterate())
+    assert server.sent < 2**27, "no more than was on its way"
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_server_that_drips_or_says_nothing_is_left(server, tmp_path, monkeypatch, cached):
+    monkeypatch.setattr("scq.data.pace.PATIENCE", 0.5)
+    monkeypatch.setattr("scq.data.http_client.PATIENCE", 0.5)
+    clients = fsspec.get_filesystem_class("http")
+    clients.clear_instance_cache()  # or the patient one of another test would serve
+
+    def drip(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b" " * self.server.drops)
+                time.sleep(0.1)
+
+    monkeypatch.setattr(Handler, "do_GET", drip)
+    for server.drops in (0, 1):
+        with within(30), pytest.raises(DataError, match=r"manifest.json' cannot be read after 3 tries: .*Timeout"):
+            ImageStream(server.url, batch_size=4, cache=tmp_path / "cache" if cached else None)
+    storage = CachedStorage(RemoteStorage(server.url), tmp_path, {}, {"shard-000000.tar": 10**6})
+    with within(30), pytest.raises(DataError, match=r"shard-000000.tar' cannot be read after 3 tries: .*Timeout"):
+        storage.read_range("shard-000000.tar", 0, 1)
+    clients.clear_instance_cache()
 
 
 def test_messages_do_not_tell_credentials(server, tmp_path):
