@@ -134,7 +134,7 @@ def remove_leftovers(folder: Path, of_others: bool = False) -> None:
 def sha256_of(path: Path) -> str:
     """The sha256 of a file as hexadecimal text; the file is read in chunks."""
     with open_plain(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  it is buffered
 
 
 def cache_folder() -> Path:

@@ -25,6 +25,7 @@ from scq.engine.files import (
 )
 from scq.engine.plain_json import read_json
 from scq.engine.plain_yaml import leaves
+from scq.engine.progress import say
 from scq.engine.references import Referenced
 
 # Settings that may differ between the run that wrote a folder and the one that resumes it. The paths of data and
@@ -148,6 +149,8 @@ class RunFolder:
     def _refuse_other_settings(self) -> None:
         saved = _saved_settings(self.path, type(self._config))
         if saved is None:
+            if self.is_main and whole_checkpoints(self.path / "checkpoints"):
+                say(f"warning: {self.path} lacks its config.yaml: its checkpoints may be of a run with other settings")
             return
         asked, used = dict(leaves(saved_form(self._config))), dict(leaves(as_dict(self._config)))
         if saved.get("training.precision") == "auto":  # older runs did not record which one that was

@@ -62,6 +62,8 @@ def load_model(root: Path) -> tuple[Model, Measured]:
 
 def _load(root: Path) -> tuple[Model, Measured]:
     tokenizer = load_tokenizer(root / "tokenizer")
+    if not (root / "prior").is_dir():  # a path such as model/prior could also be the name of a model on the hub
+        raise UserError(f"{root} has no folder 'prior': the model is damaged, fetch or export it again")
     prior = MaskedTransformer.from_pretrained(root / "prior", local_files_only=True)
     # Not wherever there is a folder: a user's own files may be left in that of a refiner that is gone.
     refines = any((root / "refiner" / name).exists() for name in ("config.json", SAFETENSORS_WEIGHTS_NAME))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import make_pipe, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -186,6 +187,24 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.yaml").write_text("# resolved by scq\n" + OmegaConf.to_yaml(OmegaConf.structured(own)))
     more = ["optimizer.schedule=${oc.env:NOPE,constant}", *FEW, "training.steps=3"]
     assert train_prior(stripes_config(tokens, tmp_path / "run", *more)).steps == 3
+
+
+def test_a_run_whose_config_is_gone_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = write_stripes(tmp_path / "tokens")
+    train_prior(stripes_config(tokens, tmp_path / "run", *FEW))
+    assert "config.yaml" not in capsys.readouterr().err
+    (tmp_path / "run" / "config.yaml").unlink()
+    assert train_prior(stripes_config(tokens, tmp_path / "run", *FEW, "training.steps=3")).steps == 3
+    assert "run lacks its config.yaml: its checkpoints may be of a run with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", [".lock", "metrics.jsonl"])
+def test_a_pipe_in_a_run_is_not_waited_for(file: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    make_pipe(tmp_path / "run" / file)
+    with within(30), pytest.raises(OSError) as refused:
+        train_prior(stripes_config(write_stripes(tmp_path / "tokens"), tmp_path / "run", *FEW))
+    assert refused.value.filename == str(tmp_path / "run" / file)
 
 
 def test_overrides_in_a_benchmarks_config_keep_their_references(tmp_path: Path) -> None:

@@ -128,6 +128,13 @@ def test_a_model_from_others_is_refused_at_once_and_in_words(
             load_tokenizer(folder)
 
 
+def test_a_model_without_its_prior_is_not_looked_for_on_a_hub(tmp_path: Path) -> None:
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "prior")
+    with pytest.raises(UserError, match="model has no folder 'prior': the model is damaged"):
+        open_model(tmp_path / "model")
+
+
 @pytest.mark.parametrize("quantizer", quantizer_names())
 def test_a_good_tokenizer_of_any_quantizer_is_loaded(tmp_path: Path, quantizer: str) -> None:
     tokenizer = ImageTokenizer(16, (8, 16), latent_dim=4, codebook_size=64, quantizer_name=quantizer)
