@@ -254,12 +254,13 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def _ranges(config: object) -> Ranges:
-    """The ranges of a section: its own, and that of every number."""
-    numbers = {each.name: getattr(config, each.name) for each in fields(cast(Any, config))}
+    """The ranges of a section: its own, and those of every number and text."""
+    values = {each.name: getattr(config, each.name) for each in fields(cast(Any, config))}
     whole = f"a whole number from {-LARGEST} to {LARGEST}"
     return [
-        *((name, math.isfinite(value), "finite") for name, value in numbers.items() if type(value) is float),
-        *((name, abs(value) <= LARGEST, whole) for name, value in numbers.items() if type(value) is int),
+        *((name, math.isfinite(value), "finite") for name, value in values.items() if type(value) is float),
+        *((name, abs(value) <= LARGEST, whole) for name, value in values.items() if type(value) is int),
+        *((name, "\0" not in value, "text without NUL") for name, value in values.items() if isinstance(value, str)),
         *(config.ranges() if isinstance(config, Section) else []),
     ]
 

@@ -46,7 +46,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             temporary.replace(path)
             sync_folder(path.parent)
     except OSError as error:
-        if error.filename == str(temporary):
+        if str(error.filename) == str(temporary):
             error.filename = str(path)  # the name that the user knows
         raise
     finally:

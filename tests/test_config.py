@@ -157,6 +157,7 @@ def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
         (f"training.steps={10**30}", r"training.steps is 2\*\*99 or beyond; it must be a whole number from"),
         ("optimizer.betas={a: 1}", "wrong value for 'optimizer.betas': it is a list, and not a mapping"),
         ("architecture.channels={}", "wrong value for 'architecture.channels'"),
+        ("out=a\0b", r"out is 'a\\x00b'; it must be text without NUL"),
         ("loss.adaptive_max=nan", "loss.adaptive_max is nan; it must be finite"),
         ("loss.adversarial=inf", "loss.adversarial is inf; it must be finite"),
         ("loss.perceptual=-1", "loss.perceptual is -1.0; it must be at least 0"),

@@ -86,6 +86,9 @@ def test_an_error_names_the_file_that_was_asked_for(tmp_path: Path) -> None:
     with pytest.raises(OSError) as refused:
         write_file(tmp_path / "file", "text")
     assert refused.value.filename == str(tmp_path / "file")
+    with pytest.raises(FileNotFoundError) as refused, atomic_write(tmp_path / "missing" / "file"):
+        pass
+    assert refused.value.filename == str(tmp_path / "missing" / "file")
 
 
 @pytest.mark.parametrize("path", ["~nobody-has-this-name", "~nobody-has-this-name/shards"])
