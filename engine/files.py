@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -127,7 +128,8 @@ def remove_leftovers(folder: Path, of_others: bool = False) -> None:
     """
     for path in folder.glob(".*.tmp*"):
         with suppress(FileNotFoundError):  # another process may have renamed it
-            if path.is_file() and not (of_others and time.time() - path.stat().st_mtime < JUST_MADE):
+            ours = re.fullmatch(r"\..+\.tmp\d+", path.name) and path.is_file()
+            if ours and not (of_others and time.time() - path.stat().st_mtime < JUST_MADE):
                 path.unlink()
 
 

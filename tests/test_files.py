@@ -269,15 +269,16 @@ def test_what_killed_processes_left_is_deleted_but_not_what_lives(tmp_path: Path
 
 
 def test_files_that_killed_processes_left_are_deleted_but_not_what_is_being_written(tmp_path: Path) -> None:
-    for name in (".0.png.tmp7", ".1.png.tmp8", "2.png"):
+    others = [".notes.tmp", ".notes.tmp.txt", ".page.tmpl", "2.png"]
+    for name in (".0.png.tmp7", ".1.png.tmp8", *others):
         (tmp_path / name).write_text("half")
     (tmp_path / ".model.tmp9").mkdir()
-    os.utime(tmp_path / ".0.png.tmp7", (0, 0))
-    os.utime(tmp_path / "2.png", (0, 0))
+    for name in (".0.png.tmp7", *others):
+        os.utime(tmp_path / name, (0, 0))
     remove_leftovers(tmp_path, of_others=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".1.png.tmp8", ".model.tmp9", "2.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".1.png.tmp8", ".model.tmp9", *others])
     remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.tmp9", "2.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".model.tmp9", *others])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
