@@ -1,5 +1,6 @@
 """Quantizers as layers: what the autoencoder, the prior and a checkpoint may rely on."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from torch import nn
 
 from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer, VectorQuantizer, create_quantizer
 from scq.stage1_tokenizer.quantizers.kmeans import kmeans
+from scq.stage1_tokenizer.solver import compiled, compiled_rows
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -368,6 +370,23 @@ class _Decoder(nn.Conv2d):
 
     def forward(self, quantized):
         return super().forward(quantized.z_q), quantized.loss
+
+
+def test_inside_a_compiled_model_it_computes_the_same(monkeypatch):
+    for function in ("solve_all", "combine_all", "gradient_all"):  # as in a process that has not called them yet
+        fresh = compiled_rows.compiled_in_parallel(getattr(compiled, function).py_func)
+        monkeypatch.setattr(compiled, function, fresh)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 6, 1), create_quantizer("scq", codebook_size=64, dim=6))
+    inside = copy.deepcopy(plain)
+    results = []
+    for network, call in ((inside, torch.compile(inside, backend="eager")), (plain, plain)):
+        torch.manual_seed(1)
+        out = call(latents(2, 3, 4))
+        (out.z_q.square().sum() + out.loss).backward()
+        results.append({"z_q": out.z_q.detach(), "indices": out.indices, "gradient": network[0].weight.grad})
+    assert results[0]["gradient"].abs().sum() > 0
+    assert same(*results)
 
 
 def test_vq_trains_as_published():

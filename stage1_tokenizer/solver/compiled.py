@@ -7,6 +7,7 @@ numba compiles at the first call, and the result is kept on disk. Rows are share
 Linux are torch's own: threads of another pool would compete with torch's, which spin for a while after their work.
 """
 
+import sys
 import threading
 from typing import Any
 
@@ -93,4 +94,6 @@ def _in_threads(shared: Any, *arguments: Any) -> None:
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         if torch.get_num_threads() != threads:  # when numba starts OpenMP's threads, it sets their number for torch too
             torch.set_num_threads(threads)
+        if "torch._dynamo" in sys.modules:  # inside a compiled model: torch would trace numba's compiler, and fail
+            shared = torch.compiler.disable(shared)
         shared(*arguments)
