@@ -88,6 +88,9 @@ def add_tokenize(commands: Any) -> None:
         "--views", type=positive, default=1, help="augmented views of each image; 2 adds its mirror image"
     )
     parser.add_argument("--cache", help="folder that keeps the shards of a URL; without it, every image is a request")
+    parser.add_argument(
+        "--max-bad", type=float, default=0.0, help="share of images that may be unusable; the next take their place"
+    )
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -99,7 +102,7 @@ def _tokenize(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.model)
     join_processes()
     with progress_bar("tokenize", quiet=rank_and_world_size()[0] > 0) as bar:
-        settings = (options.batch_size, options.views, options.cache)
+        settings = (options.batch_size, options.views, options.cache, options.max_bad)
         tokens = write_tokens(tokenizer, options.data, options.out, *settings, progress=bar)
     h, w = tokens.grid
     say_once(f"{options.out}: {len(tokens)} grids of {h}x{w} codes out of {tokens.codebook_size}")

@@ -145,6 +145,10 @@ def too_many(bad: dict[int, str], allowed: int) -> DataError:
     return DataError(f"{len(bad)} images cannot be used, but at most {allowed} may be bad (see max_bad): {first}, ...")
 
 
+def _replaced(wrong: str) -> str:
+    return f"{wrong}; the next image of the set takes its place"
+
+
 class _Batches(Dataset):
     """The batches of one rank by the position of their global batch; all that a DataLoader worker needs."""
 
@@ -269,7 +273,7 @@ class ImageStream(ResumableStream):
         for image, wrong in bad.items():
             if image not in self.bad:
                 self.bad[image] = wrong
-                say(f"{wrong}; the next image of the set takes its place")
+                say(_replaced(wrong))
         self._refuse_too_many()
         return batch
 
@@ -323,10 +327,11 @@ def iterate_once(
         batch_size: of this rank.
         limit: take only the first ``limit`` images of the set.
         start: skip this many images of this rank's part without reading them.
-        cache, max_bad: see ImageStream.
+        cache: see ImageStream.
+        max_bad: likewise, of the images that this rank reads. Each image that another takes the place of is named.
 
     Raises:
-        DataError: the set is missing or damaged.
+        DataError: the set is missing or damaged, or an image cannot be used and may not be bad.
     """
     rank_slice(batch_size * world_size, rank, world_size)
     opened = ShardSet(shards, cache)
@@ -335,4 +340,8 @@ def iterate_once(
     reader = ImageReader(opened, False, max_bad)
     for begin in range(first + start, last, batch_size):
         images = np.arange(begin, min(begin + batch_size, last), dtype=np.int64)
-        yield reader.batch(images, images)
+        known = len(reader.bad)
+        batch = reader.batch(images, images)
+        for wrong in list(reader.bad.values())[known:]:
+            say(_replaced(wrong))
+        yield batch

@@ -25,6 +25,7 @@ def write_tokens(
     batch_size: int = 64,
     views: int = 1,
     cache: str | None = None,
+    max_bad: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenDataset:
     """Write the dominant codes of every image once, in the order of the shards.
@@ -35,11 +36,14 @@ def write_tokens(
         batch_size: images per process and batch.
         views: augmented views of each image, see data.views; a prior sees one of them at a time.
         cache: folder that keeps the shards of a URL, see data.shards.ShardSet.
+        max_bad: share of the set's images that may be unusable in this process. The next one is tokenized in place of
+            each, so that there are as many grids as images, whatever the number of processes.
         progress: called as progress(done, total), in images of this process.
 
     Raises:
-        UserError: the tokenizer has no codes.
-        DataError: the shards are missing or damaged, or ``out`` holds other tokens.
+        UserError: the tokenizer has no codes, or ``max_bad`` is not in [0, 1).
+        DataError: the shards are missing or damaged, more images are unusable than may be, or ``out`` holds other
+            tokens.
     """
     if not tokenizer.quantizer.has_codes:
         name = tokenizer.config.quantizer_name
@@ -49,6 +53,8 @@ def write_tokens(
     source = ShardSet(shards, cache)
     mine = len(source) * (state.process_index + 1) // state.num_processes
     mine -= len(source) * state.process_index // state.num_processes
+    if not 0 <= max_bad < 1:
+        raise UserError(f"the largest share of unusable images must be in [0, 1), not {max_bad}")
     writer = TokenWriter(
         out,
         grid=tokenizer.grid,
@@ -65,7 +71,7 @@ def write_tokens(
     done = writer.num_written
     if not writer.complete:
         part = {"rank": state.process_index, "world_size": state.num_processes, "start": writer.num_written}
-        batches = iterate_once(shards, batch_size, cache=cache, **part)
+        batches = iterate_once(shards, batch_size, cache=cache, max_bad=max_bad, **part)
         for batch in batches:
             indices = torch.stack(
                 [

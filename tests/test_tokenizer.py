@@ -1,5 +1,6 @@
 """Stage 1: shapes, losses, and that a tokenizer learns, saves, loads and says what is wrong."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 from torchvision.models import vgg16
 
+from scq.data.shards import ShardSet
 from scq.data.stream import iterate_once
 from scq.engine.accelerators import make_accelerator
 from scq.engine.config import CONFIG_ROOT, load_config
-from scq.engine.errors import UserError
+from scq.engine.errors import DataError, UserError
 from scq.engine.run import dry_run, run
 from scq.engine.tracking import read_metrics
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
@@ -140,6 +142,30 @@ def test_views_of_an_image_are_tokenized_beside_each_other(emoji: dict[str, Path
     for view, pixels in enumerate((images, images.flip(-1))):
         found = tokens.read(numbers, np.full(20, view))
         assert (found == tokenizer.encode(to_float(pixels)).indices).float().mean() > 0.999
+
+
+def test_tokens_of_an_unusable_image_are_those_of_the_next(
+    emoji: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, tokenizer = tmp_path / "shards", small().eval()
+    shutil.copytree(emoji["test"], shards)
+    row, key = ShardSet(shards).rows[3], ShardSet(shards).key(3)
+    shard = shards / f"shard-{row['shard']:06d}.tar"
+    content, start = bytearray(shard.read_bytes()), int(row["offset"])
+    content[start + 40 : start + 120] = bytes(80)
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=f"image '{key}' of "):
+        write_tokens(tokenizer, shards, tmp_path / "tokens")
+    tokens = write_tokens(tokenizer, shards, tmp_path / "tokens", max_bad=0.01)
+    assert capsys.readouterr().err.count(key) == 1
+    whole = write_tokens(tokenizer, emoji["test"], tmp_path / "whole")
+    wanted = np.arange(len(whole))
+    wanted[3] = 4
+    numbers, views = np.arange(len(whole)), np.zeros(len(whole), int)
+    assert len(tokens) == len(whole)
+    assert torch.equal(tokens.read(numbers, views), whole.read(wanted, views))
+    with pytest.raises(UserError, match="must be in"):
+        write_tokens(tokenizer, shards, tmp_path / "tokens", max_bad=1)
 
 
 @pytest.fixture(scope="session")
