@@ -130,7 +130,18 @@ class ImageTokenizer(Network):
         return self.decoder.conv_out.weight
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> latents before quantization (B, F, H / factor, W / factor)."""
+        """Images (B, 3, H, W) in [-1, 1] -> latents before quantization (B, F, H / factor, W / factor).
+
+        Raises:
+            UserError: the images are not floating, or not of that shape with sides that the encoder can shrink.
+        """
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or 0 in shape or shape[2] % self.factor or shape[3] % self.factor:
+            raise UserError(f"images must be (B, 3, H, W) with H and W multiples of {self.factor}, not {shape}")
+        if not images.is_floating_point():
+            raise UserError(
+                f"images must be floats in [-1, 1], not {images.dtype}; to_float makes them of uint8 pixels"
+            )
         images = images.to(self.before_quantizer.weight.dtype)
         return self.before_quantizer(self.encoder(F.pixel_unshuffle(images, self.config.patch_size)))
 
@@ -142,7 +153,14 @@ class ImageTokenizer(Network):
         return self.quantizer.mix(self.latents(images))
 
     def decode(self, z_q: torch.Tensor) -> torch.Tensor:
-        """Quantized latents (B, F, h, w) -> images (B, 3, H, W), roughly in [-1, 1], not clamped."""
+        """Quantized latents (B, F, h, w) -> images (B, 3, H, W), roughly in [-1, 1], not clamped.
+
+        Raises:
+            UserError: the latents are not floating, or of another shape.
+        """
+        if z_q.ndim != 4 or z_q.shape[1] != self.config.latent_dim or not z_q.is_floating_point():
+            shape = f"(B, {self.config.latent_dim}, h, w)"
+            raise UserError(f"latents must be floats {shape}, not {tuple(z_q.shape)} {z_q.dtype}")
         x = self.after_quantizer(z_q.to(self.after_quantizer.weight.dtype))  # (B, F, h, w)
         if self.neck is not None:
             x = x + self.neck(x)

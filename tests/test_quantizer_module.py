@@ -302,10 +302,31 @@ def test_a_non_finite_latent_is_named_before_anything_changes(name):
         quantizer(latents(dim=5))
 
 
+@pytest.mark.parametrize("name", [*ARMS, "none"])
+def test_latents_whose_squares_overflow_are_named_before_anything_changes(name):
+    quantizer = create_quantizer(name, codebook_size=64, dim=6)
+    before = state(quantizer)
+    for z in (latents() * 1e19, (latents() * 1e19).double(), latents() * 1e30):
+        with pytest.raises(ValueError, match=r"z has entries up to \d.*; squared distances need 1.8e\+17 at most"):
+            quantizer(z)
+    assert same(state(quantizer), before)
+    assert quantizer(latents() * 1e15).z_q.isfinite().all()
+
+
 def test_indices_out_of_range_are_named():
     for quantizer in (SoftConvexQuantizer(16, 6), VectorQuantizer(16, 6)):
         with pytest.raises(ValueError, match=r"indices must be in \[0, 16\), but span \[0, 16\]"):
             quantizer.lookup(torch.tensor([[[0, 16]]]))
+
+
+@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_codes_of_any_integer_type_are_looked_up_as_numbers(name, dtype):
+    quantizer = create_quantizer(name, codebook_size=64, dim=6).eval()
+    indices = torch.arange(2 * 64).view(2, 8, 8) % 64
+    assert torch.equal(quantizer.lookup(indices.to(dtype)), quantizer.lookup(indices))
+    with pytest.raises(ValueError, match=r"indices must be integers \(B, h, w\), not \(2, 8, 8\) torch.bool"):
+        quantizer.lookup(indices.bool())
 
 
 @pytest.mark.parametrize("name", ARMS)

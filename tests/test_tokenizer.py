@@ -72,6 +72,18 @@ def test_pixels_survive_the_round_trip() -> None:
     assert torch.equal(to_uint8(to_float(pixels)), pixels)
 
 
+def test_what_is_no_image_and_no_latent_is_named() -> None:
+    tokenizer = small().eval()
+    for shape in ((3, 32, 32), (1, 1, 32, 32), (1, 3, 31, 32), (1, 3, 32, 34), (0, 3, 32, 32)):
+        with pytest.raises(UserError, match=r"images must be \(B, 3, H, W\) with H and W multiples of 4, not \("):
+            tokenizer.encode(torch.zeros(shape))
+    with pytest.raises(UserError, match=r"floats in \[-1, 1\], not torch.uint8; to_float makes them of uint8 pixels"):
+        tokenizer.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    for z_q in (torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(1, 4, 8, 8, dtype=torch.int64)):
+        with pytest.raises(UserError, match=r"latents must be floats \(B, 4, h, w\), not \("):
+            tokenizer.decode(z_q)
+
+
 def test_a_saved_tokenizer_is_the_same_tokenizer(tmp_path: Path) -> None:
     tokenizer = small()
     tokenizer.train()(torch.rand(4, 3, 32, 32) * 2 - 1)  # fills the quantizer's running statistics

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from scq.engine.checks import whole_number
-from scq.engine.errors import require_finite
 from scq.engine.precision import KeepsFloat32
+from scq.stage1_tokenizer.solver.codebook import require_finite_squares
 
 MOST_CODES, MOST_DIM = 2**24, 2**14  # a model from others may claim any number
 
@@ -124,23 +124,28 @@ def check_codebook_shape(codebook_size: int, dim: int) -> None:
 
 
 def check_latents(z: Tensor, dim: int) -> None:
-    """Raise ValueError unless z is (B, dim, h, w), floating and not empty, and all of it is finite."""
+    """Raise ValueError unless z is (B, dim, h, w), floating and not empty, and all of its squares are finite."""
     if z.ndim != 4 or z.shape[1] != dim:
         raise ValueError(f"z must be (B, {dim}, h, w), not {tuple(z.shape)}")
     if not z.is_floating_point():
         raise ValueError(f"z must be floating point, not {z.dtype}")
     if z.numel() == 0:
         raise ValueError(f"z is empty: its shape is {tuple(z.shape)}")
-    require_finite("z", z)
+    require_finite_squares("z", z.float())  # in which it is quantized
 
 
-def check_indices(indices: Tensor, codebook_size: int) -> None:
-    """Raise ValueError unless indices are (B, h, w) integers in [0, codebook_size)."""
-    if indices.ndim != 3 or indices.is_floating_point():
+def check_indices(indices: Tensor, codebook_size: int) -> Tensor:
+    """The indices (B, h, w) as int64; torch would take uint8 for a mask.
+
+    Raises:
+        ValueError: they are not integers (B, h, w) in [0, codebook_size).
+    """
+    if indices.ndim != 3 or indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         raise ValueError(f"indices must be integers (B, h, w), not {tuple(indices.shape)} {indices.dtype}")
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= codebook_size):
         low, high = int(indices.min()), int(indices.max())
         raise ValueError(f"indices must be in [0, {codebook_size}), but span [{low}, {high}]")
+    return indices.long()
 
 
 def flatten_latents(z: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ class LibraryQuantizer(Quantizer):
         return Quantized(returned(unflatten_latents(z_q, z), z), indices, loss.float().sum(), stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        check_indices(indices, self.codebook_size)
+        indices = check_indices(indices, self.codebook_size)
         with torch.autocast(indices.device.type, enabled=False):
             codes = self._codes(indices.flatten())
         return codes.view(*indices.shape, self.dim).permute(0, 3, 1, 2).contiguous()

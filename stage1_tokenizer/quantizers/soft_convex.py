@@ -152,7 +152,7 @@ class SoftConvexQuantizer(Quantizer):
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, F, h, w) float32 of indices (B, h, w); ValueError where they are out of range."""
-        check_indices(indices, self.codebook_size)
+        indices = check_indices(indices, self.codebook_size)
         with torch.autocast(indices.device.type, enabled=False):
             codes = self._codes() if self.up is None else self.up(self._codes())
         return codes[indices].permute(0, 3, 1, 2).contiguous()

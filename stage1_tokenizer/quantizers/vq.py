@@ -52,8 +52,7 @@ class VectorQuantizer(Quantizer):
         return Quantized(returned(z_q, z), index.view(z.shape[0], *z.shape[2:]), loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        check_indices(indices, self.codebook_size)
-        return self.codebook.float()[indices].permute(0, 3, 1, 2).contiguous()
+        return self.codebook.float()[check_indices(indices, self.codebook_size)].permute(0, 3, 1, 2).contiguous()
 
 
 @register_quantizer("none")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from scq.engine.errors import NotFiniteError, require_finite
+
 # Entries of the one (rows, K) block that is alive: 4 MB of float32 fit a core's cache; a GPU wants larger launches.
 _BLOCK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Entries of the codes gathered at once: they bound the memory of a chunk of rows, however many rows there are.
@@ -125,6 +127,27 @@ class Codebook:
             found.append(self.candidates(block))
         excess, index = zip(*found, strict=True)
         return torch.cat(excess), torch.cat(index)
+
+
+def require_finite_squares(name: str, value: Tensor) -> None:
+    """Check that squared distances of a tensor's rows can be computed in its type, or in float32 if that is wider.
+
+    If so, this costs one reduction.
+
+    Args:
+        name: what the message calls the tensor.
+
+    Raises:
+        NotFiniteError: an entry is NaN or infinite, or so large that its square is near the end of the type.
+    """
+    value = value.detach()
+    value = value if value.dtype == torch.float64 else value.float()
+    if bool(value.square().sum().isfinite()):
+        return
+    require_finite(name, value)
+    most, largest = 1e-2 * torch.finfo(value.dtype).max ** 0.5, float(value.abs().max())
+    if largest > most:  # the sum of small squares may still overflow
+        raise NotFiniteError(f"{name} has entries up to {largest:.2g}; squared distances need {most:.2g} at most")
 
 
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 import scq.stage1_tokenizer.solver.batched as batched
 import scq.stage1_tokenizer.solver.compiled as compiled
-from scq.engine.errors import require_finite
-from scq.stage1_tokenizer.solver.codebook import Codebook
+from scq.stage1_tokenizer.solver.codebook import Codebook, require_finite_squares
 from scq.stage1_tokenizer.solver.relaxed import relaxed_gradient, solve_relaxed
 
 METHODS = ("exact", "local", "relaxed")
@@ -158,13 +157,13 @@ def _check(z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: 
             raise ValueError(f"{name} must be a two-dimensional floating tensor, not {what}")
         if 0 in value.shape:
             raise ValueError(f"{name} is empty: its shape is {tuple(value.shape)}")
-        require_finite(name, value)
+        require_finite_squares(name, value)
     if z.shape[1] != codebook.shape[1]:
         raise ValueError(f"codebook has {codebook.shape[1]} columns, but z has {z.shape[1]}: they must agree")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
     for name, value in (("neighbours", neighbours), ("max_iter", max_iter)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     if tol is not None and not tol > 0:
         raise ValueError(f"tol must be positive, not {tol!r}")
