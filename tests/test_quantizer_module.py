@@ -302,6 +302,19 @@ def test_a_non_finite_latent_is_named_before_anything_changes(name):
         quantizer(latents(dim=5))
 
 
+def test_training_goes_on_where_every_latent_is_a_code():
+    """Then the running mean of the distance, and with it lambda, is next to nothing, and a latent that moves is far."""
+    quantizer = SoftConvexQuantizer(100, 6, kmeans_batches=0)
+    z = latents()  # 100 of them
+    with torch.no_grad():
+        quantizer.codebook.copy_(z.permute(0, 2, 3, 1).reshape(100, 6) + 1e-8 * torch.randn(100, 6))
+    quantizer(z)
+    assert 0 < quantizer.mean_distance < 1e-12
+    out = quantizer(z + 0.1 * latents(seed=1))
+    assert out.z_q.isfinite().all()
+    assert out.indices.max() < 100
+
+
 @pytest.mark.parametrize("name", [*ARMS, "none"])
 def test_latents_whose_squares_overflow_are_named_before_anything_changes(name):
     quantizer = create_quantizer(name, codebook_size=64, dim=6)

@@ -43,6 +43,21 @@ def test_ties_go_to_the_first_code():
     assert torch.equal(nearest_codes(codes, doubled), torch.arange(40))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["exact", "local", "relaxed"])
+@pytest.mark.parametrize("reg", [1e-12, 1e-30])
+def test_a_lambda_below_the_digits_of_float64_projects_on_the_hull(dtype, method, reg):
+    z, codes = (x.to(dtype) for x in make(300, 4, 16))
+    solution = soft_convex_solve(z.requires_grad_(), codes, reg, method=method, neighbours=16)
+    (gradient,) = torch.autograd.grad(solution.z_q.sum(), z)
+    assert gradient.isfinite().all()
+    assert solution.dominant.max() < 16
+    torch.testing.assert_close(solution.weights.sum(1), torch.ones(300, dtype=dtype), rtol=0, atol=2e-5)
+    if method != "relaxed":
+        small = soft_convex_solve(z.detach().double(), codes.double(), 2e-6 * codes.var(0).sum().item())
+        torch.testing.assert_close(solution.z_q.double(), small.z_q, rtol=0, atol=1e-4)
+
+
 def test_positive_definite_systems():
     generator = torch.Generator().manual_seed(0)
     for size in (1, 2, 9, 32, 40):

@@ -25,6 +25,9 @@ from scq.stage1_tokenizer.solver.relaxed import relaxed_gradient, solve_relaxed
 METHODS = ("exact", "local", "relaxed")
 # What the residual is asked to stay below, in units of weight: well above rounding, well below what training notices.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+# The least reg, in units of the codes' mean squared distance from their mean. From a hundredth of it down, not even
+# float64 tells weights apart; z_q is the projection on the hull either way. Training comes there if latents are codes.
+_LEAST_REG = 1e-6
 
 
 class ConvexSolution(NamedTuple):
@@ -58,7 +61,8 @@ def soft_convex_solve(
         z: (N, F) latents, float32 or float64; half precision is computed in float32.
         codebook: (K, F) codes c_k, the rows of C.
         reg: lambda > 0 in units of squared distance, a number or a (N,) tensor. Large: vector quantization. Small:
-            projection on the convex hull of the codes.
+            projection on the convex hull of the codes; 1e-6 of the codes' mean squared distance from their mean is the
+            least, for which any smaller value stands.
         method: "exact", the solution of (1) over all codes; "local", over the ``neighbours`` nearest codes only;
             "relaxed", the published closed form (4), which solves a looser problem.
         neighbours: how many codes "local" looks at, >= 1.
@@ -76,7 +80,8 @@ def soft_convex_solve(
     with torch.autocast(z.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
         z, codebook = z.to(dtype), codebook.to(dtype)
-        reg = _check_reg(reg, z)  # (N, 1)
+        spread = (codebook - codebook.mean(0)).detach().square().sum(1).mean()  # ()
+        reg = torch.maximum(_check_reg(reg, z), _LEAST_REG * spread)  # (N, 1)
         z_q, weights, support, nearest, residual, iterations = ConvexProgram.apply(
             z, codebook, reg, method, neighbours, tol or _TOLERANCE[dtype], max_iter
         )
@@ -99,7 +104,13 @@ class ConvexProgram(torch.autograd.Function):
         if method == "relaxed":
             solved = solve_relaxed(book, codebook, centred, reg)
         elif method == "local":
-            solved = batched.solve_local(book, centred, reg, neighbours=neighbours, tol=tol, max_iter=max_iter)
+            limits = {"neighbours": neighbours, "tol": tol, "max_iter": max_iter}
+            if z.device.type == "mps":  # which has no float64; elsewhere a small lambda needs its digits
+                solved = batched.solve_local(book, centred, reg, **limits)
+            else:
+                wide = Codebook(codebook.double())
+                solved = batched.solve_local(wide, z.double() - wide.centre, reg.double(), **limits)
+                solved = solved._replace(weights=solved.weights.to(z.dtype), residual=solved.residual.to(z.dtype))
         else:
             solved = implementation.solve_rows(book, centred, reg, tol=tol, max_iter=max_iter)
             # Whole tensors of float64 change nothing where the rows were solved in them already, and MPS has none.
