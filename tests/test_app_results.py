@@ -11,6 +11,8 @@ from studio_client import serving
 
 from scq.sampling.studio.results import NO_REPORTS, _read, find_reports, harmless, results_tab
 
+pytestmark = pytest.mark.usefixtures("downloads")
+
 
 def test_reports_of_one_name_are_told_apart_and_the_users_own_comes_first(tmp_path: Path) -> None:
     for folder, text in (("mine", "my numbers"), ("docs", "their numbers")):

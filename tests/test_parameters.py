@@ -26,6 +26,8 @@ from scq.sampling.studio.edit import OUTPAINT, VARY
 from scq.stage2_prior.scheduler import UnmaskingScheduler, parse_settings
 from scq.stage2_prior.transformer import MaskedTransformer
 
+pytestmark = pytest.mark.usefixtures("downloads")
+
 HUGE = 10**5000  # Python refuses to write it
 A_HUGE_ONE = pytest.param(HUGE, id="huge")
 NO_NUMBERS = (None, True, "8", [8], math.nan, math.inf, -math.inf, 1j, np.bool_(True), torch.ones(2), HUGE, [HUGE])
