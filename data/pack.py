@@ -97,7 +97,7 @@ def pack(
             what is already in `out`; too many images are unusable; or the disk is full or not writable.
         UserError: a number is out of range.
     """
-    whole_number("images_per_shard", images_per_shard, 1, 2**31)
+    whole_number("images_per_shard", images_per_shard, most=2**31)
     if workers is not None:
         whole_number("workers", workers, 0, MOST_WORKERS)
     images = open_source(format, source, split)
