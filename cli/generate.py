@@ -165,7 +165,7 @@ def _login(options: argparse.Namespace) -> tuple[str, str] | None:
         UserError: they are not USER:PASSWORD, or their file cannot be read.
     """
     if options.auth_file is not None:
-        source, text = f"the first line of {options.auth_file}", _first_line(options.auth_file)
+        source, text = f"the first line of {options.auth_file}", _password_line(options.auth_file)
     elif options.auth is not None:
         source, text = "--auth", options.auth
     elif "SCQ_AUTH" in os.environ:
@@ -181,7 +181,7 @@ def _login(options: argparse.Namespace) -> tuple[str, str] | None:
     return user, password
 
 
-def _first_line(path: Path) -> str:
+def _password_line(path: Path) -> str:
     """The first line of a file with a password; if everybody on this machine may read it, that is said.
 
     Raises:

@@ -32,8 +32,7 @@ from scq.data.source import Entry, Source
 from scq.data.sources import open_source
 from scq.data.storage import with_retries
 from scq.data.transforms import PROTOCOLS, decode, get_protocol
-from scq.engine.checks import whole_number
-from scq.engine.config import MOST_WORKERS
+from scq.engine.checks import MOST_WORKERS, whole_number
 from scq.engine.errors import BadImage, DataError
 from scq.engine.files import (
     atomic_write,

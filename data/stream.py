@@ -54,8 +54,7 @@ class ImageReader:
     """
 
     def __init__(self, shards: ShardSet, keep_decoded: bool, max_bad: float = 0.0):
-        if not 0 <= max_bad < 1:
-            raise DataError(f"the largest share of unusable images must be in [0, 1), not {max_bad}")
+        check_max_bad(max_bad)
         self.shards = shards
         self.bad: dict[int, str] = {}
         self.bad_allowed = min(math.floor(max_bad * len(shards) + 1e-9), len(shards) - 1)
@@ -135,6 +134,12 @@ class ImageReader:
         while image in self.bad:
             image = (image + 1) % len(self.shards)
         return image
+
+
+def check_max_bad(max_bad: float) -> None:
+    """Raise DataError unless ``max_bad`` is a share of images that may be unusable, in [0, 1)."""
+    if not 0 <= max_bad < 1:
+        raise DataError(f"the largest share of unusable images must be in [0, 1), not {max_bad}")
 
 
 def too_many(bad: dict[int, str], allowed: int) -> DataError:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from scq.engine.errors import UserError, first_line
-from scq.engine.files import read_plain, sha256_of
+from scq.engine.files import open_plain, read_plain, sha256_of
 from scq.engine.folders import atomic_folder, remove_leftover_folders
 from scq.engine.processes import gather_objects, rank_and_world_size
 from scq.engine.progress import say
@@ -211,10 +211,10 @@ def check(checkpoint: Path, modules: Iterable[str] = ()) -> None:
         raise DamagedCheckpoint(f"checkpoint {checkpoint} is damaged: its {STATE} is missing, or not what was written")
     try:
         if "sha256" not in state:  # older than digests
+            for file in (*(f"{name}.safetensors" for name in modules), "optimizers.pt"):
+                open_plain(checkpoint / file).close()  # a pipe would be waited for
             for name in modules:
-                read_plain(checkpoint / f"{name}.safetensors")
                 load_file(checkpoint / f"{name}.safetensors")
-            read_plain(checkpoint / "optimizers.pt")
             _optimizers(checkpoint)
         for name, digest in state.get("sha256", {}).items():
             if sha256_of(checkpoint / name) != digest:

@@ -10,6 +10,8 @@ from typing import Any
 
 from scq.engine.errors import UserError
 
+MOST_WORKERS = 1024  # processes that pack or read data
+
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """``value`` as an int.

@@ -12,7 +12,6 @@ somebody else's: it is read as plain data, in which nothing is looked up (`read_
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from yaml import YAMLError
 
 from scq.engine import checks
 from scq.engine.errors import UserError, first_line
-from scq.engine.files import expand_home, write_file
+from scq.engine.files import expand_home, real_path, write_file
 from scq.engine.plain_yaml import declared_type, leaves, parse_text, read_yaml, write_yaml
 from scq.engine.references import Referenced, shown
 
@@ -34,7 +33,7 @@ Schema = TypeVar("Schema")
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of scq; in a checkout, the root of the repository
 CONFIG_ROOT = PACKAGE / "configs"
 LARGEST = 2**31 - 1  # whole number in a config, by value; seeds are made of 64 bits, of which a step needs its own
-MOST_WORKERS, MOST_IMAGES = 1024, 2**20  # processes that read data; images in a batch
+MOST_IMAGES = 2**20  # in a batch
 Ranges = list[tuple[str, bool, str]]  # for fields: the name, whether the value is valid, and what it must be
 
 
@@ -114,7 +113,7 @@ class DataConfig:
     def ranges(self) -> Ranges:
         return [
             ("workers", self.workers >= 0, "at least 0"),
-            ("workers", self.workers <= MOST_WORKERS, f"at most {MOST_WORKERS}"),
+            ("workers", self.workers <= checks.MOST_WORKERS, f"at most {checks.MOST_WORKERS}"),
             ("max_bad", 0 <= self.max_bad < 1, "in [0, 1)"),
             ("shuffle", self.shuffle in ("full", "blocks"), "full or blocks"),
         ]
@@ -309,7 +308,7 @@ def _chain(path: Path, schema: type) -> list[tuple[Path, dict[str, Any]]]:
     chain: list[tuple[Path, dict[str, Any]]] = []
     following: Path | None = path
     while following is not None:
-        if os.path.realpath(following) in [os.path.realpath(known) for known, _ in chain]:
+        if real_path(following) in [real_path(known) for known, _ in chain]:
             raise UserError(f"config {following} is based on itself")
         if not following.is_file():
             raise UserError(f"config {following} does not exist; those that come with scq are in configs/")

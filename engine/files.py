@@ -100,6 +100,11 @@ def expand_home(path: str | os.PathLike) -> Path:
         return Path(path)
 
 
+def real_path(path: str | os.PathLike) -> Path:
+    """The absolute path behind all symbolic links; `Path.resolve` fails on one that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents, each of them synced to disk, where they do not exist."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]

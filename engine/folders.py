@@ -22,7 +22,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from scq.engine.errors import DataError, UserError, first_line
-from scq.engine.files import JUST_MADE, make_folder, sync_file, sync_folder
+from scq.engine.files import JUST_MADE, make_folder, real_path, sync_file, sync_folder
 from scq.engine.plain_json import read_json
 
 Read = TypeVar("Read")
@@ -97,7 +97,7 @@ def replaced_model(
         UserError: see `refuse_to_replace`; or the files cannot be written, for example because the disk is full. The
             old model is still there then.
     """
-    folder = Path(os.path.realpath(folder))
+    folder = real_path(folder)
     refuse_to_replace(folder, classes)
     try:
         with atomic_folder(folder, keeps=keeps or _is_a_users) as fresh:
@@ -118,7 +118,7 @@ def refuse_to_replace(folder: Path | str, classes: Collection[str]) -> None:
         UserError: ``folder`` is a file, is or contains the current folder, is a git repository, or holds files but no
             model of one of ``classes``.
     """
-    folder = Path(os.path.realpath(folder))
+    folder = real_path(folder)
     if Path.cwd().resolve().is_relative_to(folder):
         raise UserError(f"a model cannot replace {folder}, which is or contains the current folder; name another one")
     if not folder.exists():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import inspect
-import os
 import stat
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +21,7 @@ from torch import nn
 
 from scq.engine.checks import one_of, shown
 from scq.engine.errors import NotFiniteError, UserError, first_line, require_finite
+from scq.engine.files import real_path
 from scq.engine.folders import replaced_model
 from scq.engine.plain_json import parse_json
 
@@ -83,7 +83,7 @@ class Network(ModelMixin, ConfigMixin):
         Raises:
             UserError: the folder holds anything but a network of this class, or cannot be written.
         """
-        folder = Path(os.path.realpath(save_directory))
+        folder = real_path(save_directory)
         index = f"{WEIGHTS}.safetensors.index{f'.{variant}' if variant else ''}.json"
         old = {path.name for path in weight_files(folder, variant)} | {index}
         with replaced_model(

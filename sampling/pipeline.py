@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -20,6 +19,7 @@ from torch import nn
 from scq.data.stream import Batch
 from scq.engine.checks import finite_number, shown, whole_number
 from scq.engine.errors import UserError
+from scq.engine.files import real_path
 from scq.engine.measurements import Measured
 from scq.engine.network import as_dtype
 from scq.engine.pictures import picture_grid
@@ -388,7 +388,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             UserError: the folder holds anything but a model, the weights were rounded by ``to(dtype)``,
                 ``safe_serialization`` is False, or ``variant`` is given. Nothing has been touched by then.
         """
-        folder, model = Path(os.path.realpath(save_directory)), self.as_model()
+        folder, model = real_path(save_directory), self.as_model()
         if not safe_serialization:
             raise UserError("safe_serialization=False would write weights that can run code when read; leave it out")
         if variant is not None:

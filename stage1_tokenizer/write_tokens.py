@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from scq.data.shards import ShardSet
-from scq.data.stream import iterate_once
+from scq.data.stream import check_max_bad, iterate_once
 from scq.data.tokens import TokenDataset, TokenWriter
 from scq.data.views import augmented_view
 from scq.engine.errors import UserError
@@ -41,9 +41,9 @@ def write_tokens(
         progress: called as progress(done, total), in images of this process.
 
     Raises:
-        UserError: the tokenizer has no codes, or ``max_bad`` is not in [0, 1).
-        DataError: the shards are missing or damaged, more images are unusable than may be, or ``out`` holds other
-            tokens.
+        UserError: the tokenizer has no codes.
+        DataError: the shards are missing or damaged, ``max_bad`` is not in [0, 1), more images are unusable than may
+            be, or ``out`` holds other tokens.
     """
     if not tokenizer.quantizer.has_codes:
         name = tokenizer.config.quantizer_name
@@ -53,8 +53,7 @@ def write_tokens(
     source = ShardSet(shards, cache)
     mine = len(source) * (state.process_index + 1) // state.num_processes
     mine -= len(source) * state.process_index // state.num_processes
-    if not 0 <= max_bad < 1:
-        raise UserError(f"the largest share of unusable images must be in [0, 1), not {max_bad}")
+    check_max_bad(max_bad)  # before a folder is made
     writer = TokenWriter(
         out,
         grid=tokenizer.grid,

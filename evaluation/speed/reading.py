@@ -15,8 +15,7 @@ import torch
 from scq.data.shards import ShardSet
 from scq.data.stream import Batch, ImageStream
 from scq.data.tokens import TokenStream, TokenWriter
-from scq.engine.checks import whole_number
-from scq.engine.config import MOST_WORKERS
+from scq.engine.checks import MOST_WORKERS, whole_number
 from scq.engine.errors import DataError
 from scq.engine.files import expand_home
 from scq.engine.references import shown

@@ -6,7 +6,6 @@ are, and its Markdown makes no reader's browser fetch anything.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from scq.data.transforms import to_rgb
+from scq.engine.files import real_path
 from scq.sampling.studio.controls import Dropdown
 from scq.sampling.studio.steps import BUTTONS
 from scq.sampling.studio.uploads import LARGEST_BYTES, open_bounded
@@ -28,7 +28,7 @@ NO_REPORTS = (
     "There are no reports here. `scq benchmark quality` writes one, and `scq app --results FOLDER` shows it. The "
     "project's own are in `docs/results` of its repository, which is not part of an installed package."
 )
-# Bounded, and elsewhere bound to the begin of a run, so that the time to search grows no faster than a report.
+# Bounded, and elsewhere bound to the beginning of a run, so that the time to search grows no faster than a report.
 _PICTURE = re.compile(r"!\[([^\]]{0,200})\]\(([^)\s]{1,251}\.png)\)")
 
 
@@ -39,10 +39,10 @@ def find_reports(folders: Sequence[Path]) -> dict[str, Path]:
     A symbolic link that leads out of a given folder is not followed.
     """
     paths: dict[Path, None] = {}
-    for root in map(_followed, folders):
+    for root in map(real_path, folders):
         for path in (root, *sorted(root.glob("*"))):
-            if (report := _followed(path / REPORT)).is_file() and report.is_relative_to(root):
-                paths[_followed(path)] = None
+            if (report := real_path(path / REPORT)).is_file() and report.is_relative_to(root):
+                paths[real_path(path)] = None
     names = {}
     for path in paths:
         ends = (Path(*path.parts[-count:]).as_posix() for count in range(1, len(path.parts) + 1))
@@ -101,11 +101,6 @@ def harmless(markdown: str) -> str:
     return re.sub(r"<(?=[a-z/!?])", "&lt;", markdown, flags=re.IGNORECASE)
 
 
-def _followed(path: Path) -> Path:
-    """Where the symbolic links of a path lead; `Path.resolve` fails on one that leads to itself."""
-    return Path(os.path.realpath(path))
-
-
 def _bytes_in(folder: Path, name: str, largest: int) -> bytes:
     """The bytes of a file.
 
@@ -113,7 +108,7 @@ def _bytes_in(folder: Path, name: str, largest: int) -> bytes:
         FileNotFoundError: there is none.
         ValueError: it is larger than ``largest``, no regular file, or a link that leads out of the folder.
     """
-    path = _followed(folder / name)
+    path = real_path(folder / name)
     if not path.exists():
         raise FileNotFoundError(path)
     if not path.is_relative_to(folder) or not path.is_file() or path.stat().st_size > largest:
