@@ -37,6 +37,9 @@ def add_data(commands: Any) -> None:
     pack.add_argument("--images-per-shard", type=positive, default=1000, help="images in each shard")
     pack.add_argument("--workers", type=positive, help="number of processes; by default, one for each core")
     pack.add_argument("--keep-encoded", action="store_true", help="store the original bytes; needs --crop none")
+    pack.add_argument(
+        "--encoding", choices=("png", "webp"), default="png", help="both are lossless; webp takes a fifth less room"
+    )
     pack.add_argument("--max-bad", type=float, default=0.01, help="largest share of unusable images before it fails")
 
     check = command(actions, "check", _check, "verify shards against their manifest")
@@ -63,6 +66,7 @@ def _pack(options: argparse.Namespace) -> None:
             images_per_shard=options.images_per_shard,
             workers=options.workers,
             keep_encoded=options.keep_encoded,
+            encoding=options.encoding,
             max_bad=options.max_bad,
             progress=bar,
         )

@@ -432,6 +432,26 @@ def test_wrong_settings_are_named(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_lossless_webp_holds_the_pixels_of_png_in_less_room(tmp_path):
+    folder = write_folder(tmp_path / "photos", 9)
+    png, webp = (packed(folder, tmp_path / encoding, size=32, encoding=encoding) for encoding in ("png", "webp"))
+    shards = [ShardSet(tmp_path / encoding) for encoding in ("png", "webp")]
+    for i in range(len(shards[0])):
+        one, other = (np.asarray(Image.open(io.BytesIO(each.read(i))).convert("RGB")) for each in shards)
+        assert np.array_equal(one, other)
+    assert sum(map(len, map(shards[1].read, range(9)))) < 0.95 * sum(map(len, map(shards[0].read, range(9))))
+    assert (png["protocol"]["encoding"], webp["protocol"]["encoding"]) == ("png", "webp")
+    with pytest.raises(UserError, match="encoding"):
+        packed(folder, tmp_path / "out", size=32, encoding="jpeg")
+
+
+def test_an_image_that_webp_cannot_hold_is_named(tmp_path):
+    folder = write_folder(tmp_path / "photos", 2)
+    (folder / "cats" / "wide.png").write_bytes(encoded(Image.new("RGB", (16384, 1)), "PNG"))
+    manifest = packed(folder, tmp_path / "out", size=None, crop="none", encoding="webp", max_bad=0.5)
+    assert [(image["key"], "WebP" in image["reason"]) for image in manifest["skipped"]] == [("cats/wide.png", True)]
+
+
 def test_keep_encoded_stores_the_original_bytes(tmp_path):
     folder = write_folder(tmp_path / "photos", 9)
     exif = Image.Exif()

@@ -29,7 +29,9 @@ class Images:
     def __init__(self, shards: Mapping[str, Path | str], features: Path):
         self._shards, self._features = shards, features
 
-    def pack(self, split: str, source: str, format: str, size: int, crop: str, dataset_split: str) -> Shards:
+    def pack(
+        self, split: str, source: str, format: str, size: int, crop: str, encoding: str, dataset_split: str
+    ) -> Shards:
         """Pack a split; see `data.pack.pack`.
 
         Args:
@@ -43,6 +45,7 @@ class Images:
                 format=format,
                 size=size,
                 crop=crop or None,
+                encoding=encoding,
                 split=dataset_split,
                 progress=bar,
             )

@@ -123,7 +123,7 @@ def _shared_phases(config: BenchmarkConfig, images: Images, network: FeatureNetw
     dataset, measure = config.dataset, config.measure
 
     def pack(name: str, split: str, source: str, dataset_split: str) -> Phase[Shards]:
-        kind = {"format": dataset.format, "size": dataset.size, "crop": dataset.crop}
+        kind = {"format": dataset.format, "size": dataset.size, "crop": dataset.crop, "encoding": dataset.encoding}
         inputs = {"split": split, "source": source, **kind, "dataset_split": dataset_split}
         return Phase(name, images.pack, inputs, Shards)
 
