@@ -161,6 +161,8 @@ class SampleScores:
         steps: calls of the prior for an image; None when it was not written down.
         nearest_training_distance: median distance to the nearest training image; None when nobody looked.
         nearest_training_among: number of training images that were searched.
+        fid_to_training: FID against those training images, as most papers on CIFAR-10 measure it; None when nobody
+            looked. A model that memorises its training set has a low one.
         second_backbone: the same comparison with a further network; None when nobody asked.
     """
 
@@ -179,6 +181,7 @@ class SampleScores:
     steps: int | None = None
     nearest_training_distance: float | None = None
     nearest_training_among: int | None = None
+    fid_to_training: float | None = None
     second_backbone: SecondBackbone | None = None
 
 

@@ -16,6 +16,7 @@ from scq.data.stream import Batch
 from scq.engine.measurements import Measured, SampleScores
 from scq.engine.processes import rank_and_world_size
 from scq.evaluation.metrics.codebook import CodebookUsage, codebook_usage
+from scq.evaluation.metrics.distances import fid
 from scq.evaluation.metrics.features import FeatureSet
 from scq.evaluation.metrics.networks import FeatureNetwork
 from scq.evaluation.neighbours import FirstImages, nearest_images
@@ -139,6 +140,7 @@ def _evaluate_drawn(
             scores,
             nearest_training_distance=nearest.median_distance,
             nearest_training_among=training.count,
+            fid_to_training=fid(training_set, features).value,
         )
         if samples.picture is not None and rank_and_world_size()[0] == 0:
             rows = [("samples", nearest.samples), ("nearest training images", nearest.neighbours)]

@@ -37,6 +37,7 @@ def test_every_number_is_there(tiny_run: Path) -> None:
             assert found.scores.fid_biased
             assert found.scores.seconds_of is not None
             assert found.scores.nearest_training_among == 40
+            assert found.scores.fid_to_training > 0
         for source in ("z_q", "dominant"):
             found = arm.reconstructions.ways[source]
             assert found.count == 24

@@ -178,6 +178,15 @@ def test_the_report_says_among_how_many_images_it_looked(results: dict[str, Any]
     assert "nearest of 5,000 training images" in render(results)
 
 
+def test_the_report_shows_fid_to_training_images_where_it_was_measured(results: dict[str, Any]) -> None:
+    column = "FID to training images"
+    assert column not in render(results)
+    results["arms"]["scq"][0]["samples"]["codes"]["scores"]["fid_to_training"] = 12.34
+    lines = [line for line in render(results).splitlines() if line.startswith("|")]
+    head = next(number for number, line in enumerate(lines) if line.endswith(f"| {column} |"))
+    assert [line.split("|")[-2].strip() for line in lines[head + 2 : head + 4]] == ["12.3", "-"]
+
+
 def test_the_report_says_what_samples_are_measured_against(results: dict[str, Any]) -> None:
     assert "measured against" not in render(results)
     results["sample_reference"] = results["reference"] | {"split": "train", "count": 50000}

@@ -135,6 +135,7 @@ def test_evaluate_measures_with_both_networks_and_pictures_the_nearest(
     assert second["network"]["protocol"] != one["network"]["protocol"]
     assert samples["nearest_training_distance"] > 0
     assert samples["nearest_training_among"] == 20
+    assert samples["fid_to_training"] > 0
     for key in ("frechet_distance", "kid", "kid_error"):
         assert two["samples"]["second_backbone"][key] == pytest.approx(second[key], rel=1e-5, abs=1e-6)
     assert two["samples"]["nearest_training_distance"] == pytest.approx(samples["nearest_training_distance"], rel=1e-4)

@@ -46,7 +46,9 @@ class MeasureConfig:
     weight_bits: list[int] = field(default_factory=list)
     lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
     inception_weights: str = ""  # file of FID Inception weights; empty: the first one found
-    neighbours: int = 0  # training images among which samples' nearest neighbours are looked for; 0 for none
+    # Training images among which samples' nearest neighbours are looked for, and against which their FID is measured,
+    # too; 0 for none.
+    neighbours: int = 0
 
 
 @dataclass

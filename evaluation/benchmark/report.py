@@ -177,6 +177,10 @@ def _samples(arms: Runs) -> list[str]:
     fid = "FID (biased)" if first.fid_biased else "FID"
     head = ["", "KID x 1000", "±", fid, "precision", "recall"]
     head += ["FID at infinity, 90%", "refiner's share of time", "samples"]
+    if any(each.fid_to_training is not None for found in drawn.values() for each in found):
+        head.append("FID to training images")
+        for row, found in zip(rows, drawn.values(), strict=True):
+            row.append(spread([each.fid_to_training for each in found], ".1f"))
     return [
         "KID leads; " + (first.fid_note or f"FID at {first.count} samples") + ".",
         "",

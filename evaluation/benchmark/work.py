@@ -52,6 +52,7 @@ from scq.evaluation.benchmark.results import (
 )
 from scq.evaluation.evaluate import evaluate_codebook
 from scq.evaluation.metrics.codebook import codebook_usage
+from scq.evaluation.metrics.distances import fid
 from scq.evaluation.metrics.networks import FeatureNetwork, weights_fingerprint
 from scq.evaluation.neighbours import nearest_images
 from scq.evaluation.reconstructions import evaluate_reconstructions
@@ -228,7 +229,7 @@ class ArmWork:
         """Decode the drawn codes in one way, and measure the images and where the time goes.
 
         Args:
-            neighbours: training images, to look for the nearest ones; None for none.
+            neighbours: training images, to look for the nearest ones and to measure FID against; None for none.
             pictured: how many samples are shown.
             refiner: None to decode the codes as they are.
             sampling: the settings of the refiner.
@@ -246,8 +247,12 @@ class ArmWork:
         known = self.images.features(neighbours, network)
         found = nearest_images(features, known, self.images.open(neighbours), shown)
         save_images(self.pictures / f"neighbours_{way}.png", torch.cat([found.samples, found.neighbours]))
-        among = neighbours.images.count
-        return replace(scores, nearest_training_distance=found.median_distance, nearest_training_among=among)
+        return replace(
+            scores,
+            nearest_training_distance=found.median_distance,
+            nearest_training_among=neighbours.images.count,
+            fid_to_training=fid(known, features).value,
+        )
 
     def train_refiner(
         self, tokenizer: TokenizerResult, prior: PriorResult, shards: Shards, recipe: Recipe[RefinerExperiment]
