@@ -9,7 +9,7 @@ RUN := $(VENV)/bin
 ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 LINKS := $(addprefix build/src/scq/,$(ROOMS) __init__.py __main__.py py.typed)
 
-.PHONY: quickstart test test-all lint format docs links clean
+.PHONY: quickstart test test-all rehearse lint format docs links clean
 
 quickstart: $(VENV)/.quickstart
 	$(RUN)/scq quickstart $(if $(OUT),--out $(OUT))
@@ -22,6 +22,11 @@ test: $(VENV)/.test
 
 test-all: $(VENV)/.test
 	$(PYTEST)
+
+# The half hour on a GPU of configs/benchmarks/cifar10_gpu.yaml, played on a CPU; docs/benchmark.md says what that is.
+rehearse: $(VENV)/.test
+	$(RUN)/python tests/rehearse.py --folder build/rehearsal --source $(SOURCE) \
+		$(if $(LPIPS),--lpips $(LPIPS)) $(if $(INCEPTION),--inception $(INCEPTION))
 
 lint: $(VENV)/.test
 	$(RUN)/ruff check .

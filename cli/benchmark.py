@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
-from scq.cli.common import Parser, add_model, command, config_file, device, natural, positive
+from scq.cli.common import Parser, above_zero, add_model, command, config_file, device, natural, positive
 
 
 def add_benchmark(commands: Any) -> None:
@@ -78,6 +79,46 @@ def add_benchmark(commands: Any) -> None:
     quality.add_argument("--out", type=Path, required=True, help="folder for everything it makes")
     quality.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.source=FOLDER")
 
+    plan = command(
+        subjects,
+        "plan",
+        _benchmark_plan,
+        "take a pilot through every phase, and make trainings as long as a given time allows on this machine",
+        "Writes OUT/config/benchmark.yaml, which 'quality' then runs with the same --out.",
+    )
+    plan.add_argument("--config", type=config_file, required=True, help="YAML file; see configs/benchmarks/")
+    plan.add_argument("--out", type=Path, required=True, help="folder of the benchmark")
+    plan.add_argument("--seconds", type=above_zero, required=True, help="for one arm, from training to its last number")
+    plan.add_argument(
+        "--longest", type=above_zero, default=math.inf, metavar="FACTOR", help="times the configs' lengths, at most"
+    )
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.source=FOLDER")
+
+    bundle = command(
+        subjects,
+        "bundle",
+        _benchmark_bundle,
+        "pack what 'quality' needs into parts for a machine without a network",
+        "Copy run.sh, run.py, manifest.json and the parts there, as many at a time as fit, and call run.sh.",
+    )
+    bundle.add_argument("--config", type=config_file, required=True, help="YAML file; see configs/benchmarks/")
+    bundle.add_argument("--out", type=Path, required=True, help="folder for the bundle")
+    bundle.add_argument(
+        "--packages", type=Path, required=True, metavar="FILE", help="what 'pip list' says on the other machine"
+    )
+    bundle.add_argument("--python", default="3.12", metavar="VERSION", help="the other machine's")
+    bundle.add_argument("--part-size", type=positive, default=44, metavar="MIB", help="of a part at most")
+    bundle.add_argument("--from", type=Path, dest="earlier", metavar="RUN", help="a benchmark's folder to go on with")
+    bundle.add_argument("--seconds", type=above_zero, default=600.0, help="for one arm, see 'plan'")
+    bundle.add_argument("--longest", type=above_zero, default=3.0, metavar="FACTOR", help="as of 'plan'")
+    bundle.add_argument("overrides", nargs="*", metavar="key=value", help="for example dataset.source=FOLDER")
+
+    collect = command(
+        subjects, "collect", _benchmark_collect, "put together again what a bundle handed out on the other machine"
+    )
+    collect.add_argument("folders", type=Path, nargs="+", metavar="RESULTS", help="what run.sh wrote, the newest last")
+    collect.add_argument("--out", type=Path, required=True, help="folder of the benchmark")
+
     sampling = command(
         subjects,
         "sampling",
@@ -100,6 +141,35 @@ def _benchmark_quality(options: argparse.Namespace) -> None:
 
     results = run_benchmark(options.config, options.out, options.overrides)
     print(f"{options.out / 'report.md'} ({results.seconds_in_all:.0f} s)")
+
+
+def _benchmark_plan(options: argparse.Namespace) -> None:
+    from scq.evaluation.benchmark.plan import plan_benchmark
+
+    print(plan_benchmark(options.config, options.out, options.seconds, options.overrides, options.longest))
+
+
+def _benchmark_bundle(options: argparse.Namespace) -> None:
+    from scq.evaluation.bundle.make import Budget, make_bundle, parts_and_sizes
+
+    manifest = make_bundle(
+        options.config,
+        options.out,
+        packages=options.packages,
+        python=options.python,
+        part_bytes=options.part_size << 20,
+        earlier=options.earlier,
+        budget=Budget(arm=options.seconds, longest=options.longest),
+        overrides=options.overrides,
+    )
+    print("\n".join(parts_and_sizes(manifest)))
+
+
+def _benchmark_collect(options: argparse.Namespace) -> None:
+    from scq.evaluation.bundle.collect import collect
+
+    missing = collect(options.folders, options.out)
+    print(f"{options.out}; pieces still to come: {', '.join(missing) or 'none'}")
 
 
 def _benchmark_sampling(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -73,6 +74,17 @@ def natural(text: str) -> int:
     if len(text) > 10 or int(text) > LARGEST:
         raise argparse.ArgumentTypeError(f"{text[:12]!r} is more than {LARGEST}")
     return int(text)
+
+
+def above_zero(text: str) -> float:
+    """A finite number above 0, as the type of an argument."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def port_number(text: str) -> int:

@@ -32,6 +32,7 @@ from scq.engine.references import Referenced, shown
 Schema = TypeVar("Schema")
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder of scq; in a checkout, the root of the repository
 CONFIG_ROOT = PACKAGE / "configs"
+REVISION = "REVISION"  # file in the package that names the commit, where a bundle brought it without its repository
 LARGEST = 2**31 - 1  # whole number in a config, by value; seeds are made of 64 bits, of which a step needs its own
 MOST_IMAGES = 2**20  # in a batch
 Ranges = list[tuple[str, bool, str]]  # for fields: the name, whether the value is valid, and what it must be
@@ -294,7 +295,8 @@ def git_revision() -> str:
     nothing about scq.
     """
     if not (PACKAGE / ".git").exists():
-        return "unknown"
+        kept = PACKAGE / REVISION
+        return kept.read_text().strip() if kept.is_file() else "unknown"
     command = ["git", "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, timeout=5)

@@ -76,7 +76,7 @@ class PerceptualLoss(nn.Module):
     def __init__(self, weights: str = ""):
         super().__init__()
         self.network = _LPIPS(net="vgg", pnet_rand=True)
-        state = _vgg16_features(weights)
+        state = vgg16_features(weights)
         layers = {
             index: layer
             for stage in self.network.net.children()
@@ -234,7 +234,8 @@ def adaptive_weight(
     return (wanted.norm() / (found.norm() + 1e-6)).clamp(0.0, largest).detach()
 
 
-def _vgg16_features(weights: str) -> dict[str, torch.Tensor]:
+def vgg16_features(weights: str = "") -> dict[str, torch.Tensor]:
+    """VGG16's tensors under torchvision's names; arguments and errors as those of `PerceptualLoss`."""
     if weights:
         return read_weights(Path(weights), "VGG16's weights")
     try:

@@ -44,7 +44,8 @@ class MeasureConfig:
     sweep_samples: int = 1000  # generated images for each of those
     # Soft latents of the first seed with weights of so many bits, and their rate.
     weight_bits: list[int] = field(default_factory=list)
-    lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
+    # VGG16's weights for LPIPS; empty leaves LPIPS out. Trainings use them, too, where their config names none.
+    lpips_weights: str = ""
     inception_weights: str = ""  # file of FID Inception weights; empty: the first one found
     # Training images among which samples' nearest neighbours are looked for, and against which their FID is measured,
     # too; 0 for none.
@@ -158,8 +159,13 @@ def load_recipes(config: BenchmarkConfig, beside: Path, arm: ArmConfig, seed: in
         return Recipe(load_config(schema, beside / file, overrides)).shifted(seed)
 
     kinds = arm.refiners_of(seed)
+    tokenizer = load(TokenizerExperiment, arm.tokenizer or config.tokenizer, arm.overrides)
+    loss = tokenizer.config.loss
+    if not loss.perceptual_weights:  # it is the same network
+        known = replace(loss, perceptual_weights=config.measure.lpips_weights)
+        tokenizer = Recipe(replace(tokenizer.config, loss=known))
     return Recipes(
-        tokenizer=load(TokenizerExperiment, arm.tokenizer or config.tokenizer, arm.overrides),
+        tokenizer=tokenizer,
         prior=load(PriorExperiment, config.prior) if arm.prior else None,
         refiners={kind: load(RefinerExperiment, config.refiner, [f"architecture.kind={kind}"]) for kind in kinds},
     )

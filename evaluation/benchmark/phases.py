@@ -129,7 +129,7 @@ class Job:
         Raises:
             UserError: the file of an earlier run is damaged, or holds a result of another shape.
         """
-        path = self.folder / f"{phase.name.replace(' ', '_')}.json"
+        path = self._file(phase)
         title = f"[{self.phases.index(phase) + 1}/{len(self.phases)}] {phase.name}"
         inputs = {name: identity(value, self.results) for name, value in phase.inputs.items()}
         saved = _read_kept(path)
@@ -143,6 +143,14 @@ class Job:
             write_json(path, dataclasses.asdict(_Kept(inputs, to_plain(result), seconds, machine)))
         self.results[phase.name], self.seconds[phase.name], self.machines[phase.name] = result, seconds, machine
         return result
+
+    def supply(self, phase: Phase[Result], result: Result) -> None:
+        """Remember the result of a phase whose work was done without it, for a job that goes on elsewhere."""
+        inputs = {name: identity(value, self.results) for name, value in phase.inputs.items()}
+        write_json(self._file(phase), dataclasses.asdict(_Kept(inputs, to_plain(result), 0.0, this_machine())))
+
+    def _file(self, phase: Phase[Any]) -> Path:
+        return self.folder / f"{phase.name.replace(' ', '_')}.json"
 
     def found(self, phase: Phase[Result]) -> Result:
         """The result of a phase that ran.

@@ -17,7 +17,7 @@ from scq.engine.config import CONFIG_ROOT, git_revision
 from scq.engine.measurements import Measured, TrainedFor, TrainingFacts
 from scq.engine.progress import say
 from scq.evaluation.benchmark.arm import ArmPhases, Shared, arm_phases
-from scq.evaluation.benchmark.config import BenchmarkConfig, load_benchmark, load_recipes
+from scq.evaluation.benchmark.config import BenchmarkConfig, DatasetConfig, load_benchmark, load_recipes
 from scq.evaluation.benchmark.images import Images
 from scq.evaluation.benchmark.phases import Job, Phase
 from scq.evaluation.benchmark.plots import PICTURES
@@ -105,8 +105,7 @@ def list_phases(
     Raises:
         UserError: a training's config is missing or unfit.
     """
-    shards = out / "shards"
-    images = Images({"train": shards / "train", "test": shards / "test"}, out / "features")
+    images = benchmark_images(out)
     shared = _shared_phases(config, images, network, device)
     arms = []
     for seed in range(max(each.seeds for each in config.arms.values())):
@@ -120,18 +119,12 @@ def list_phases(
 
 
 def _shared_phases(config: BenchmarkConfig, images: Images, network: FeatureNetwork, device: str) -> Shared:
-    dataset, measure = config.dataset, config.measure
-
-    def pack(name: str, split: str, source: str, dataset_split: str) -> Phase[Shards]:
-        kind = {"format": dataset.format, "size": dataset.size, "crop": dataset.crop, "encoding": dataset.encoding}
-        inputs = {"split": split, "source": source, **kind, "dataset_split": dataset_split}
-        return Phase(name, images.pack, inputs, Shards)
+    measure = config.measure
+    train, held_out = pack_phases(config.dataset, images)
 
     def features(name: str, shards: Phase[Shards], count: int) -> Phase[RealImages]:
         return Phase(name, images.describe, {"shards": shards, "count": count, "network": network}, RealImages)
 
-    train = pack("pack training images", "train", dataset.source, dataset.train_split)
-    held_out = pack("pack held-out images", "test", dataset.test_source or dataset.source, dataset.test_split)
     real = against = features("features of the held-out images", held_out, measure.reference_images)
     if measure.sample_reference == "train":
         name = "features that samples are measured against"
@@ -141,6 +134,23 @@ def _shared_phases(config: BenchmarkConfig, images: Images, network: FeatureNetw
         neighbours = features("features of training images", train, measure.neighbours)
     lpips = Lpips(measure.lpips_weights, device) if measure.lpips_weights else None
     return Shared(train, held_out, real, against, neighbours, network, lpips, config.sampling, measure)
+
+
+def pack_phases(dataset: DatasetConfig, images: Images) -> tuple[Phase[Shards], Phase[Shards]]:
+    """The phases that pack the training images and the held-out ones."""
+    kind = {"format": dataset.format, "size": dataset.size, "crop": dataset.crop, "encoding": dataset.encoding}
+
+    def pack(name: str, split: str, source: str, dataset_split: str) -> Phase[Shards]:
+        inputs = {"split": split, "source": source, **kind, "dataset_split": dataset_split}
+        return Phase(name, images.pack, inputs, Shards)
+
+    train = pack("pack training images", "train", dataset.source, dataset.train_split)
+    return train, pack("pack held-out images", "test", dataset.test_source or dataset.source, dataset.test_split)
+
+
+def benchmark_images(out: Path) -> Images:
+    """The images of the benchmark in the folder ``out``."""
+    return Images({"train": out / "shards" / "train", "test": out / "shards" / "test"}, out / "features")
 
 
 def _results(config: BenchmarkConfig, shared: Shared, job: Job, arms: dict[str, list[ArmResult]]) -> BenchmarkResults:

@@ -166,7 +166,8 @@ class ArmWork:
         """How the codebook is used over all images."""
         batches = iterate_once(self.images.folder(shards), batch_size=64)
         with progress_bar(f"{self.title}: codebook") as bar:
-            return evaluate_codebook(self._tokenizer(tokenizer), batches, bar, shards.images).summary()
+            model = self._tokenizer(tokenizer).to(self.device)
+            return evaluate_codebook(model, batches, bar, shards.images).summary()
 
     def train_prior(
         self, tokenizer: TokenizerResult, tokens: TokensResult, recipe: Recipe[PriorExperiment]

