@@ -9,19 +9,30 @@ RUN := $(VENV)/bin
 ROOMS := $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 LINKS := $(addprefix build/src/scq/,$(ROOMS) __init__.py __main__.py py.typed)
 
-.PHONY: quickstart test test-all rehearse lint format docs links clean
+.PHONY: quickstart test test-all test-lowest rehearse lint format docs links clean
 
 quickstart: $(VENV)/.quickstart
 	$(RUN)/scq quickstart $(if $(OUT),--out $(OUT))
 
 # Two workers, each beginning with half of the tests: most of the time goes into commands that start up on one core.
-PYTEST := $(RUN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTEST := python -m pytest --numprocesses 2 --dist worksteal
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not slow"
+	$(RUN)/$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.test
-	$(PYTEST)
+	$(RUN)/$(PYTEST)
+
+# The oldest Python and the oldest of every direct dependency that pyproject.toml allows: what keeps these floors true.
+LOWEST := .venv-lowest
+test-lowest: $(LOWEST)/.test
+	$(LOWEST)/bin/$(PYTEST) -m "not slow"
+
+$(LOWEST)/.test: pyproject.toml | $(LINKS)
+	test -x $(LOWEST)/bin/python || python3.11 -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[test]"
+	touch $@
 
 # The half hour on a GPU of configs/benchmarks/cifar10_gpu.yaml, played on a CPU; docs/benchmark.md says what that is.
 rehearse: $(VENV)/.test
@@ -55,4 +66,4 @@ $(LINKS): build/src/scq/%:
 	ln -s ../../../$* $@
 
 clean:
-	rm -rf $(VENV) build/src build/site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build/src build/site .pytest_cache .ruff_cache .hypothesis

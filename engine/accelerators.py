@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -87,12 +88,17 @@ def resolve_precision(precision: str, begun: str | None = None) -> str:
     return begun or here
 
 
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of this processor: its name, and its instructions. torch before 2.11 knows nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def _has_fast_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # oneDNN, which multiplies for torch, may have been told to leave newer instructions alone.
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
-    return torch.cpu.get_capabilities().get("amx_bf16", False) and (
+    return cpu_capabilities().get("amx_bf16", False) and (
         "AMX" in allowed.upper() or allowed.upper() in ("ALL", "DEFAULT")
     )
 

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from scq.engine.accelerators import resolve_precision
+from scq.engine.accelerators import cpu_capabilities, resolve_precision
 from scq.engine.files import write_json
 from scq.engine.measurements import from_plain, to_plain
 from scq.engine.plain_json import read_json
@@ -173,7 +173,7 @@ class Job:
 def this_machine() -> str:
     """What seconds are measured on, in words: the device, its threads, and what decides the numbers' precision."""
     threads = torch.get_num_threads()
-    processor = f"{torch.cpu.get_capabilities()['cpu_name']}, {threads} thread{'s' if threads > 1 else ''}"
+    processor = f"{cpu_capabilities().get('cpu_name', 'CPU')}, {threads} thread{'s' if threads > 1 else ''}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     precision = resolve_precision("auto").replace("no", "fp32")  # accelerate's word for it
     return f"{device}, torch {torch.__version__}, precision auto is {precision}"
