@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scq.stage1_tokenizer.solver.codebook import Codebook, compact
+from scq.stage1_tokenizer.solver.codebook import Codebook, add_rows, compact
 
 # Codes per row that a chunk of rows is planned for; supports rarely reach it.
 _PLANNED_COLUMNS = 24
@@ -36,7 +36,7 @@ class SolvedRows(NamedTuple):
     weights: Tensor  # (n, S), padded with 0
     nearest: Tensor  # (n,) int64, the nearest codes
     residual: Tensor  # (n,) error of the weights or the highest price above the threshold, whichever is larger
-    iterations: int  # moves of the support of the row that took most, over all rounds
+    iterations: int | Tensor  # moves of the support of the row that took most, over all rounds
 
 
 class SmallSolution(NamedTuple):
@@ -346,6 +346,6 @@ def gradient_rows(
         grad_z[rows] = grad[rows] - u
         per_code = p.unsqueeze(-1) * u.unsqueeze(1) + spread_u.unsqueeze(-1) * y.unsqueeze(1)  # (n, S, F)
         entries = used.flatten().nonzero().squeeze(1)  # two thirds are padding, not worth scattering
-        grad_codebook.index_add_(0, support[rows].flatten()[entries], per_code.flatten(0, 1)[entries])
+        add_rows(grad_codebook, support[rows].flatten()[entries], per_code.flatten(0, 1)[entries])
         grad_reg[rows] = -(grad_z[rows] * y).sum(1, keepdim=True)
     return grad_z, grad_codebook, grad_reg

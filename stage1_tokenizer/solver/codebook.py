@@ -5,6 +5,10 @@ costs in memory. Nothing here sorts K columns.
 """
 
 from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +22,10 @@ _GATHER_ENTRIES = {"cpu": 1 << 22, "cuda": 1 << 28}
 # A maximum over lanes runs along contiguous memory. The number of groups is how many candidates a pass can bring.
 _LANES = 64
 _GROUPS = 2
+# Devices that compute while the host goes on, until it asks for a value.
+ASYNCHRONOUS = {"cuda"}
+# Beyond it, a row's system does not fit the registers and shared memory of `fused`.
+FUSED_DIM = 32
 
 
 class Codebook:
@@ -150,8 +158,42 @@ def require_finite_squares(name: str, value: Tensor) -> None:
         raise NotFiniteError(f"{name} has entries up to {largest:.2g}; squared distances need {most:.2g} at most")
 
 
+def may_wait(x: Tensor) -> bool:
+    """Whether the host may ask for values of ``x``: always but in a training step on a GPU, which would stand still.
+
+    A training step is whatever records gradients.
+    """
+    return x.device.type not in ASYNCHRONOUS or not torch.is_grad_enabled()
+
+
+def fused_kernels(x: Tensor) -> ModuleType | None:
+    """The module `fused` if it can be used for rows x (n, F), else None."""
+    return _fused() if x.device.type == "cuda" and x.shape[1] <= FUSED_DIM else None
+
+
+@cache
+def _fused() -> ModuleType | None:
+    # CPU-only builds, macOS and Windows have no Triton, and AMD's has other options.
+    if torch.version.cuda is None or find_spec("triton") is None:
+        return None
+    return import_module("scq.stage1_tokenizer.solver.fused")
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Add rows (n, F) to ``total`` (K, F) at index (n,), in place, in an order that is the same every time.
+
+    On a GPU index_add_ adds as threads happen to arrive, and index_put_ sorts first.
+    """
+    if total.is_cuda:
+        return total.index_put_((index,), rows, accumulate=True)
+    return total.index_add_(0, index, rows)
+
+
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
     """(n,) index of the nearest of the codes (K, F) to each row (n, F), the first one where several tie."""
+    fused = fused_kernels(rows)
+    if fused is not None:
+        return fused.nearest_codes(rows, codes)
     book = Codebook(codes)
     return book.nearest(rows - book.centre)
 

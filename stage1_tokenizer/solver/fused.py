@@ -14,7 +14,6 @@ from scq.stage1_tokenizer.solver import fused_rows as kernels
 from scq.stage1_tokenizer.solver.batched import SolvedRows
 from scq.stage1_tokenizer.solver.codebook import Codebook
 
-LARGEST_DIM = 64  # beyond it a row's system does not fit a program's registers
 # A program of 8 warps and 128 registers a thread leaves room for a second one on a multiprocessor, which computes while
 # the first one waits. By ptxas for sm_90, at F=8 the loop over codes then spills 12 of its values; unbounded, a thread
 # takes 255 registers and none is spilled.
@@ -23,7 +22,7 @@ _FLOAT32_TOLERANCE = 1e-6  # prices in float32 prove nothing below it
 
 
 def solve_rows(book: Codebook, z: Tensor, reg: Tensor, *, tol: float, max_iter: int) -> SolvedRows:
-    """See `batched.solve_rows`; F <= LARGEST_DIM, and book, z and reg are float64.
+    """See `batched.solve_rows`; F <= FUSED_DIM, and book, z and reg are float64.
 
     Rows that prices in float32 do not bring to ``tol`` are solved again with prices in float64, whether there are any
     or not. A support that outgrows its room, or a row that runs out of moves, says so in its residual.
@@ -138,7 +137,7 @@ def gradient_rows(
 
 def _layout(dim: int) -> tuple[int, int]:
     """SLOTS and WORDS for F channels; SLOTS is what the inverses of its rows, (F, F) in float64, leave registers for."""
-    return {16: (16, 4), 32: (8, 4), 64: (4, 8)}.get(_padded(dim), (32, 4))
+    return {16: (16, 4), 32: (8, 4)}.get(_padded(dim), (32, 4))
 
 
 def _padded(dim: int) -> int:

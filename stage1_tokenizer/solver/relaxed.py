@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scq.stage1_tokenizer.solver.batched import SolvedRows, join
-from scq.stage1_tokenizer.solver.codebook import Codebook
+from scq.stage1_tokenizer.solver.codebook import Codebook, add_rows
 
 
 class RidgeFactor:
@@ -61,8 +61,8 @@ def relaxed_gradient(
     gain = (gain - (gain * used).sum(1, keepdim=True) / used.sum(1, keepdim=True)) * used  # (n, S)
     grad_target = ridge.solve((gain.unsqueeze(1) @ codes).squeeze(1))  # (n, F)
     per_code = weights.unsqueeze(-1) * grad.unsqueeze(1) + gain.unsqueeze(-1) * y.unsqueeze(1)  # (n, S, F)
-    grad_codebook = torch.zeros_like(codebook).index_add_(0, support.flatten(), per_code.flatten(0, 1))
-    grad_codebook.index_add_(0, nearest, -grad_target)
+    grad_codebook = add_rows(torch.zeros_like(codebook), support.flatten(), per_code.flatten(0, 1))
+    add_rows(grad_codebook, nearest, -grad_target)
     through_ridge = grad_target.t() @ y  # (F, F), minus the gradient with respect to C^T C
     grad_codebook -= codebook @ (through_ridge + through_ridge.t())
     return grad_target, grad_codebook, -(grad_target * y).sum(1, keepdim=True)

@@ -7,7 +7,8 @@ one-hot vector of the code nearest to z:
 
 docs/quantizer.md derives the dual (2), the gradient (3) and the published relaxation (4). The problem and (4) are those
 of Gautam, Pryzant, Yang, Zhu and Sojoudi, "Soft Convex Quantization" (arXiv 2310.03004); the exact solver is this
-project's own. It has two implementations with the same functions: `compiled` on a CPU, `batched` everywhere else.
+project's own. It has three implementations with the same functions: `compiled` on a CPU, `fused` on NVIDIA's GPUs,
+`batched` everywhere else.
 """
 
 from types import ModuleType
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 import scq.stage1_tokenizer.solver.batched as batched
 import scq.stage1_tokenizer.solver.compiled as compiled
-from scq.stage1_tokenizer.solver.codebook import Codebook, require_finite_squares
+from scq.stage1_tokenizer.solver.codebook import Codebook, fused_kernels, may_wait, require_finite_squares
 from scq.stage1_tokenizer.solver.relaxed import relaxed_gradient, solve_relaxed
 
 METHODS = ("exact", "local", "relaxed")
@@ -39,7 +40,7 @@ class ConvexSolution(NamedTuple):
     nearest: Tensor  # (N,) int64, the first code of least distance
     dominant: Tensor  # (N,) int64, the code of largest weight, the first one where several tie
     residual: Tensor  # (N,) how far the weights are from optimal for (1) over all K codes, in units of weight
-    iterations: int  # moves of the support of the slowest row; 0 for the relaxation
+    iterations: int | Tensor  # moves of the slowest row's support, () where it is not read yet; 0 for the relaxation
 
 
 def soft_convex_solve(
@@ -75,18 +76,22 @@ def soft_convex_solve(
 
     Raises:
         ValueError: shapes that do not fit, an empty codebook, a value that is not finite, reg <= 0, an unknown method.
+            A training step on a GPU (see `may_wait`) looks into no tensor: there, what is not finite gives residuals
+            that are not.
     """
-    _check(z, codebook, method, neighbours, max_iter, tol)
+    waits = may_wait(z)
+    _check(z, codebook, method, neighbours, max_iter, tol, values=waits)
     with torch.autocast(z.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in (z.dtype, codebook.dtype) else torch.float32
         z, codebook = z.to(dtype), codebook.to(dtype)
         spread = (codebook - codebook.mean(0)).detach().square().sum(1).mean()  # ()
-        reg = torch.maximum(_check_reg(reg, z), _LEAST_REG * spread)  # (N, 1)
+        reg = torch.maximum(_check_reg(reg, z, values=waits), _LEAST_REG * spread)  # (N, 1)
         z_q, weights, support, nearest, residual, iterations = ConvexProgram.apply(
-            z, codebook, reg, method, neighbours, tol or _TOLERANCE[dtype], max_iter
+            z, codebook, reg, method, neighbours, tol or _TOLERANCE[dtype], max_iter, waits
         )
         top = weights.amax(1, keepdim=True)  # (N, 1)
-        dominant = torch.where(weights == top, support, codebook.shape[0]).amin(1)  # (N,)
+        # NaN equals nothing, but must end as a code all the same: a GPU would stop at an index that is out of range.
+        dominant = torch.where(weights == top, support, codebook.shape[0] - 1).amin(1)  # (N,)
     return ConvexSolution(z_q, weights, support, nearest, dominant, residual, iterations)
 
 
@@ -95,13 +100,29 @@ class ConvexProgram(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, codebook: Tensor, reg: Tensor, method: str, neighbours: int, tol: float, max_iter: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-        """Arguments as for `soft_convex_solve`, checked, z (N, F) and codebook (K, F) of one dtype and reg (N, 1)."""
-        book = Codebook(codebook)
-        centred = z - book.centre  # (N, F)
+        ctx: Any,
+        z: Tensor,
+        codebook: Tensor,
+        reg: Tensor,
+        method: str,
+        neighbours: int,
+        tol: float,
+        max_iter: int,
+        waits: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int | Tensor]:
+        """Arguments as for `soft_convex_solve`, checked, z (N, F) and codebook (K, F) of one dtype and reg (N, 1).
+
+        ``waits``: whether values may be read back. If not, a row that `fused` cannot bring to ``tol`` stays as it is.
+        """
         implementation = _implementation(z)
-        if method == "relaxed":
+        fuses = method == "exact" and implementation is fused_kernels(z)
+        book = Codebook(codebook.double() if fuses else codebook)
+        centred = z - book.centre  # (N, F)
+        if fuses:
+            solved = implementation.solve_rows(book, centred, reg.double(), tol=tol, max_iter=max_iter)
+            if waits:
+                solved = _solve_missed_rows_again(solved, codebook, z - codebook.mean(0), reg, tol, max_iter)
+        elif method == "relaxed":
             solved = solve_relaxed(book, codebook, centred, reg)
         elif method == "local":
             limits = {"neighbours": neighbours, "tol": tol, "max_iter": max_iter}
@@ -110,13 +131,14 @@ class ConvexProgram(torch.autograd.Function):
             else:
                 wide = Codebook(codebook.double())
                 solved = batched.solve_local(wide, z.double() - wide.centre, reg.double(), **limits)
-                solved = solved._replace(weights=solved.weights.to(z.dtype), residual=solved.residual.to(z.dtype))
+                solved = solved._replace(weights=solved.weights.to(z.dtype))
         else:
             solved = implementation.solve_rows(book, centred, reg, tol=tol, max_iter=max_iter)
             # Whole tensors of float64 change nothing where the rows were solved in them already, and MPS has none.
             if not (implementation is batched and z.dtype == torch.float64) and z.device.type != "mps":
                 solved = _solve_missed_rows_again(solved, codebook, centred, reg, tol, max_iter)
-        z_q = implementation.combine_rows(book, solved.support, solved.weights) + book.centre
+        z_q = (implementation.combine_rows(book, solved.support, solved.weights) + book.centre).to(z.dtype)
+        solved = solved._replace(weights=solved.weights.to(z.dtype), residual=solved.residual.to(z.dtype))
         ctx.method = method
         ctx.save_for_backward(z, codebook, reg, solved.support, solved.weights, solved.nearest)
         ctx.mark_non_differentiable(solved.weights, solved.support, solved.nearest, solved.residual)
@@ -129,12 +151,14 @@ class ConvexProgram(torch.autograd.Function):
         gradient = relaxed_gradient if ctx.method == "relaxed" else _implementation(z).gradient_rows
         with torch.autocast(z.device.type, enabled=False):
             gradients = gradient(grads[0], codebook, support, weights, nearest, z - codebook[nearest], reg)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 def _implementation(z: Tensor) -> ModuleType:
-    """`compiled` or `batched`, whichever suits the latents z (N, F)."""
-    return compiled if z.device.type == "cpu" and z.shape[1] <= compiled.LARGEST_DIM else batched
+    """`compiled`, `fused` or `batched`, whichever suits the latents z (N, F)."""
+    if z.device.type == "cpu" and z.shape[1] <= compiled.LARGEST_DIM:
+        return compiled
+    return fused_kernels(z) or batched
 
 
 def _solve_missed_rows_again(
@@ -161,14 +185,18 @@ def _solve_missed_rows_again(
     return batched.join([rest, again], [kept, missed])
 
 
-def _check(z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: int, tol: float | None) -> None:
+def _check(
+    z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: int, tol: float | None, values: bool
+) -> None:
+    """Raise ValueError where an argument is wrong; only with ``values`` is what the tensors hold an argument."""
     for name, value in (("z", z), ("codebook", codebook)):
         if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
             what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must be a two-dimensional floating tensor, not {what}")
         if 0 in value.shape:
             raise ValueError(f"{name} is empty: its shape is {tuple(value.shape)}")
-        require_finite_squares(name, value)
+        if values:
+            require_finite_squares(name, value)
     if z.shape[1] != codebook.shape[1]:
         raise ValueError(f"codebook has {codebook.shape[1]} columns, but z has {z.shape[1]}: they must agree")
     if method not in METHODS:
@@ -180,15 +208,18 @@ def _check(z: Tensor, codebook: Tensor, method: str, neighbours: int, max_iter: 
         raise ValueError(f"tol must be positive, not {tol!r}")
 
 
-def _check_reg(reg: float | Tensor, z: Tensor) -> Tensor:
-    """reg as a (N, 1) tensor of z's dtype and device; ValueError unless all of it is positive and finite."""
-    if isinstance(reg, Tensor):
-        if reg.ndim > 1 or (reg.ndim == 1 and len(reg) != len(z)):
-            raise ValueError(f"reg must be a number or one per row, ({len(z)},), not {tuple(reg.shape)}")
-        least, most = float(reg.detach().min()), float(reg.detach().max())
-    else:
+def _check_reg(reg: float | Tensor, z: Tensor, values: bool) -> Tensor:
+    """reg as a (N, 1) tensor of z's dtype and device; ValueError unless all of it is positive and finite.
+
+    With ``values`` that is checked of a tensor, too; a number is always checked.
+    """
+    if not isinstance(reg, Tensor):
         least = most = float(reg)
+        reg = z.new_full((), reg)
+    elif reg.ndim > 1 or (reg.ndim == 1 and len(reg) != len(z)):
+        raise ValueError(f"reg must be a number or one per row, ({len(z)},), not {tuple(reg.shape)}")
+    else:
+        least, most = (float(reg.detach().min()), float(reg.detach().max())) if values else (1.0, 1.0)
     if not (least > 0 and most < float("inf")):
         raise ValueError(f"reg must be positive and finite, not {least if not least > 0 else most!r}")
-    reg = torch.as_tensor(reg, dtype=z.dtype, device=z.device)
-    return reg.reshape(-1, 1).expand(len(z), 1)
+    return reg.to(z).reshape(-1, 1).expand(len(z), 1)
