@@ -11,6 +11,7 @@ from torch import Tensor
 from scq.engine.config import Ranges
 from scq.engine.errors import UserError
 from scq.stage1_tokenizer.quantizers import Quantized, Quantizer
+from scq.stage1_tokenizer.solver.codebook import may_wait
 
 
 @dataclass
@@ -62,14 +63,13 @@ def swap_for_neighbours(quantized: Quantized, quantizer: Quantizer, swap: Neighb
     """
     chance, choice = swap.noise.unbind(1)  # (B, h, w)
     chosen = chance < swap.share
-    if not quantizer.has_codes or quantizer.codebook_size < 2 or not bool(chosen.any()):
+    if not quantizer.has_codes or quantizer.codebook_size < 2:
         return quantized.z_q
-    with torch.no_grad():
-        near = nearest_codes(quantizer, quantized.indices[chosen], swap.neighbours)  # (n, neighbours)
-        nth = (choice[chosen] * near.shape[1]).long()
-        indices = quantized.indices.clone()
-        indices[chosen] = near.gather(1, nth.unsqueeze(1)).squeeze(1)
-        difference = quantizer.lookup(indices) - quantized.z_q  # (B, F, h, w)
+    near = nearest_codes(quantizer, quantized.indices.flatten(), swap.neighbours)  # (B h w, neighbours)
+    nth = (choice * near.shape[1]).long()  # (B, h, w)
+    other = near.gather(1, nth.view(-1, 1)).view_as(nth)
+    # Detached, not under no_grad: by that a lookup would know that it is no training step, and may read indices back.
+    difference = (quantizer.lookup(torch.where(chosen, other, quantized.indices)) - quantized.z_q).detach()
     return quantized.z_q + torch.where(chosen.unsqueeze(1), difference, 0.0)
 
 
@@ -79,8 +79,10 @@ def nearest_codes(quantizer: Quantizer, indices: Tensor, count: int) -> Tensor:
     There are fewer than ``count`` if the codebook is too small.
     """
     size = quantizer.codebook_size
-    codes = quantizer.lookup(torch.arange(size, device=indices.device).view(1, 1, size))[0, :, 0].t()  # (K, F)
-    asked, back = indices.unique(return_inverse=True)
+    every = torch.arange(size, device=indices.device)
+    codes = quantizer.lookup(every.view(1, 1, size))[0, :, 0].t().detach()  # (K, F)
+    # A GPU does not know without waiting which codes are asked for, and soon has the neighbours of all.
+    asked, back = indices.unique(return_inverse=True) if may_wait(codes) else (every, indices)
     found = []
     for part in asked.split(max(1, (1 << 24) // size)):  # a block of distances at a time
         distance = torch.cdist(codes[part], codes)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scq.engine.checks import whole_number
 from scq.engine.precision import KeepsFloat32
-from scq.stage1_tokenizer.solver.codebook import require_finite_squares
+from scq.stage1_tokenizer.solver.codebook import may_wait, require_finite_squares
 
 MOST_CODES, MOST_DIM = 2**24, 2**14  # a model from others may claim any number
 
@@ -124,26 +124,31 @@ def check_codebook_shape(codebook_size: int, dim: int) -> None:
 
 
 def check_latents(z: Tensor, dim: int) -> None:
-    """Raise ValueError unless z is (B, dim, h, w), floating and not empty, and all of its squares are finite."""
+    """Raise ValueError unless z is (B, dim, h, w), floating and not empty, and all of its squares are finite.
+
+    A training step on a GPU does not look for the latter (see `may_wait`): the losses show it when they are logged.
+    """
     if z.ndim != 4 or z.shape[1] != dim:
         raise ValueError(f"z must be (B, {dim}, h, w), not {tuple(z.shape)}")
     if not z.is_floating_point():
         raise ValueError(f"z must be floating point, not {z.dtype}")
     if z.numel() == 0:
         raise ValueError(f"z is empty: its shape is {tuple(z.shape)}")
-    require_finite_squares("z", z.float())  # in which it is quantized
+    if may_wait(z):
+        require_finite_squares("z", z.float())  # in which it is quantized
 
 
 def check_indices(indices: Tensor, codebook_size: int) -> Tensor:
     """The indices (B, h, w) as int64; torch would take uint8 for a mask.
 
     Raises:
-        ValueError: they are not integers (B, h, w) in [0, codebook_size).
+        ValueError: they are not integers (B, h, w) in [0, codebook_size). A training step on a GPU does not look at the
+            range (see `may_wait`).
     """
     if indices.ndim != 3 or indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         raise ValueError(f"indices must be integers (B, h, w), not {tuple(indices.shape)} {indices.dtype}")
-    if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= codebook_size):
-        low, high = int(indices.min()), int(indices.max())
+    low, high = (int(indices.min()), int(indices.max())) if indices.numel() and may_wait(indices) else (0, 0)
+    if low < 0 or high >= codebook_size:
         raise ValueError(f"indices must be in [0, {codebook_size}), but span [{low}, {high}]")
     return indices.long()
 
@@ -166,7 +171,8 @@ def unflatten_latents(rows: Tensor, z: Tensor) -> Tensor:
 
 def count_codes(index: Tensor, codebook_size: int) -> Tensor:
     """(K,) float32, how often each code occurs in index (N,)."""
-    return torch.bincount(index, minlength=codebook_size).float()
+    # Whole numbers have the same sum in any order. bincount would wait for the largest index on a GPU.
+    return index.new_zeros(codebook_size).index_add_(0, index, torch.ones_like(index)).float()
 
 
 def usage_of(counts: Tensor) -> dict[str, Tensor]:

@@ -5,12 +5,15 @@ lambda that follows the scale of the latents, VQ's terms on the nearest code, an
 says why.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from scq.engine.checks import finite_number, one_of, whole_number, yes_or_no
-from scq.engine.processes import gather_rows, same_everywhere, sum_across_processes
+from scq.engine.processes import gather_rows, rank_and_world_size, same_everywhere, sum_across_processes
 from scq.stage1_tokenizer.quantizers.interface import (
     MOST_DIM,
     Mixture,
@@ -26,9 +29,18 @@ from scq.stage1_tokenizer.quantizers.interface import (
     unflatten_latents,
     usage_of,
 )
-from scq.stage1_tokenizer.quantizers.kmeans import draw_rows, kmeans, kmeans_step
+from scq.stage1_tokenizer.quantizers.kmeans import kmeans, kmeans_step, replace_rows
 from scq.stage1_tokenizer.solver import METHODS, ConvexSolution, soft_convex_solve
 from scq.stage1_tokenizer.solver.codebook import nearest_codes
+
+
+@dataclass
+class _Seen:
+    """What a quantizer has seen in training, where the host can look it up without waiting for a GPU."""
+
+    steps: int
+    parts: int  # of the present step; checkpoints are written between steps, so they need not know it
+    images: int  # in the window being filled, of all processes
 
 
 @register_quantizer("scq")
@@ -107,9 +119,6 @@ class SoftConvexQuantizer(Quantizer):
         self.codebook = nn.Parameter(torch.randn(codebook_size, inner) / inner**0.5)
         self.steps: Tensor  # () int64, training steps seen
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        # () int64, parts seen of the present step. Checkpoints are written between steps, so it need not be saved.
-        self.parts: Tensor
-        self.register_buffer("parts", torch.zeros((), dtype=torch.int64), persistent=False)
         self.mean_distance: Tensor  # (), running mean of min_k |z - c_k|^2; 0: none yet
         self.register_buffer("mean_distance", torch.zeros(()))
         self.kmeans_counts: Tensor  # (K,), latents behind each code in k-means
@@ -120,13 +129,15 @@ class SoftConvexQuantizer(Quantizer):
         self.register_buffer("last_counts", torch.zeros(codebook_size))
         self.images: Tensor  # () int64, in the window being filled
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
+        self._seen: _Seen | None = None  # None: not read from the buffers yet
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         """See `Quantizer.forward`.
 
         Raises:
             ValueError: z is misshapen or has an entry that is not finite, or image_noise is not (B,). Nothing has
-                changed by then.
+                changed by then. A training step on a GPU does not look at the entries, since after the k-means start it
+                reads nothing back; `Quantized.stats` tell.
         """
         check_latents(z, self.dim)
         if image_noise is not None and image_noise.shape != z.shape[:1]:
@@ -183,7 +194,19 @@ class SoftConvexQuantizer(Quantizer):
 
     def _progress(self) -> float:
         """Share of the annealing of rho that is done."""
-        return 0.0 if self.rho_end is None else min(1.0, int(self.steps) / self.rho_steps)
+        if self.rho_end is None:
+            return 0.0
+        return min(1.0, (self._host().steps if self.training else int(self.steps)) / self.rho_steps)
+
+    def _host(self) -> _Seen:
+        """The counts of training, read from the buffers once. Only training keeps both alike: others copy buffers."""
+        if self._seen is None:
+            self._seen = _Seen(int(self.steps), 0, int(self.images))
+        return self._seen
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._seen = None
 
     def _rows(self, z: Tensor) -> Tensor:
         """Latents z (B, F, h, w) as the solver takes them: (N, F), or (N, projection_dim) normalised."""
@@ -198,8 +221,8 @@ class SoftConvexQuantizer(Quantizer):
     @torch.no_grad()
     def _reg(self, rows: Tensor, codes: Tensor) -> Tensor:
         """Lambda (), from the mean distance up to the last step, so that the nearest codes need not be found twice."""
-        mean = self.mean_distance
-        if not mean > 0:
+        mean, seen = self.mean_distance, self._host()
+        if seen.steps + seen.parts == 0 if self.training else not mean > 0:
             mean = (rows - codes[nearest_codes(rows, codes)]).square().sum(1).mean()
             mean = sum_across_processes(mean) / sum_across_processes(torch.ones_like(mean)) if self.training else mean
         # Lambda must be positive even where all latents equal their codes; any will do, since the solution is the code.
@@ -217,27 +240,29 @@ class SoftConvexQuantizer(Quantizer):
             return z_q
         if image_noise is None:
             image_noise = torch.rand(shape[0], device=rows.device)
-        hard = (image_noise.to(rows.device) < self.dominant_dropout).repeat_interleave(shape[2] * shape[3])
+        hard = (image_noise.to(rows.device) < self.dominant_dropout).view(-1, 1)  # (B, 1)
+        hard = hard.expand(-1, shape[2] * shape[3]).reshape(-1, 1)  # (N, 1)
         # The straight-through gradient goes to z, not through z_q: decoding a dominant code alone is VQ. dz_q/dz would
         # lose the directions that the support does not span, and dz_q/dc_k would move codes that were not decoded.
         dominant = rows + (codes[solution.dominant] - rows).detach()
-        return torch.where(hard.unsqueeze(1), dominant, z_q)
+        return torch.where(hard, dominant, z_q)
 
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> None:
         """Change codes before they enter the graph: k-means over the first batches, revival when a window is full."""
-        step, first_part = int(self.steps), self.parts_per_step == 1 or int(self.parts) == 0
+        seen = self._host()
         # Between the parts of a step no code is replaced, because their gradients are for one codebook.
-        if first_part and int(self.images) >= self.window:
+        if seen.parts == 0 and seen.images >= self.window:
             if self.revive:
-                self._revive(rows)
+                self._revive(rows, seen.steps)
             self.last_counts.copy_(self.counts)
             self.counts.zero_()
             self.images.zero_()
-        if step >= self.kmeans_batches:
+            seen.images = 0
+        if seen.steps >= self.kmeans_batches:
             return
         everywhere = gather_rows(rows)
-        if step == 0 and first_part:
+        if seen.steps == 0 and seen.parts == 0:
             codes, counts = kmeans(everywhere, self.codebook_size)
         else:
             codes, counts = kmeans_step(self._codes(), self.kmeans_counts, everywhere)
@@ -248,29 +273,29 @@ class SoftConvexQuantizer(Quantizer):
     def _record(self, rows: Tensor, hard_error: Tensor, dominant: Tensor, images: int) -> dict[str, Tensor]:
         """Advance the running statistics, the same in all processes."""
         counts = count_codes(dominant, self.codebook_size)
-        here = torch.stack([hard_error * len(rows), hard_error.new_tensor(len(rows)), hard_error.new_tensor(images)])
+        here = torch.stack([hard_error * len(rows), *(hard_error.new_full((), n) for n in (len(rows), images))])
         summed = sum_across_processes(torch.cat([here.double(), counts.double()]))
         mean = (summed[0] / summed[1]).float()
         momentum = self.momentum ** (1 / self.parts_per_step)
-        first = self.steps + self.parts == 0
-        self.mean_distance.copy_(torch.where(first, mean, mean.lerp(self.mean_distance, momentum)))
+        seen = self._host()
+        first = seen.steps + seen.parts == 0
+        self.mean_distance.copy_(mean if first else mean.lerp(self.mean_distance, momentum))
         self.counts += summed[3:].float()
         self.images += summed[2].long()
-        self.parts += 1
-        self.steps += self.parts // self.parts_per_step
-        self.parts %= self.parts_per_step
+        seen.images += images * rank_and_world_size()[1]  # every process has the same number, see `gather_rows`
+        seen.parts += 1
+        if seen.parts == self.parts_per_step:
+            seen.parts = 0
+            seen.steps += 1
+            self.steps += 1
         return usage_of(self.usage_counts())
 
-    def _revive(self, rows: Tensor) -> None:
+    def _revive(self, rows: Tensor, seed: int) -> None:
         """Move codes that dominated nothing in the window onto latents drawn by squared distance to their codes."""
-        dead = (self.counts == 0).nonzero().squeeze(1)
-        if dead.numel() == 0:
-            return
         everywhere = gather_rows(rows)
         codes = self._codes()
         distance = (everywhere - codes[nearest_codes(everywhere, codes)]).square().sum(1)  # (n,)
-        codes = self.codebook.detach().clone()
-        codes[dead] = draw_rows(everywhere, len(dead), int(self.steps), distance)
+        codes = replace_rows(self.codebook.detach(), self.counts == 0, everywhere, seed, distance)
         self.codebook.copy_(same_everywhere(codes))
 
     @torch.no_grad()
@@ -283,5 +308,5 @@ class SoftConvexQuantizer(Quantizer):
             "soft_error": (rows - solution.z_q.detach()).square().sum(1).mean(),
             "hard_error": (rows - nearest).square().sum(1).mean(),
             "residual": solution.residual.amax(),
-            "rho": rows.new_tensor(self.current_rho()),
+            "rho": rows.new_full((), self.current_rho()),
         }
