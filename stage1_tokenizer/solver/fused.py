@@ -87,10 +87,10 @@ def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
 
 def combine_rows(book: Codebook, support: Tensor, weights: Tensor) -> Tensor:
     """See `batched.combine_rows`; book float64."""
-    n, columns = support.shape
+    n, width = support.shape
     combined = book.codes.new_empty(n, book.dim)
     kernels.combine_kernel[(triton.cdiv(n, 32),)](
-        book.codes, support, weights, combined, n, columns, DIM=book.dim, PADDED=_padded(book.dim), ROWS=32
+        book.codes, support, weights, combined, n, width, DIM=book.dim, PADDED=_padded(book.dim), ROWS=32
     )
     return combined
 
@@ -99,12 +99,12 @@ def gradient_rows(
     grad: Tensor, codebook: Tensor, support: Tensor, weights: Tensor, nearest: Tensor, target: Tensor, reg: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of eq. (3); see `batched.gradient_rows`."""
-    (n, columns), (size, dim) = support.shape, codebook.shape
+    (n, width), (size, dim) = support.shape, codebook.shape
     slots, _ = _layout(dim)
     codes = codebook.double().contiguous()
     shared: dict[str, Any] = {"DIM": dim, "PADDED": _padded(dim)}
     grad_z, through, multiplier = (codes.new_empty(n, dim) for _ in range(3))
-    grad_reg, along = codes.new_empty(n), codes.new_empty(n, columns)
+    grad_reg, along = codes.new_empty(n), codes.new_empty(n, width)
     kernels.gradient_kernel[(triton.cdiv(n, slots),)](
         grad.double().contiguous(),
         target.double().contiguous(),
@@ -119,18 +119,18 @@ def gradient_rows(
         multiplier,
         along,
         n,
-        columns,
+        width,
         ROWS=slots,
         num_warps=_WARPS,
         **shared,
     )
     # Entries in the order of their codes, and of rows for the same code; those without weight come last.
-    keys = torch.where(weights > 0, support, size).flatten().int()  # (n columns,)
+    keys = torch.where(weights > 0, support, size).flatten().int()  # (N width,)
     keys, entry = torch.sort(keys, stable=True)
     first = torch.searchsorted(keys, torch.arange(size + 1, device=keys.device, dtype=keys.dtype))  # (K + 1,)
     grad_codebook = torch.empty_like(codes)
     kernels.sum_kernel[(size,)](
-        first, entry, weights, along, through, multiplier, grad_codebook, columns, ENTRIES=32, num_warps=1, **shared
+        first, entry, weights, along, through, multiplier, grad_codebook, width, ENTRIES=32, num_warps=1, **shared
     )
     return grad_z.to(grad.dtype), grad_codebook.to(grad.dtype), grad_reg.to(grad.dtype).unsqueeze(1)
 

@@ -19,9 +19,7 @@ import triton.language as tl
 
 
 @triton.jit
-def nearest_kernel(
-    query, columns, nearest, n, width, DIM: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr
-):
+def nearest_kernel(query, columns, nearest, n, width, DIM: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr):
     """Nearest code of every latent, the first one where several tie.
 
     Args:
@@ -194,8 +192,12 @@ def solve_kernel(
         best, code = _stream(queries, SLOTS, columns, width, taken, True, DIM, SLOTS, WORDS)
         low = code % 32 < 16
         # The best codes of both halves: where two enter together, fewer passes are needed.
-        first_price, first_code = _first_best(tl.where(low, best, float("-inf")), tl.where(low, code, 2147483647), SLOTS)
-        other_price, other_code = _first_best(tl.where(low, float("-inf"), best), tl.where(low, 2147483647, code), SLOTS)
+        first_price, first_code = _first_best(
+            tl.where(low, best, float("-inf")), tl.where(low, code, 2147483647), SLOTS
+        )
+        other_price, other_code = _first_best(
+            tl.where(low, float("-inf"), best), tl.where(low, 2147483647, code), SLOTS
+        )
         swap = (other_price > first_price) | ((other_price == first_price) & (other_code < first_code))
         one, two = first_price.to(tl.float64), other_price.to(tl.float64)
         one, two = tl.where(swap, two, one), tl.where(swap, one, two)
@@ -260,15 +262,15 @@ def solve_kernel(
 
 @triton.jit
 def combine_kernel(
-    codes, support, weights, combined, n, columns, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
+    codes, support, weights, combined, n, width, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
 ):
-    """C^T p (N, DIM) of weights and support (N, columns)."""
+    """C^T p (N, DIM) of weights and support (N, width)."""
     row, axis = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     total = tl.zeros((ROWS, PADDED), tl.float64)
-    for s in range(0, columns):
-        weight = tl.load(weights + row * columns + s, mask=row < n, other=0.0).to(tl.float64)
+    for s in range(0, width):
+        weight = tl.load(weights + row * width + s, mask=row < n, other=0.0).to(tl.float64)
         used = (row < n) & (weight != 0)  # which a NaN is, too
-        code = tl.load(support + row * columns + s, mask=used, other=0)
+        code = tl.load(support + row * width + s, mask=used, other=0)
         total += weight[:, None] * _row_of(codes, code, used, DIM, axis)
     inside = (row < n)[:, None] & (axis < DIM)[None, :]
     tl.store(combined + row[:, None] * DIM + axis[None, :], total, mask=inside)
@@ -289,7 +291,7 @@ def gradient_kernel(
     multiplier,
     along,
     n,
-    columns,
+    width,
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -298,8 +300,8 @@ def gradient_kernel(
 
     Args:
         grad: (N, DIM), target (N, DIM) z - c_n, codes (K, DIM) and reg (N,), all in float64.
-        support: (N, columns) and weights of the same shape; nearest: (N,).
-        grad_z: (N, DIM), grad_reg (N,), through (N, DIM) for u, multiplier (N, DIM) for y, and along (N, columns) for
+        support: (N, width) and weights of the same shape; nearest: (N,).
+        grad_z: (N, DIM), grad_reg (N,), through (N, DIM) for u, multiplier (N, DIM) for y, and along (N, width) for
             (c_k - m).u, all float64, to write to.
     """
     row, axis = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
@@ -310,10 +312,10 @@ def gradient_kernel(
     g, y = _row_of(grad, row, real, DIM, axis), _row_of(target, row, real, DIM, axis)
     mean, size = tl.zeros_like(g), tl.zeros((ROWS,), tl.int32)
     system = tl.zeros((ROWS, PADDED, PADDED), tl.float64)
-    for s in range(0, columns):
-        weight = tl.load(weights + row * columns + s, mask=real, other=0.0).to(tl.float64)
+    for s in range(0, width):
+        weight = tl.load(weights + row * width + s, mask=real, other=0.0).to(tl.float64)
         used = weight > 0
-        code = tl.load(support + row * columns + s, mask=used, other=0)
+        code = tl.load(support + row * width + s, mask=used, other=0)
         a = tl.where(used[:, None], _row_of(codes, code, used, DIM, axis) - origin, 0.0)
         y -= weight[:, None] * a
         mean += a
@@ -322,11 +324,11 @@ def gradient_kernel(
     inverse, mean = _inverse(system, mean, size, lam, DIM, axis)
     u = lam[:, None] * _product(inverse, g)
     y /= lam[:, None]
-    for s in range(0, columns):
-        used = tl.load(weights + row * columns + s, mask=real, other=0.0) > 0
-        code = tl.load(support + row * columns + s, mask=used, other=0)
+    for s in range(0, width):
+        used = tl.load(weights + row * width + s, mask=real, other=0.0) > 0
+        code = tl.load(support + row * width + s, mask=used, other=0)
         a = _row_of(codes, code, used, DIM, axis) - origin
-        tl.store(along + row * columns + s, tl.sum((a - mean) * u, 1), mask=used)
+        tl.store(along + row * width + s, tl.sum((a - mean) * u, 1), mask=used)
     cell, inside = row[:, None] * DIM + axis[None, :], real[:, None] & (axis < DIM)[None, :]
     tl.store(grad_z + cell, g - u, mask=inside)
     tl.store(through + cell, u, mask=inside)
@@ -336,7 +338,7 @@ def gradient_kernel(
 
 @triton.jit
 def sum_kernel(
-    first, entry, weights, along, through, multiplier, summed, columns, DIM: tl.constexpr, PADDED: tl.constexpr,
+    first, entry, weights, along, through, multiplier, summed, width, DIM: tl.constexpr, PADDED: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):  # fmt: skip
     """Add up dL/dc_k = sum of p_k u + ((c_k - m).u) y over the rows that use code k, a program for each code.
@@ -344,7 +346,7 @@ def sum_kernel(
     The order of the sum is that of the rows, so it has the same bits every time.
 
     Args:
-        first: (K + 1,) where each code's entries begin in ``entry``, whose values point into weights (N, columns).
+        first: (K + 1,) where each code's entries begin in ``entry``, whose values point into weights (N, width).
         summed: (K, DIM) float64 to write to.
     """
     code, axis = tl.program_id(0), tl.arange(0, PADDED)
@@ -356,7 +358,7 @@ def sum_kernel(
         cell = tl.load(entry + place, mask=real, other=0)
         weight = tl.load(weights + cell, mask=real, other=0.0).to(tl.float64)
         lift = tl.load(along + cell, mask=real, other=0.0)
-        row = cell // columns
+        row = cell // width
         total += weight[:, None] * _row_of(through, row, real, DIM, axis)
         total += lift[:, None] * _row_of(multiplier, row, real, DIM, axis)
     tl.store(summed + code.to(tl.int64) * DIM + axis, tl.sum(total, 0), mask=axis < DIM)
