@@ -238,9 +238,9 @@ def _benchmark_data(options: argparse.Namespace) -> None:
 
 
 def _benchmark_speed(options: argparse.Namespace) -> None:
-    from scq.evaluation.speed.quantizers import CELLS, benchmark_speed
+    from scq.evaluation.speed.quantizers import benchmark_speed
 
-    cells = tuple(options.cell) if options.cell else CELLS
+    cells = tuple(options.cell) if options.cell else None
     benchmark_speed(options.out, cells=cells, rho=options.rho, repeats=options.repeats, device=device())
     print(options.out)
 

@@ -1,4 +1,4 @@
-"""The GPU's kernels on a CPU, in Triton's interpreter: test_quantizer_fused.py runs this file in a process of its own."""
+"""The GPU's kernels on a CPU, in Triton's interpreter. test_quantizer_fused.py runs this in a process of its own."""
 
 import math
 

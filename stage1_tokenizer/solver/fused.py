@@ -136,7 +136,7 @@ def gradient_rows(
 
 
 def _layout(dim: int) -> tuple[int, int]:
-    """SLOTS and WORDS for F channels; SLOTS is what the inverses of its rows, (F, F) in float64, leave registers for."""
+    """SLOTS and WORDS for F channels. As many rows as their inverses, (F, F) in float64, leave registers for."""
     return {16: (16, 4), 32: (8, 4)}.get(_padded(dim), (32, 4))
 
 

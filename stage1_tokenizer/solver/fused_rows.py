@@ -135,7 +135,7 @@ def solve_kernel(
             rest = target
             y, lead_now, shift_now = tl.zeros_like(target), tl.zeros_like(lead), tl.zeros_like(shift)
             # The first turn solves the system. The others take rounding errors out, which a tiny lambda magnifies.
-            for turn in range(0, 3):
+            for _ in range(0, 3):
                 step = _product(inverse, rest - missing[:, None] * mean)  # (SLOTS, PADDED)
                 lift = missing / tl.maximum(size, 1) - tl.sum(mean * step, 1)
                 y += step
@@ -153,7 +153,7 @@ def solve_kernel(
                     tl.store(wanted + r * SLOTS, weight, mask=used)
             tl.debug_barrier()
 
-            # Go there as far as no weight turns negative. A weight that reaches zero leaves, and the rest is solved again.
+            # Go there as far as no weight turns negative. One that reaches zero leaves, and the rest is solved again.
             in_use = moving[:, None] & (room[None, :] < size[:, None])  # (SLOTS, ROOM)
             cell = room[None, :] * SLOTS
             now = tl.load(shares[:, None] + cell, mask=in_use, other=0.0)
@@ -209,8 +209,8 @@ def solve_kernel(
         one, two = tl.where(swap, two, one), tl.where(swap, one, two)
         code_one, code_two = tl.where(swap, code_two, code_one), tl.where(swap, code_one, code_two)
 
-        # A row ends where no price is above the threshold, or where the best code cannot gain weight: then its excess is
-        # rounding. Codes that enter together may block each other, so the best one gets a turn alone.
+        # A row ends where no price is above the threshold, or where the best code cannot gain weight: then its excess
+        # is rounding. Codes that enter together may block each other, so the best one gets a turn alone.
         at_work = (row >= 0) & ~fresh
         priced = at_work & (moved < max_moves)
         excess = tl.where(priced, tl.maximum(one, 0.0), excess)
@@ -421,8 +421,8 @@ def _stream(
         The best scores (4, WORDS, SLOTS / 4, 32), and which codes have them. -inf and a code of the first tile
         stand for codes left out and for NaN.
     """
-    # Triton shares axes from the last to the first among lanes, then warps; what is left is one thread's. So a thread has
-    # four rows, whose queries stay in its registers, and a few codes: it loads one number for four that it adds.
+    # Triton shares axes from the last to the first among lanes, then warps; what is left is one thread's. So a thread
+    # has four rows, whose queries stay in its registers, and a few codes: it loads one number for four that it adds.
     slot = tl.arange(0, 4)[:, None] * (SLOTS // 4) + tl.arange(0, SLOTS // 4)[None, :]  # (4, SLOTS / 4)
     word, bit = tl.arange(0, WORDS), tl.arange(0, 32)
     within = word[:, None] * 32 + bit[None, :]  # (WORDS, 32)
