@@ -113,9 +113,9 @@ def solve_kernel(
                 for f in tl.static_range(DIM):
                     coordinate = tl.load(z + row * DIM + f, mask=fresh, other=0.0)
                     tl.store(query + f * SLOTS, coordinate.to(columns.dtype.element_ty), mask=fresh)
-                one = tl.full((SLOTS,), 1.0, columns.dtype.element_ty)
-                tl.store(query + DIM * SLOTS, one, mask=fresh)
-                tl.store(query + (DIM + 1) * SLOTS, one - one, mask=fresh)
+                unit = tl.full((SLOTS,), 1.0, columns.dtype.element_ty)
+                tl.store(query + DIM * SLOTS, unit, mask=fresh)
+                tl.store(query + (DIM + 1) * SLOTS, unit - unit, mask=fresh)
 
         # Move each changed support until its weights are optimal on it.
         while tl.max(moving.to(tl.int32), 0) > 0:
@@ -158,7 +158,7 @@ def solve_kernel(
             cell = room[None, :] * SLOTS
             now = tl.load(shares[:, None] + cell, mask=in_use, other=0.0)
             goal = tl.load(wanted[:, None] + cell, mask=in_use, other=0.0)
-            member = tl.load(members[:, None] + cell, mask=in_use, other=0)
+            held = tl.load(members[:, None] + cell, mask=in_use, other=0)
             reach = tl.where(goal < 0, now / (now - goal), 2.0)
             step_length = tl.min(reach, 1)
             leaves = moving & (step_length <= 1)
@@ -166,12 +166,12 @@ def solve_kernel(
             now += tl.where(leaves, step_length, 1.0)[:, None] * (goal - now)
             is_leaver = leaves[:, None] & (room[None, :] == leaver[:, None])
             is_last = room[None, :] == size[:, None] - 1
-            gone = tl.sum(tl.where(is_leaver, member, 0), 1)
+            gone = tl.sum(tl.where(is_leaver, held, 0), 1)
             now = tl.where(is_leaver, tl.sum(tl.where(is_last, now, 0.0), 1)[:, None], now)
-            member = tl.where(is_leaver, tl.sum(tl.where(is_last, member, 0), 1)[:, None], member)
+            held = tl.where(is_leaver, tl.sum(tl.where(is_last, held, 0), 1)[:, None], held)
             tl.debug_barrier()
             tl.store(shares[:, None] + cell, now, mask=in_use)
-            tl.store(members[:, None] + cell, member, mask=in_use)
+            tl.store(members[:, None] + cell, held, mask=in_use)
             _flip(taken + slot, gone, leaves & (gone != anchor), SLOTS)
             has_anchor = has_anchor & ~(leaves & (gone == anchor))
             size -= leaves.to(tl.int32)
@@ -223,10 +223,10 @@ def solve_kernel(
         if tl.max(ends.to(tl.int32), 0) > 0:
             in_use = ends[:, None] & (room[None, :] < size[:, None])
             cell = room[None, :] * SLOTS
-            member = tl.load(members[:, None] + cell, mask=in_use, other=0)
+            held = tl.load(members[:, None] + cell, mask=in_use, other=0)
             goal = tl.load(shares[:, None] + cell, mask=in_use, other=0.0)
             where_to = row[:, None] * ROOM + room[None, :]
-            padded = tl.where(in_use, member, anchor[:, None])
+            padded = tl.where(in_use, held, anchor[:, None])
             tl.store(support + where_to, padded.to(tl.int64), mask=ends[:, None])
             tl.store(weights + where_to, tl.where(goal < 0, 0.0, goal), mask=ends[:, None])
             tl.store(nearest + row, anchor.to(tl.int64), mask=ends)
@@ -234,8 +234,8 @@ def solve_kernel(
             tl.store(moves + row, moved, mask=ends)
             for r in range(0, tl.max(tl.where(ends, size, 0), 0)):
                 leaving = ends & (r < size)
-                member_r = tl.load(members + r * SLOTS, mask=leaving, other=0)
-                _flip(taken + slot, member_r, leaving & (member_r != anchor), SLOTS)
+                member = tl.load(members + r * SLOTS, mask=leaving, other=0)
+                _flip(taken + slot, member, leaving & (member != anchor), SLOTS)
             _flip(taken + slot, anchor, ends, SLOTS)
             row = tl.where(ends, -1, row)
 
