@@ -27,6 +27,8 @@ def test_kernels_in_tritons_interpreter(only):
         capture_output=True,
         text=True,
     )
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip("this Triton's interpreter cannot work with a numpy this new")
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
 
