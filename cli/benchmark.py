@@ -107,7 +107,7 @@ def add_benchmark(commands: Any) -> None:
         "--packages", type=Path, required=True, metavar="FILE", help="what 'pip list' says on the other machine"
     )
     bundle.add_argument("--python", default="3.12", metavar="VERSION", help="the other machine's")
-    bundle.add_argument("--part-size", type=positive, default=44, metavar="MIB", help="of a part at most")
+    bundle.add_argument("--part-size", type=positive, default=45, metavar="MIB", help="of a part at most")
     bundle.add_argument("--from", type=Path, dest="earlier", metavar="RUN", help="a benchmark's folder to go on with")
     bundle.add_argument("--seconds", type=above_zero, default=600.0, help="for one arm, see 'plan'")
     bundle.add_argument("--longest", type=above_zero, default=3.0, metavar="FACTOR", help="as of 'plan'")

@@ -61,7 +61,7 @@ def main() -> None:
         config,
         bundle,
         packages=PACKAGES,
-        budget=Budget(arm=1e5, longest=1.0),
+        budget=Budget(arm=1e5, longest=1.0, cells=((655, 8, 1024),)),
         overrides=[f"{key}={value}" for key, value in given.items() if value],
     )
     for part in manifest["parts"]:

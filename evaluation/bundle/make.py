@@ -52,12 +52,14 @@ class Budget:
         longest: times the lengths in the configs of the trainings, at most.
         tests: for the tests that need an accelerator, at most.
         speed: for each measurement of speed, at most.
+        cells: latents, channels and codes that the quantizers are timed with, see `evaluation.speed.quantizers`.
     """
 
     arm: float = 600.0
     longest: float = 3.0
     tests: float = 180.0
     speed: float = 120.0
+    cells: tuple[tuple[int, int, int], ...] = ((65536, 8, 16384), (16384, 8, 1024))
 
 
 def make_bundle(
@@ -66,7 +68,7 @@ def make_bundle(
     *,
     packages: Path,
     python: str = "3.12",
-    part_bytes: int = 44 << 20,
+    part_bytes: int = 45 << 20,
     earlier: Path | None = None,
     budget: Budget | None = None,
     overrides: Sequence[str] = (),
@@ -220,7 +222,7 @@ def _steps(content: Path, config: BenchmarkConfig, weights: Sequence[str], budge
     if (content / "tests").is_dir():
         pytest = ["{python}", "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
         steps.append(step("tests", pytest, [*code, "tests/conftest.py"], 60.0, budget.tests))
-    cells = ["--cell", "65536,8,16384", "--cell", "16384,8,1024"]
+    cells = [word for cell in budget.cells for word in ("--cell", ",".join(map(str, cell)))]
     steps.append(step("speed", [*scq, "benchmark", "speed", *cells, "--out", "speed"], code, 40.0, budget.speed))
     names = list(config.arms)[:2]
     configs = [word for name in reversed(names) for word in ("--config", f"config/step_{name}.yaml")]

@@ -4,6 +4,7 @@ Rows are taken in blocks whose (rows, K) scores stay in the processor's cache, w
 costs in memory. Nothing here sorts K columns.
 """
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -26,6 +27,7 @@ _GROUPS = 2
 ASYNCHRONOUS = {"cuda"}
 # Beyond it, a row's system does not fit the registers and shared memory of `fused`.
 FUSED_DIM = 32
+_SWITCH = "SCQ_FUSED"  # environment variable; 0 leaves `fused` out, where a driver or a compiler fails on its kernels
 
 
 class Codebook:
@@ -174,7 +176,7 @@ def fused_kernels(x: Tensor) -> ModuleType | None:
 @cache
 def _fused() -> ModuleType | None:
     # CPU-only builds, macOS and Windows have no Triton, and AMD's has other options.
-    if torch.version.cuda is None or find_spec("triton") is None:
+    if torch.version.cuda is None or find_spec("triton") is None or os.environ.get(_SWITCH) == "0":
         return None
     return import_module("scq.stage1_tokenizer.solver.fused")
 
