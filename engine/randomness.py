@@ -64,8 +64,7 @@ def image_uniform(keys: torch.Tensor, *shape: int, seed: int = 0, purpose: str =
     Returns:
         (B, *shape) float32 on the device of ``keys``.
     """
-    purpose_key = zlib.crc32(purpose.encode()) + (seed << 32)
-    base = torch.tensor(purpose_key, dtype=torch.int64, device=keys.device)
+    base = zlib.crc32(purpose.encode()) + (seed << 32)  # no tensor: a GPU would be waited for to send it there
     streams = _mix(_mix(keys.to(torch.int64) * _GOLDEN + base) + base)  # (B,)
     counters = torch.arange(1, math.prod(shape) + 1, device=keys.device) * _GOLDEN  # (prod(shape),)
     bits = _mix(streams[:, None] + counters)

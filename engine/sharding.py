@@ -74,11 +74,18 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of `optimizer_state`."""
+    """The inverse of `optimizer_state`, of which the device that computed it may have been another."""
+    # Whether one kernel updates all weights is the device's matter, not the checkpoint's.
+    fused = optimizer.param_groups[0].get("fused")
+    state = {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
     if is_sharded(module):
         set_optimizer_state_dict(module, _bare(optimizer), state, options=_WHOLE)
-    else:
-        optimizer.load_state_dict(state)
+        return
+    optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():  # the fused kernel wants moments in the weights' layout in memory
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -17,6 +17,7 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from scq.engine.accelerators import place
 from scq.engine.config import LoopConfig, OptimizerConfig
 from scq.engine.errors import UserError
 from scq.engine.optimizers import in_parts, mean_terms, micro_batches, optimizer_step
@@ -81,7 +82,7 @@ class Task(ABC):
         self.config: Any = config
         self.accelerator = accelerator
         torch.manual_seed(config.training.seed)
-        network: Any = make().to(accelerator.device)
+        network: Any = place(make(), accelerator.device)
         if config.training.gradient_checkpointing:
             if not getattr(network, "_supports_gradient_checkpointing", False):
                 raise UserError(

@@ -129,7 +129,7 @@ def halton_rank(
 ) -> torch.Tensor:
     """The order of a Halton sequence (Besnier et al., arXiv 2503.17076): the tokens of a step are far apart, and so say
     little about each other."""
-    rank = halton_order(*grid).argsort().to(log_probability.device)  # (L,)
+    rank = _halton_rank(*grid, log_probability.device)
     return -rank.float().expand_as(log_probability)
 
 
@@ -223,6 +223,12 @@ def halton_order(height: int, width: int) -> torch.Tensor:
         number += 1
         order[int(_halton(number, 2) * height) * width + int(_halton(number, 3) * width)] = None
     return torch.tensor(list(order))
+
+
+@cache
+def _halton_rank(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Each position's place (height * width,) in `halton_order`, kept on the device: no step need send it there."""
+    return halton_order(height, width).argsort().to(device)
 
 
 def _halton(number: int, base: int) -> float:

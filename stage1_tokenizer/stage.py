@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from scq.data.shards import MANIFEST
 from scq.data.stream import Batch, ImageStream, iterate_once
+from scq.engine.accelerators import place, send
 from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig, git_revision
 from scq.engine.errors import UserError
 from scq.engine.measurements import Measured, TrainedFor, TrainingFacts
@@ -102,7 +103,7 @@ class TokenizerTask(Task):
         self.pictured, self.measure = pictured, measure
         tokenizer, parts = self.modules["model"], config.training.accumulate
         tokenizer.quantizer.parts_per_step = parts
-        self.losses = TokenizerLoss(config.loss, parts, config.architecture.image_size).to(accelerator.device)
+        self.losses = place(TokenizerLoss(config.loss, parts, config.architecture.image_size), accelerator.device)
         self.modules |= self.losses.stateful
         self.frozen = {} if self.losses.perceptual is None else {"VGG16": self.losses.perceptual}
         discriminator = self.losses.discriminator
@@ -110,6 +111,8 @@ class TokenizerTask(Task):
         if discriminator is not None:
             self.optimizers["discriminator"] = create_optimizer(discriminator, config.optimizer)
         self.tokenizer = accelerator.prepare(_compiled(tokenizer) if config.training.compile else tokenizer)
+        if discriminator is not None and config.training.compile and config.loss.r1 == 0:
+            discriminator.compile()  # but torch compiles no gradient of a gradient, which R1 needs
         self.discriminator = accelerator.prepare(discriminator) if discriminator is not None else None
         for name, optimizer in self.optimizers.items():
             self.optimizers[name] = accelerator.prepare(optimizer)
@@ -142,9 +145,9 @@ class TokenizerTask(Task):
     def _parts(self, batch: Batch) -> list[_Part]:
         """A process's share of a batch, divided into micro-batches."""
         seed, device = self.config.training.seed, self.accelerator.device
-        positions = batch.positions.to(device)
+        images, positions = send((batch.images, batch.positions), device)
         whole = _Part(
-            to_float(batch.images.to(device, non_blocking=True)),
+            to_float(images),
             image_uniform(positions, seed=seed, purpose="quantizer"),
             image_uniform(positions, 7, seed=seed, purpose="augmentation"),
             image_uniform(positions, 2, *self.modules["model"].grid, seed=seed, purpose="neighbour swap"),

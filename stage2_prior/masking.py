@@ -43,29 +43,27 @@ class Masked(NamedTuple):
     mask: torch.Tensor  # (B, L) bool, True where masked
 
 
-def mask_tokens(
-    codes: torch.Tensor, mask_token: int, progress: torch.Tensor, order: torch.Tensor, schedule: str = "cosine"
-) -> Masked:
-    """Replace a share of each image's codes with the mask token.
+def mask_tokens(codes: torch.Tensor, mask_token: int, count: torch.Tensor, order: torch.Tensor) -> Masked:
+    """Replace some of each image's codes with the mask token.
 
     Args:
         codes: (B, L) int64.
-        progress: (B,) uniform in [0, 1); how far along the simulated generation of each image is.
+        count: (B,) how many of each image, see `masked_count`.
         order: (B, L) uniform; the tokens with the smallest numbers are masked.
-        schedule: see :func:`mask_share`.
 
     Returns:
-        the tokens and where they are masked; at least one token of every image is.
+        the tokens and where they are masked.
     """
-    length = codes.shape[1]
-    count = masked_count(progress, length, schedule)  # (B,)
     rank = order.argsort(1).argsort(1)  # (B, L), each token's rank in the image's own random order
     mask = rank < count[:, None]
     return Masked(torch.where(mask, mask_token, codes), mask)
 
 
 def masked_count(progress: torch.Tensor, length: int, schedule: str = "cosine") -> torch.Tensor:
-    """How many of an image's ``length`` tokens are masked at ``progress`` (B,): whole numbers (B,) in 1 .. length."""
+    """How many of an image's ``length`` tokens are masked at ``progress`` (B,): whole numbers (B,) in 1 .. length.
+
+    Training draws ``progress`` uniformly from [0, 1): how far along the simulated generation of each image is.
+    """
     return (mask_share(progress, schedule) * length).ceil().clamp(1, length)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scq.data.manifest import Classes, refuse_other_classes
 from scq.data.tokens import TokenBatch, TokenDataset, TokenStream
+from scq.engine.accelerators import send
 from scq.engine.config import LoopConfig, OptimizerConfig, git_revision
 from scq.engine.errors import UserError
 from scq.engine.measurements import Measured, TrainedFor
@@ -152,29 +153,32 @@ class PriorTask(Task):
         self.optimizers = {"prior": accelerator.prepare(create_optimizer(prior, config.optimizer, exclude=tables))}
 
     def training_step(self, batch: TokenBatch, step: int) -> Terms:
-        device = self.accelerator.device
-        codes, labels, positions = (each.to(device) for each in batch)
-        codes = codes.flatten(1)  # (B, L)
-        parts = self.in_parts((codes, labels, positions))
-        share = self._share_of_weight(positions, codes.shape[1]) / len(parts)
+        codes = batch.indices.flatten(1)  # (B, L)
+        # Counted on the host: it then knows, without asking a GPU, how large the tensors of masked tokens are.
+        progress = image_uniform(batch.positions, seed=self.config.training.seed, purpose="mask progress")  # (B,)
+        hidden = masked_count(progress, codes.shape[1], self.config.masking.schedule)  # (B,)
+        totals = [int(each.sum()) for (each,) in self.in_parts((hidden,))]
+        sent = send((codes, batch.labels, batch.positions, hidden), self.accelerator.device)
+        parts = list(zip(self.in_parts(sent), totals, strict=True))
+        share = self._share_of_weight(sent[-1], codes.shape[1]) / len(parts)
 
-        def loss_of_part(part: tuple[Tensor, ...]) -> tuple[Tensor, Terms]:
-            loss, accuracy = self.prior(*part, share)
+        def loss_of_part(part: tuple[tuple[Tensor, ...], int]) -> tuple[Tensor, Terms]:
+            tensors, total = part
+            loss, accuracy = self.prior(*tensors, total, share)
             return loss, {"loss": loss, "accuracy": accuracy}
 
         self.prior.train()
         return self.optimize("prior", self.prior, parts, loss_of_part)
 
-    def _share_of_weight(self, positions: torch.Tensor, length: int) -> torch.Tensor:
+    def _share_of_weight(self, hidden: torch.Tensor, length: int) -> torch.Tensor:
         """The total weight of all masked tokens of this step, divided by the number of processes.
+
+        ``hidden`` (B,) are each image's masked tokens, of ``length``.
 
         The loss of each part of the batch is divided by a share of this total, not by the part's own weight: only then
         do the gradients of the parts add up to that of the whole batch.
         """
-        masking = self.config.masking
-        progress = _mask_progress(positions, self.config.training.seed)
-        hidden = masked_count(progress, length, masking.schedule)
-        weight = (hidden * loss_weight(hidden, length, masking.weighting)).sum()
+        weight = (hidden * loss_weight(hidden, length, self.config.masking.weighting)).sum()
         return sum_across_processes(weight) / rank_and_world_size()[1]
 
     def score(self, averaged: MaskedTransformer) -> dict[str, float] | None:
@@ -205,11 +209,16 @@ class _LossOfPrior(nn.Module):
         self.run = torch.compile(prior) if compiled else prior
 
     def forward(
-        self, codes: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, share: torch.Tensor
+        self,
+        codes: torch.Tensor,
+        labels: torch.Tensor,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        total: int,
+        share: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        progress = _mask_progress(positions, self.seed)  # (B,)
         order = image_uniform(positions, codes.shape[1], seed=self.seed, purpose="mask order")  # (B, L)
-        masked = mask_tokens(codes, self.prior.mask_token, progress, order, self.masking.schedule)
+        masked = mask_tokens(codes, self.prior.mask_token, hidden, order)
         shown = self._corrupt(masked.tokens, masked.mask, positions)
         num_classes = self.prior.config.num_classes
         if num_classes:
@@ -217,7 +226,7 @@ class _LossOfPrior(nn.Module):
             labels = torch.where(dropped, num_classes, labels)
         logits = self.run(shown, labels if num_classes else None)
         smoothing, weighting = self.masking.label_smoothing, self.masking.weighting
-        return masked_cross_entropy(logits, masked.mask, codes, smoothing, weighting, share)
+        return masked_cross_entropy(logits, masked.mask, codes, smoothing, weighting, share, total)
 
     def _corrupt(self, tokens: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Replace a share of the visible tokens (B, L) with random codes."""
@@ -228,11 +237,6 @@ class _LossOfPrior(nn.Module):
         return torch.where(~mask & (chance < self.masking.corrupted_share), codes, tokens)
 
 
-def _mask_progress(positions: torch.Tensor, seed: int) -> torch.Tensor:
-    """How far along the simulated generation of each image is, (B,) in [0, 1)."""
-    return image_uniform(positions, seed=seed, purpose="mask progress")
-
-
 def masked_cross_entropy(
     logits: torch.Tensor,
     mask: torch.Tensor,
@@ -240,6 +244,7 @@ def masked_cross_entropy(
     label_smoothing: float = 0.0,
     weighting: str = "tokens",
     total_weight: torch.Tensor | None = None,
+    count: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy over the masked tokens, and the share of them that is predicted correctly.
 
@@ -249,13 +254,18 @@ def masked_cross_entropy(
         codes: (B, L) int64, the true codes.
         weighting: see stage2_prior.masking.loss_weight.
         total_weight: what the sum of losses is divided by; None for the total weight of the tokens masked here.
+        count: how many tokens are masked; None to count them, for which a GPU is waited for.
 
     Returns:
         both 0-dim; the share carries no gradient.
     """
-    hidden, wanted = logits[mask].float(), codes[mask]  # (masked, K), (masked,)
+    count = int(mask.sum()) if count is None else count
+    places = torch.nonzero_static(mask.flatten(), size=count).squeeze(1)  # (masked,), in row-major order
+    hidden = logits.flatten(0, 1).index_select(0, places).float()  # (masked, K)
+    wanted = codes.flatten()[places]  # (masked,)
     losses = nn.functional.cross_entropy(hidden, wanted, label_smoothing=label_smoothing, reduction="none")
-    weights = loss_weight(mask.sum(1), mask.shape[1], weighting)[:, None].expand_as(mask)[mask]  # (masked,)
+    of_images = loss_weight(mask.sum(1), mask.shape[1], weighting)  # (B,)
+    weights = of_images[places // mask.shape[1]]  # (masked,)
     total = weights.sum() if total_weight is None else total_weight
     return (losses * weights).sum() / total, (hidden.argmax(1) == wanted).float().mean().detach()
 

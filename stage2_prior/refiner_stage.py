@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from scq.data.manifest import Classes, refuse_other_classes
 from scq.data.stream import Batch, ImageStream
+from scq.engine.accelerators import place, send
 from scq.engine.config import DataConfig, LoopConfig, OptimizerConfig, git_revision
 from scq.engine.errors import UserError
 from scq.engine.measurements import Measured, TrainedFor
@@ -73,7 +74,7 @@ class RefinerTask(Task):
     ):
         frozen = {"tokenizer": tokenizer} | ({} if prior is None else {"prior": prior})
         for network in frozen.values():
-            network.to(accelerator.device).eval().requires_grad_(False)
+            place(network, accelerator.device).eval().requires_grad_(False)
         self.tokenizer, self.prior, self.held_out = tokenizer, prior, held_out
 
         def make() -> ConvexRefiner:
@@ -133,16 +134,16 @@ class RefinerTask(Task):
         """Codes (B, h, w) as a prior might draw them, latents (B, F, h, w), images (B, 3, H, W) in [-1, 1], and
         positions (B,)."""
         device, seed = self.accelerator.device, self.config.training.seed
-        positions = batch.positions.to(device)
-        images = to_float(batch.images.to(device, non_blocking=True))
+        pixels, labels, positions = send((batch.images, batch.labels, batch.positions), device)
+        images = to_float(pixels)
         found = self.tokenizer.encode(images)
         if self.prior is None or self.config.resampled_share == 0:
             return found.indices, found.z_q, images, positions
         codes = found.indices.flatten(1)  # (B, L)
         share = self.config.resampled_share * image_uniform(positions, seed=seed, purpose="resampled share")
         hidden = image_uniform(positions, codes.shape[1], seed=seed, purpose="resampled places") < share[:, None]
-        labels = batch.labels.to(device) if self.prior.config.num_classes else None
-        logits = self.prior(torch.where(hidden, self.prior.mask_token, codes), labels).float()  # (B, L, K)
+        given = labels if self.prior.config.num_classes else None
+        logits = self.prior(torch.where(hidden, self.prior.mask_token, codes), given).float()  # (B, L, K)
         drawn = (logits + image_gumbel(positions, *logits.shape[1:], seed=seed, purpose="resampled codes")).argmax(-1)
         return torch.where(hidden, drawn, codes).view_as(found.indices), found.z_q, images, positions
 

@@ -13,7 +13,7 @@ from scq.engine.loop import Trained
 from scq.engine.run import run
 from scq.engine.tracking import read_metrics
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
-from scq.stage2_prior.masking import SCHEDULES, mask_share, mask_tokens
+from scq.stage2_prior.masking import SCHEDULES, mask_share, mask_tokens, masked_count
 from scq.stage2_prior.prior_stage import (
     PriorExperiment,
     PriorStage,
@@ -41,7 +41,7 @@ def test_an_unknown_schedule_is_named() -> None:
 def test_masking_hides_the_share_the_schedule_asks_for_and_nothing_else() -> None:
     codes = torch.randint(0, 10, (50, 64))
     progress = torch.linspace(0, 0.999, 50)
-    masked = mask_tokens(codes, 10, progress, torch.rand(50, 64))
+    masked = mask_tokens(codes, 10, masked_count(progress, 64), torch.rand(50, 64))
     assert torch.equal(masked.mask.sum(1), (mask_share(progress) * 64).ceil().clamp(1, 64).long())
     assert (masked.tokens[masked.mask] == 10).all()
     assert torch.equal(masked.tokens[~masked.mask], codes[~masked.mask])
