@@ -68,7 +68,7 @@ def optimizer_step(
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.as_tensor(norm).detach()
+    return norm.detach()
 
 
 def mean_terms(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

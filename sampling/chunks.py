@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-# Images computed together: enough to keep the device busy, few enough that filling up the last chunk costs little.
+# Images of 256 x 256 computed together: enough to keep the device busy, few enough that filling up the last chunk costs
+# little. Of larger images, such as a canvas that was extended, fewer: no more pixels than these have. Of smaller ones,
+# a GPU takes more, up to MOST.
 CHUNK = {"cpu": 8, "cuda": 64}
-# Of larger images, such as a canvas that was extended, fewer: no more pixels than that many images of 256 x 256 have.
+MOST = {"cpu": 8, "cuda": 512}
 LARGEST = 256 * 256
 TOKEN = 16 * 16  # pixels that a token or latent may stand for: the most among common tokenizers
 
@@ -19,10 +21,10 @@ def chunk_size(inputs: torch.Tensor) -> int:
     Args:
         inputs: (B, L) or (B, h, w) tokens, (B, F, h, w) latents, or (B, 3, H, W) pixels.
     """
-    most = CHUNK.get(inputs.device.type, CHUNK["cuda"])
+    device = inputs.device.type if inputs.device.type in CHUNK else "cuda"
     positions = inputs.shape[2:].numel() if inputs.dim() == 4 else inputs.shape[1:].numel()
     pixels = positions if inputs.dim() == 4 and inputs.shape[1] == 3 else positions * TOKEN
-    return min(most, max(1, most * LARGEST // pixels))
+    return min(MOST[device], max(1, CHUNK[device] * LARGEST // pixels))
 
 
 def in_equal_chunks(

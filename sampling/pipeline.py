@@ -34,7 +34,7 @@ from scq.sampling.arguments import (
     image_labels,
     image_seeds,
 )
-from scq.sampling.chunks import in_equal_chunks
+from scq.sampling.chunks import chunk_size, in_equal_chunks
 from scq.sampling.editing import OnStep, fill
 from scq.sampling.hub import local_folder, upload
 from scq.sampling.images import Output, Pictures, as_output, check_output_type, to_mask, to_pixels
@@ -348,14 +348,21 @@ class SoftConvexPipeline(DiffusionPipeline):
         cells = hidden[:, None].repeat_interleave(self.tokenizer.factor, 2).repeat_interleave(self.tokenizer.factor, 3)
         return pixels.masked_fill(cells.to(pixels.device), 128)
 
-    def stream(self, num_images: int, seed: int = 0, batch_size: int = 16) -> Iterator[Batch]:
+    def chunk(self) -> int:
+        """How many images the device computes together; a call for fewer takes as long."""
+        return chunk_size(torch.empty(0, *self.prior.config.grid, device=self.device))
+
+    def stream(self, num_images: int, seed: int = 0, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield images in batches, drawn as they are consumed, for metrics. Classes take turns; image i has seed + i.
 
         Several processes take turns, too: each draws its own share of the batches.
+
+        Args:
+            batch_size: None for 16, or as many as the device computes together.
         """
         classes = self.prior.config.num_classes
         rank, processes = rank_and_world_size()
-        batch_size = min(batch_size, -(-num_images // processes))
+        batch_size = min(batch_size or max(16, self.chunk()), -(-num_images // processes))
         for start in range(rank * batch_size, num_images, processes * batch_size):
             positions = torch.arange(start, min(start + batch_size, num_images))
             labels = (positions % classes).tolist() if classes else None

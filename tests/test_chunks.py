@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scq.sampling.chunks import CHUNK, chunk_size, in_equal_chunks
+from scq.sampling.chunks import CHUNK, MOST, chunk_size, in_equal_chunks
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,5 @@ def test_a_gpu_takes_more_but_not_of_a_large_canvas() -> None:
     """No GPU is needed: shapes are enough."""
     assert chunk_size(torch.empty(1, 16, 16, device="meta")) == CHUNK["cuda"]
     assert chunk_size(torch.empty(1, 48, 48, device="meta")) == CHUNK["cuda"] // 9
+    assert chunk_size(torch.empty(1, 8, 8, device="meta")) == 4 * CHUNK["cuda"], "a quarter of the tokens"
+    assert chunk_size(torch.empty(1, 4, device="meta")) == MOST["cuda"]
