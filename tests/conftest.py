@@ -19,6 +19,21 @@ def _few_threads() -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is none, unless a device is named to try it on."""
+    if torch.cuda.is_available() or os.environ.get("SCQ_TEST_DEVICE"):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA; SCQ_TEST_DEVICE=cpu tries the same code on a CPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device of tests marked ``gpu``."""
+    return torch.device(os.environ.get("SCQ_TEST_DEVICE") or "cuda")
+
+
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Emoji at 32 pixels as shards, 'train' and 'test'."""
