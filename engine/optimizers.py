@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -64,7 +64,7 @@ def optimizer_step(
     Returns:
         the gradient norm before clipping, 0-dim.
     """
-    norm = accelerator.clip_grad_norm_(module.parameters(), clip_norm if clip_norm > 0 else float("inf"))
+    norm: Any = accelerator.clip_grad_norm_(module.parameters(), clip_norm if clip_norm > 0 else float("inf"))
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -62,7 +62,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("SERVER", f"http://127.0.0.1:{server.server_port}")
-    OmegaConf.register_resolver("spy", lambda name: log.append(name) or name, use_cache=False)
+    OmegaConf.register_new_resolver("spy", lambda name: log.append(name) or name, use_cache=False)  # 2.3 has no other
     yield log
     OmegaConf.clear_resolver("spy")
     server.shutdown()
