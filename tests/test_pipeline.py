@@ -64,9 +64,9 @@ def test_arrays_are_as_diffusers_has_them(pipeline: SoftConvexPipeline) -> None:
     assert torch.equal((torch.from_numpy(arrays) * 255).round().to(torch.uint8), pixels.permute(0, 2, 3, 1))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_generator_of_the_gpu_draws_seeds(pipeline: SoftConvexPipeline) -> None:
-    first, again = (pipeline(2, generator=torch.Generator("cuda").manual_seed(1)) for _ in range(2))
+@pytest.mark.gpu
+def test_a_generator_of_the_gpu_draws_seeds(pipeline: SoftConvexPipeline, device: torch.device) -> None:
+    first, again = (pipeline(2, generator=torch.Generator(device).manual_seed(1)) for _ in range(2))
     assert torch.equal(first.tokens, again.tokens)
 
 
