@@ -89,9 +89,9 @@ def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
     CUDA copies without the host only from pinned memory.
     """
-    if device.type == "cuda":
-        tensors = [tensor.pin_memory() for tensor in tensors]
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 def resolve_precision(precision: str, begun: str | None = None) -> str:

@@ -33,8 +33,10 @@ def steps(compiled: bool) -> list[dict[str, torch.Tensor]]:
 def test_a_compiled_step_with_the_adaptive_weight_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """The adaptive weight walks the compiled backward graph more than once, after steps that walked it once."""
     monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)  # torch's default, here and afterwards
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    for plain, compiled in zip(steps(False), steps(True), strict=True):
+    plain_steps = steps(False)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled_steps = steps(True)
+    for plain, compiled in zip(plain_steps, compiled_steps, strict=True):
         assert plain.keys() == compiled.keys()
         for name, value in plain.items():
             torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-4, msg=name)
