@@ -148,6 +148,7 @@ def call(python: Path, machine: Path, returned: Path, kill: bool) -> int:
     environment = {
         "PATH": f"{python.parent}:/usr/bin:/bin",
         "HOME": str(machine),
+        "SCQ_TEST_DEVICE": "cpu",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
     arguments = ["--seconds", str(SECONDS), "--results", str(returned), "--megabytes", str(MEGABYTES)]

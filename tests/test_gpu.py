@@ -249,6 +249,20 @@ def test_no_training_step_waits(stage: str, precision: str, device: torch.device
     assert all(bool(value.isfinite()) for value in terms.values())
 
 
+@pytest.mark.parametrize("name", ["scq", "vq", "fsq"])
+def test_no_step_with_a_quantizer_waits(name: str, device: torch.device, tmp_path: Path) -> None:
+    """With tokens swapped, and with codes revived in every second step; k-means, which may wait, is over by then."""
+    options = ["quantizer.options.kmeans_batches=2", "quantizer.options.window=16"] if name == "scq" else []
+    size = "quantizer.codebook_size=64"
+    settings = [f"quantizer.name={name}", size, "robustness.swapped_share=0.2", *options]
+    _, step = training("tokenizer", tmp_path, *settings)
+    for number in range(6):
+        step(number)
+    with no_waiting(device):
+        rows = [step(number) for number in range(6, 9)]
+    assert all(bool(value.isfinite()) for terms in rows for value in terms.values())
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_no_step_of_a_sampler_waits(sampler: str, device: torch.device) -> None:
     prior = small_pipeline().prior.to(device)

@@ -134,13 +134,12 @@ def _copy_code(target: Path) -> None:
 
 
 def _copy_tests(target: Path) -> None:
-    """The tests that need an accelerator, where scq runs from its repository."""
+    """The tests and what they share, where scq runs from its repository."""
     shutil.rmtree(target, ignore_errors=True)
-    tests = sorted((PACKAGE / "tests").glob("test_gpu*.py"))
-    for file in [*tests, *(PACKAGE / "tests" / name for name in ("conftest.py", "helpers.py") if tests)]:
+    for file in sorted((PACKAGE / "tests").glob("*.py")):
         make_folder(target)
         shutil.copyfile(file, target / file.name)
-    if tests:
+    if target.is_dir():
         write_file(target / "pytest.ini", "[pytest]\nmarkers =\n    gpu: needs a GPU\n    slow: takes long\n")
 
 
@@ -220,7 +219,19 @@ def _steps(content: Path, config: BenchmarkConfig, weights: Sequence[str], budge
 
     steps = []
     if (content / "tests").is_dir():
-        pytest = ["{python}", "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+        pytest = [
+            "{python}",
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu and not slow",
+            "--maxfail",
+            "12",
+            "-p",
+            "no:cacheprovider",
+        ]
+        pytest += ["--rootdir", "tests", "-c", "tests/pytest.ini", "tests/test_gpu.py"]
         steps.append(step("tests", pytest, [*code, "tests/conftest.py"], 60.0, budget.tests))
     cells = [word for cell in budget.cells for word in ("--cell", ",".join(map(str, cell)))]
     steps.append(step("speed", [*scq, "benchmark", "speed", *cells, "--out", "speed"], code, 40.0, budget.speed))
