@@ -31,7 +31,7 @@ def add_sample(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images, named by their seeds")
     parser.add_argument("--class", dest="label", type=int, help="draw this class, for a class-conditional prior")
-    parser.add_argument("--batch-size", type=positive, default=16, help="images that are drawn together")
+    parser.add_argument("--batch-size", type=positive, help="images drawn together; by default, what suits the device")
     parser.add_argument("--steps", type=positive, help="sampling steps; by default, the model's own number")
     parser.add_argument(
         "--temperature", type=float, help="temperature of the distribution of codes; by default, the model's own"
@@ -73,8 +73,9 @@ def _sample(options: argparse.Namespace) -> None:
     make_folder(options.out)
     remove_leftovers(options.out, of_others=True)
     with progress_bar("sample") as bar:
-        for start in range(0, options.num, options.batch_size):
-            count = min(options.batch_size, options.num - start)
+        together = options.batch_size or pipeline.together
+        for start in range(0, options.num, together):
+            count = min(together, options.num - start)
             try:
                 images = pipeline(
                     num_images=count,

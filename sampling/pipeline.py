@@ -128,7 +128,7 @@ class SoftConvexPipeline(DiffusionPipeline):
         *,
         seed: int | None = None,
         start: torch.Tensor | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
         **sampling: float | str | None,
     ) -> ImageOutput:
         """Draw images, or redraw parts of images.
@@ -154,7 +154,7 @@ class SoftConvexPipeline(DiffusionPipeline):
                 drawn again alone.
             start: (num_images, h, w) int64, instead of ``init_image``: codes to keep, and the prior's mask token where
                 to draw. A grid larger than the prior's is drawn window after window.
-            batch_size: images drawn together; it changes the time, never the images.
+            batch_size: images drawn together; it changes the time, never the images. None for `together`.
             sampling: further fields of UnmaskingScheduler, such as sampler or top_p.
 
         Returns:
@@ -164,6 +164,7 @@ class SoftConvexPipeline(DiffusionPipeline):
             UserError: a setting is unknown or out of range, or two of them contradict each other.
         """
         num_images = whole_number("num_images", num_images, 1, MOST_IMAGES)
+        batch_size = self.together if batch_size is None else batch_size
         batch_size = min(num_images, whole_number("batch_size", batch_size, 1))
         strength = finite_number("strength", strength, 0, 1)
         check_output_type(output_type)
@@ -348,9 +349,10 @@ class SoftConvexPipeline(DiffusionPipeline):
         cells = hidden[:, None].repeat_interleave(self.tokenizer.factor, 2).repeat_interleave(self.tokenizer.factor, 3)
         return pixels.masked_fill(cells.to(pixels.device), 128)
 
-    def chunk(self) -> int:
-        """How many images the device computes together; a call for fewer takes as long."""
-        return chunk_size(torch.empty(0, *self.prior.config.grid, device=self.device))
+    @property
+    def together(self) -> int:
+        """How many images are best drawn together: 16, or as many as the device computes together anyway."""
+        return max(16, chunk_size(torch.empty(0, *self.prior.config.grid, device=self.device)))
 
     def stream(self, num_images: int, seed: int = 0, batch_size: int | None = None) -> Iterator[Batch]:
         """Yield images in batches, drawn as they are consumed, for metrics. Classes take turns; image i has seed + i.
@@ -358,11 +360,11 @@ class SoftConvexPipeline(DiffusionPipeline):
         Several processes take turns, too: each draws its own share of the batches.
 
         Args:
-            batch_size: None for 16, or as many as the device computes together.
+            batch_size: images drawn together; None for `together`.
         """
         classes = self.prior.config.num_classes
         rank, processes = rank_and_world_size()
-        batch_size = min(batch_size or max(16, self.chunk()), -(-num_images // processes))
+        batch_size = min(batch_size or self.together, -(-num_images // processes))
         for start in range(rank * batch_size, num_images, processes * batch_size):
             positions = torch.arange(start, min(start + batch_size, num_images))
             labels = (positions % classes).tolist() if classes else None

@@ -362,7 +362,7 @@ class ArmWork:
 
 def _together(pipeline: SoftConvexPipeline) -> int:
     """How many images are drawn, decoded and measured at a time."""
-    return max(64, pipeline.chunk())
+    return max(64, pipeline.together)
 
 
 def timed(items: Iterable[Item], spent: Callable[[float], None]) -> Iterator[Item]:
