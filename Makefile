@@ -35,8 +35,9 @@ $(LOWEST)/.test: pyproject.toml | $(LINKS)
 	touch $@
 
 # The half hour on a GPU of configs/benchmarks/cifar10_gpu.yaml, played on a CPU; docs/benchmark.md says what that is.
+PYTHON312 ?= python3.12
 rehearse: $(VENV)/.test
-	$(RUN)/python tests/rehearse.py --folder build/rehearsal --source $(SOURCE) \
+	$(RUN)/python tests/rehearse.py --folder build/rehearsal --python $(PYTHON312) --source $(SOURCE) \
 		$(if $(LPIPS),--lpips $(LPIPS)) $(if $(INCEPTION),--inception $(INCEPTION))
 
 lint: $(VENV)/.test

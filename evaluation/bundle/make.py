@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -144,21 +143,22 @@ def _copy_tests(target: Path) -> None:
 
 
 def _write_weights(content: Path, config: BenchmarkConfig, beside: Path) -> list[str]:
-    """The networks that measure and train, in half precision (what that changes is in docs/benchmark.md); their names.
+    """The networks that measure and train; their names.
 
-    VGG16 is left out where no loss and no measure asks for it.
+    Inception is written as it is, because half precision moves FID. VGG16 is halved, which hardly moves LPIPS;
+    docs/gpu.md has both. It is left out where no loss and no measure asks for it.
     """
-    _write_half(find_weights(config.measure.inception_weights or None)[0], content / INCEPTION)
+    _write(find_weights(config.measure.inception_weights or None)[0], content / INCEPTION)
     losses = [load_recipes(config, beside, arm).tokenizer.config.loss for arm in config.arms.values()]
     if not config.measure.lpips_weights and not any(loss.perceptual > 0 for loss in losses):
         return [INCEPTION]
     vgg16 = vgg16_features(config.measure.lpips_weights)
-    _write_half({name: value for name, value in vgg16.items() if name.startswith("features.")}, content / VGG16)
+    _write({name: value.half() for name, value in vgg16.items() if name.startswith("features.")}, content / VGG16)
     return [INCEPTION, VGG16]
 
 
-def _write_half(weights: dict[str, Tensor], path: Path) -> None:
-    write_file(path, save({name: value.to(torch.float16).contiguous() for name, value in weights.items()}))
+def _write(weights: dict[str, Tensor], path: Path) -> None:
+    write_file(path, save({name: value.contiguous() for name, value in weights.items()}))
 
 
 def _config_for_there(config: BenchmarkConfig, weights: Sequence[str]) -> BenchmarkConfig:
