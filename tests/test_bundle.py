@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,14 +39,17 @@ def bundle(tmp_path: Path) -> tuple[Path, dict[str, bytes]]:
         (content / name).write_bytes(data)
     out = tmp_path / "bundle"
     out.mkdir()
-    parts = write_parts(content, [content / name for name in held], out, PART)
+    groups = [[content / name for name in held if name.startswith("code")], [content / name for name in held]]
+    parts = write_parts(content, [groups[0], [path for path in groups[1] if path not in groups[0]]], out, PART)
     manifest = {"steps": [], "report": ["run/*.json"], "models": ["run/model"], **parts}
     (out / "manifest.json").write_text(json.dumps(manifest))
     return out, held
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files_of(work: Path) -> dict[str, bytes]:
+    """What was unpacked."""
+    found = {str(path.relative_to(work)): path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    return {name: data for name, data in found.items() if not name.startswith(("parts/", "unpacked"))}
 
 
 def test_parts_give_the_files_back_in_whatever_order_they_arrive(bundle, tmp_path: Path) -> None:
@@ -58,8 +62,26 @@ def test_parts_give_the_files_back_in_whatever_order_they_arrive(bundle, tmp_pat
     for number, part in enumerate(reversed(manifest["parts"]), 1):
         (here / part["name"]).write_bytes((out / part["name"]).read_bytes())
         assert len(unpack(manifest, here, work)) == len(manifest["parts"]) - number
-        assert written(work).items() <= held.items()
-    assert written(work) == held
+        (here / part["name"]).unlink()  # what has come need not stay
+        assert files_of(work).items() <= held.items()
+    assert files_of(work) == held
+    (work / "even").write_bytes(b"a result of the run")
+    unpack(manifest, here, work)
+    assert (work / "even").read_bytes() == b"a result of the run", "what was unpacked is not unpacked again"
+
+
+def test_mended_code_changes_one_part_and_replaces_the_old(bundle, tmp_path: Path) -> None:
+    out, held = bundle
+    before, work, content = json.loads((out / "manifest.json").read_text()), tmp_path / "work", tmp_path / "content"
+    assert unpack(before, out, work) == []
+    mended = bytes(reversed(held["code/small.py"]))  # as many bytes
+    (content / "code/small.py").write_bytes(mended)
+    large = [content / name for name in held if not name.startswith("code")]
+    after = write_parts(content, [[content / "code/small.py"], large], out, PART)
+    assert after["parts"][0] != before["parts"][0]
+    assert after["parts"][1:] == before["parts"][1:]
+    assert unpack(after, out, work) == []
+    assert files_of(work) == held | {"code/small.py": mended}
 
 
 def test_a_damaged_part_counts_as_missing_and_says_so(bundle, tmp_path: Path, capsys) -> None:
@@ -75,7 +97,7 @@ def test_a_damaged_part_counts_as_missing_and_says_so(bundle, tmp_path: Path, ca
 
 def test_a_part_too_small_for_anything_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="too small"):
-        write_parts(tmp_path, [], tmp_path, 1000)
+        write_parts(tmp_path, [[]], tmp_path, 1000)
 
 
 def with_steps(bundle_folder: Path, *steps: tuple[str, str, bool]) -> list[str]:
@@ -107,6 +129,8 @@ def test_a_step_is_run_until_it_succeeded_once(run_here: Path, capsys) -> None:
     assert [main(arguments) for _ in range(4)] == [1, 1, 0, 0]
     assert (run_here / "work" / "first").read_text() == "x"
     assert (run_here / "work" / "second").read_text() == "xxx"
+    assert main([*arguments, "--again", "first"]) == 0
+    assert (run_here / "work" / "first").read_text() == "xx"
 
 
 def test_what_is_not_required_is_tried_once_and_reported(run_here: Path, capsys) -> None:
@@ -140,7 +164,7 @@ def test_a_step_waits_for_its_files_and_for_time(run_here: Path, capsys) -> None
     manifest = json.loads((run_here / "manifest.json").read_text())
     (file,) = [each for each in manifest["files"] if each["path"] == "last"]
     (run_here / file["pieces"][0][0]).rename(run_here / "later")
-    (run_here / "work" / "last").unlink()
+    shutil.rmtree(run_here / "work")
     assert main(arguments) == 75
     assert "waits for parts" in capsys.readouterr().out
     (run_here / "later").rename(run_here / file["pieces"][0][0])

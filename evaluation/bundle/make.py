@@ -113,7 +113,7 @@ def make_bundle(
         "steps": _steps(content, config, weights, budget),
         "report": list(_REPORT),
         "models": list(_MODELS),
-        **write_parts(content, _in_order(content, wheels), out, part_bytes),
+        **write_parts(content, _in_groups(content, wheels), out, part_bytes),
     }
     write_json(out / MANIFEST, manifest, indent=1)
     write_file(out / "run.py", (PACKAGE / "evaluation" / "bundle" / "run.py").read_bytes())
@@ -252,19 +252,20 @@ def _shards(content: Path, split: str) -> list[Path]:
     return sorted(path for path in (content / "run" / "shards" / split).iterdir() if path.is_file())
 
 
-def _in_order(content: Path, wheels: Sequence[Path]) -> list[Path]:
-    """All files, those first that the first steps need."""
-    first = [*sorted((content / "code").rglob("*")), *wheels, *sorted((content / "tests").rglob("*"))]
-    then = [*sorted((content / "config").rglob("*")), content / VGG16, *_shards(content, "test")]
-    known = dict.fromkeys(path for path in (*first, *then, *sorted(content.rglob("*"))) if path.is_file())
-    return list(known)
+def _in_groups(content: Path, wheels: Sequence[Path]) -> list[list[Path]]:
+    """All files in two groups: what is ours, and what is large; in the second those first that the first steps need."""
+    ours = [path for folder in ("code", "tests", "config") for path in sorted((content / folder).rglob("*"))]
+    then = [*wheels, content / VGG16, *_shards(content, "test"), *sorted(content.rglob("*"))]
+    large = dict.fromkeys(path for path in then if path.is_file() and path not in set(ours))
+    return [[path for path in ours if path.is_file()], list(large)]
 
 
-def write_parts(content: Path, files: Sequence[Path], out: Path, part_bytes: int) -> dict[str, Any]:
+def write_parts(content: Path, groups: Sequence[Sequence[Path]], out: Path, part_bytes: int) -> dict[str, Any]:
     """Write ``part-01.tar`` and so on, each of at most ``part_bytes``.
 
     Args:
-        files: below ``content``, in this order.
+        groups: of files below ``content``, in this order. Each begins a new part, so that a change in one group leaves
+            the parts of the others as they are.
 
     Returns:
         ``parts`` (name, bytes, sha256) and ``files`` (path, bytes, sha256, compressed, pieces as (part, member)).
@@ -272,29 +273,25 @@ def write_parts(content: Path, files: Sequence[Path], out: Path, part_bytes: int
     Raises:
         UserError: a part has not even room for one piece.
     """
-    overhead = 3 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # of a piece's header and padding, and of the end
     if part_bytes < 1 << 16:
         raise UserError(f"a part of {part_bytes} bytes is too small for anything")
     for old in out.glob("part-*.tar"):
         old.unlink()
-    entries, pieces = [], 0
+    entries = []
     with _Parts(out, part_bytes) as parts:
-        for path in files:
-            compressed, data = _shortest(path.read_bytes())
-            entry = {
-                "path": str(path.relative_to(content)),
-                "bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-                "compressed": compressed,
-                "pieces": [],
-            }
-            start = 0
-            while start < len(data) or not entry["pieces"]:
-                room = parts.room(overhead)
-                member = f"{pieces:06d}"
-                entry["pieces"].append([parts.add(member, data[start : start + room]), member])
-                start, pieces = start + room, pieces + 1
-            entries.append(entry)
+        for group in groups:
+            parts.begin()
+            for path in group:
+                compressed, data = _shortest(path.read_bytes())
+                entries.append(
+                    {
+                        "path": str(path.relative_to(content)),
+                        "bytes": path.stat().st_size,
+                        "sha256": sha256_of(path),
+                        "compressed": compressed,
+                        "pieces": parts.add(data),
+                    }
+                )
     made = [{"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in parts.written]
     return {"parts": made, "files": entries}
 
@@ -302,10 +299,12 @@ def write_parts(content: Path, files: Sequence[Path], out: Path, part_bytes: int
 class _Parts:
     """The part that is being filled, and those before it."""
 
+    _OVERHEAD = 3 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # of a piece's header and padding, and of the end
+
     def __init__(self, out: Path, part_bytes: int):
         self.out, self.part_bytes, self.written = out, part_bytes, list[Path]()
         self._archive: tarfile.TarFile | None = None
-        self._filled = 0
+        self._filled, self._members = 0, 0
 
     def __enter__(self) -> _Parts:
         return self
@@ -314,24 +313,30 @@ class _Parts:
         if self._archive is not None:
             self._archive.close()
 
-    def room(self, overhead: int) -> int:
-        """Bytes that one more piece may have; a new part is begun where next to nothing fits."""
-        left = self.part_bytes - self._filled - overhead
-        if self._archive is None or left < min(1 << 16, self.part_bytes // 4):
-            if self._archive is not None:
-                self._archive.close()
-            self.written.append(self.out / f"part-{len(self.written) + 1:02d}.tar")
-            self._archive, self._filled = tarfile.open(self.written[-1], "w"), 0  # noqa: SIM115, closed above
-            left = self.part_bytes - overhead
-        return left
+    def begin(self) -> tarfile.TarFile:
+        """A new part."""
+        if self._archive is not None:
+            self._archive.close()
+        self.written.append(self.out / f"part-{len(self.written) + 1:02d}.tar")
+        self._archive, self._filled, self._members = tarfile.open(self.written[-1], "w"), 0, 0  # noqa: SIM115
+        return self._archive
 
-    def add(self, member: str, data: bytes) -> str:
-        assert self._archive is not None
-        info = tarfile.TarInfo(member)
-        info.size = len(data)
-        self._archive.addfile(info, io.BytesIO(data))
-        self._filled += 2 * tarfile.BLOCKSIZE + len(data)
-        return self.written[-1].name
+    def add(self, data: bytes) -> list[tuple[str, str]]:
+        """Write data in as many pieces as it takes: the part and the member that each of them is."""
+        pieces, start = [], 0
+        while start < len(data) or not pieces:
+            room = self.part_bytes - self._filled - self._OVERHEAD
+            archive = self._archive
+            if archive is None or room < min(1 << 16, self.part_bytes // 4):  # next to nothing fits
+                archive, room = self.begin(), self.part_bytes - self._OVERHEAD
+            piece = data[start : start + room]
+            member = tarfile.TarInfo(f"{self._members:06d}")
+            member.size = len(piece)
+            archive.addfile(member, io.BytesIO(piece))
+            pieces.append((self.written[-1].name, member.name))
+            self._filled += 2 * tarfile.BLOCKSIZE + len(piece)
+            self._members, start = self._members + 1, start + room
+        return pieces
 
 
 def _shortest(data: bytes) -> tuple[bool, bytes]:

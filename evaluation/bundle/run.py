@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="folder for what is handed out, emptied by whoever takes it")
     parser.add_argument("--files", type=int, default=8, help="files in that folder at most")
     parser.add_argument("--megabytes", type=float, default=15.5, help="MiB of each of them at most")
+    parser.add_argument(
+        "--again", action="append", default=[], metavar="STEP", help="take a step anew; repeat for several"
+    )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     started = time.monotonic()
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed, left = [], []
     for step in manifest["steps"]:
         name, done = step["name"], work / "done" / step["name"]
+        if name in options.again:
+            done.unlink(missing_ok=True)
         if done.is_file():
             continue
         if not all((work / path).exists() for path in step["needs"]):
@@ -89,19 +94,28 @@ def say(text: str) -> None:
 
 
 def unpack(manifest: dict[str, Any], here: Path, work: Path) -> list[str]:
-    """Write every file whose pieces have all arrived, each checked; the names of the parts that are missing."""
-    arrived = {}
+    """Write every file whose pieces have all arrived, each checked and each once; the parts that have not come yet.
+
+    A part that has come need not stay: it is kept in ``work``. Where a later manifest has other contents for a file, as
+    after a mended bug, these replace it.
+    """
+    kept, arrived = work / "parts", {}
+    kept.mkdir(parents=True, exist_ok=True)
     for part in manifest["parts"]:
-        path = here / part["name"]
-        if path.is_file() and path.stat().st_size == part["bytes"] and _sha256(path) == part["sha256"]:
-            arrived[part["name"]] = path
-        elif path.is_file():
-            say(f"{part['name']} is damaged: send it again")
+        for path in (here / part["name"], kept / part["name"]):
+            if path.is_file() and path.stat().st_size == part["bytes"] and _sha256(path) == part["sha256"]:
+                arrived[part["name"]] = path
+                if path.parent == here:
+                    shutil.copyfile(path, kept / part["name"])
+                break
+            if path.is_file() and path.parent == here:
+                say(f"{part['name']} is damaged, or of another bundle: send it again")
+    known_file = work / "unpacked.json"
+    known: dict[str, str] = json.loads(known_file.read_text()) if known_file.is_file() else {}
     opened = {name: tarfile.open(path) for name, path in arrived.items()}  # noqa: SIM115, closed below
     for file in manifest["files"]:
-        target = work / file["path"]
-        whole = all(part in opened for part, _ in file["pieces"])
-        if not whole or (target.is_file() and target.stat().st_size == file["bytes"]):
+        target, whole = work / file["path"], all(part in opened for part, _ in file["pieces"])
+        if not whole or known.get(file["path"]) == file["sha256"]:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, digest = target.with_name(f".{target.name}.unpacking"), hashlib.sha256()
@@ -114,6 +128,8 @@ def unpack(manifest: dict[str, Any], here: Path, work: Path) -> list[str]:
         temporary.replace(target)
         if target.suffix == ".whl":  # a zip file of what belongs on Python's path
             zipfile.ZipFile(target).extractall(target.parent)
+        known[file["path"]] = file["sha256"]
+    _write_json(known_file, known)
     for each in opened.values():
         each.close()
     return [part["name"] for part in manifest["parts"] if part["name"] not in arrived]
