@@ -121,6 +121,8 @@ def play(python: Path, bundle: Path, machine: Path, manifest: dict[str, Any]) ->
     for number in range(1, 40):
         for name in ("run.sh", "run.py", "manifest.json", *parts[number - 1 : number]):
             shutil.copyfile(bundle / name, machine / name)
+        for name in parts[: number - 1]:  # whoever brings parts may take them away again
+            (machine / name).unlink(missing_ok=True)
         returned = machine.parent / "returned" / f"call_{number:02d}"
         shutil.rmtree(returned, ignore_errors=True)
         returned.mkdir(parents=True)
