@@ -220,6 +220,7 @@ DATASET = {
     "format": ("folder", PACKED | FROM_TRAINING | FROM_HELD_OUT),
     "size": (64, PACKED | FROM_TRAINING | FROM_HELD_OUT),
     "crop": ("center", PACKED | FROM_TRAINING | FROM_HELD_OUT),
+    "encoding": ("webp", PACKED | FROM_TRAINING | FROM_HELD_OUT),
     "train_split": ("all", {"pack training images"} | FROM_TRAINING),
     "test_split": ("val", {"pack held-out images"} | FROM_HELD_OUT),
 }

@@ -202,7 +202,7 @@ def _write_step_configs(config: BenchmarkConfig, beside: Path, folder: Path) -> 
 def _steps(content: Path, config: BenchmarkConfig, weights: Sequence[str], budget: Budget) -> list[dict[str, Any]]:
     """What is run there, in this order."""
     scq = ["{python}", "-m", "scq"]
-    code = ["code/scq/__init__.py"]
+    code = ["code/scq/__init__.py", *(str(path.relative_to(content)) for path in (content / "site").glob("*.whl"))]
     train, test = (
         [f"run/shards/{split}/{path.name}" for path in _shards(content, split)] for split in ("train", "test")
     )
