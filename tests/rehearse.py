@@ -151,6 +151,7 @@ def call(python: Path, machine: Path, returned: Path, kill: bool) -> int:
         "PATH": f"{python.parent}:/usr/bin:/bin",
         "HOME": str(machine),
         "SCQ_TEST_DEVICE": "cpu",
+        "PYTEST_XDIST_WORKER_COUNT": "2",  # as if it shared the cores: threads that wait for each other take longest
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
     arguments = ["--seconds", str(SECONDS), "--results", str(returned), "--megabytes", str(MEGABYTES)]

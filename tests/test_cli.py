@@ -25,6 +25,7 @@ COMMANDS = [
     ["train", "tokenizer"], ["train", "prior"], ["train", "refiner"], ["tokenize"], ["sample"], ["evaluate"], ["app"],
     ["export"], ["benchmark"],
     *(["benchmark", subject] for subject in ("data", "speed", "step", "tokenizers", "quality", "sampling")),
+    *(["benchmark", subject] for subject in ("plan", "bundle", "collect")),
 ]  # fmt: skip
 
 
@@ -77,6 +78,9 @@ def test_no_command_is_missing_from_these_tests() -> None:
         (["sample", "--model", "x", "--out", "OUT", "--num", "9" * 25], "--num"),
         (["evaluate", "--model", "x", "--data", "no-such-shards", "--out", "OUT"], "no-such-shards"),
         (["app", "--model", "no-such-model"], "no-such-model"),
+        (["benchmark", "plan", "--config", "no-such.yaml", "--out", "OUT", "--seconds", "0"], "--seconds"),
+        (["benchmark", "bundle", "--config", "no-such.yaml", "--out", "OUT", "--packages", "no-such-list"], "no-such"),
+        (["benchmark", "collect", "no-such-folder", "--out", "OUT"], "no-such-folder"),
         (["paint"], "paint"),
     ],
 )

@@ -33,11 +33,12 @@ def collect(folders: Sequence[Path], out: Path) -> list[str]:
     Raises:
         UserError: a folder is not what was handed out, or a piece is damaged.
     """
-    make_folder(out / _HANDED_OUT)
-    index: dict[str, Any] = {}
     for folder in folders:
         if not (folder / INDEX).is_file():
             raise UserError(f"{folder} has no {INDEX}: name the folder that run.sh wrote with --results")
+    make_folder(out / _HANDED_OUT)
+    index: dict[str, Any] = {}
+    for folder in folders:
         index = read_json(folder / INDEX, "fetch it again")
         with open_plain(folder / REPORT) as file:
             _extract(file, f"{folder / REPORT}", out)
