@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from scq.engine.config import load_config, save_config
 from scq.engine.errors import UserError
-from scq.engine.files import make_folder, write_json
+from scq.engine.files import make_folder, write_file, write_json
 from scq.engine.tracking import read_metrics
 from scq.evaluation.benchmark.config import BenchmarkConfig, load_benchmark
 from scq.evaluation.benchmark.results import BenchmarkResults
@@ -161,9 +161,8 @@ def write_configs(config: BenchmarkConfig, beside: Path, folder: Path, change: C
 
 def _share_packed(out: Path) -> None:
     """Let the pilot know the images that are packed already: where a bundle brought them, their source is not there."""
-    make_folder(out / "pilot" / "phases")
     for phase in (out / "phases").glob("pack_*.json"):
-        (out / "pilot" / "phases" / phase.name).write_bytes(phase.read_bytes())
+        write_file(out / "pilot" / "phases" / phase.name, phase.read_bytes())
 
 
 def _plan(

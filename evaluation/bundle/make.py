@@ -219,19 +219,8 @@ def _steps(content: Path, config: BenchmarkConfig, weights: Sequence[str], budge
 
     steps = []
     if (content / "tests").is_dir():
-        pytest = [
-            "{python}",
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu and not slow",
-            "--maxfail",
-            "12",
-            "-p",
-            "no:cacheprovider",
-        ]
-        pytest += ["--rootdir", "tests", "-c", "tests/pytest.ini", "tests/test_gpu.py"]
+        pytest = ["{python}", "-m", "pytest", "-q", "-m", "gpu and not slow", "--maxfail", "12"]
+        pytest += ["-p", "no:cacheprovider", "--rootdir", "tests", "-c", "tests/pytest.ini", "tests/test_gpu.py"]
         steps.append(step("tests", pytest, [*code, "tests/conftest.py"], 60.0, budget.tests))
     cells = [word for cell in budget.cells for word in ("--cell", ",".join(map(str, cell)))]
     steps.append(step("speed", [*scq, "benchmark", "speed", *cells, "--out", "speed"], code, 40.0, budget.speed))
@@ -254,9 +243,10 @@ def _shards(content: Path, split: str) -> list[Path]:
 
 def _in_groups(content: Path, wheels: Sequence[Path]) -> list[list[Path]]:
     """All files in two groups: what is ours, and what is large; in the second those first that the first steps need."""
-    ours = [path for folder in ("code", "tests", "config") for path in sorted((content / folder).rglob("*"))]
+    folders = [content / name for name in ("code", "tests", "config")]
+    ours = dict.fromkeys(path for folder in folders for path in sorted(folder.rglob("*")))
     then = [*wheels, content / VGG16, *_shards(content, "test"), *sorted(content.rglob("*"))]
-    large = dict.fromkeys(path for path in then if path.is_file() and path not in set(ours))
+    large = dict.fromkeys(path for path in then if path.is_file() and path not in ours)
     return [[path for path in ours if path.is_file()], list(large)]
 
 
