@@ -34,6 +34,16 @@ def device() -> torch.device:
     return torch.device(os.environ.get("SCQ_TEST_DEVICE") or "cuda")
 
 
+@pytest.fixture
+def halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quantizer of tests/training_steps.py by its name, for one test, so that no other finds it among the names."""
+    from training_steps import Halfway
+
+    from scq.stage1_tokenizer.quantizers import interface
+
+    monkeypatch.setitem(interface._REGISTRY, "halfway", Halfway)
+
+
 @pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Emoji at 32 pixels as shards, 'train' and 'test'."""

@@ -15,6 +15,8 @@ from scq.engine.accelerators import send
 from scq.engine.fingerprint import fingerprint
 from scq.engine.sharding import load_optimizer_state, optimizer_state
 
+pytestmark = pytest.mark.usefixtures("halfway")
+
 
 def channels_last(network: nn.Module, device: torch.device) -> nn.Module:
     return network.to(memory_format=torch.channels_last)

@@ -137,6 +137,8 @@ def _unsafe_writes(tree: ast.AST, safe: bool = False) -> list[str]:
     if isinstance(tree, ast.With):
         calls = [item.context_expr for item in tree.items if isinstance(item.context_expr, ast.Call)]
         safe = safe or any(ast.unparse(call.func).split(".")[-1] in SAFE for call in calls)
+    if isinstance(tree, ast.FunctionDef) and tree.name == "atomic_write":  # a bundle's script brings its own
+        safe = {"os.fsync(file.fileno())", "os.fsync(folder)"} <= {ast.unparse(each) for each in ast.walk(tree)}
     found = [] if safe or not isinstance(tree, ast.Call) or not _writes(tree) else [ast.unparse(tree)]
     return found + [each for child in ast.iter_child_nodes(tree) for each in _unsafe_writes(child, safe)]
 

@@ -36,7 +36,7 @@ from scq.stage2_prior.refiner import ConvexRefiner
 from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("halfway")]
 
 
 @contextmanager

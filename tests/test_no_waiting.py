@@ -22,6 +22,7 @@ from scq.sampling.samplers import SAMPLERS, GuidedPrior
 from scq.stage2_prior.scheduler import UnmaskingScheduler
 from scq.stage2_prior.transformer import MaskedTransformer
 
+pytestmark = pytest.mark.usefixtures("halfway")
 aten = torch.ops.aten
 # What the host must know before it can go on: a value, or the size of a result.
 READS = {

@@ -1,4 +1,7 @@
-"""One small training step of every stage, for tests of what a step asks of a device. No file is read."""
+"""One small training step of every stage, for tests of what a step asks of a device. No file is read.
+
+Tests that take one use the fixture ``halfway``.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +20,6 @@ from scq.stage1_tokenizer.quantizers.interface import (
     Quantized,
     Quantizer,
     flatten_latents,
-    register_quantizer,
     returned,
     unflatten_latents,
 )
@@ -37,7 +39,6 @@ TOKENIZER = [
 ]  # fmt: skip
 
 
-@register_quantizer("halfway")
 class Halfway(Quantizer):
     """Latents halfway to the nearest of some fixed codes; it asks for no value, and so stands for any quantizer."""
 

@@ -287,29 +287,35 @@ def write_parts(content: Path, groups: Sequence[Sequence[Path]], out: Path, part
 
 
 class _Parts:
-    """The part that is being filled, and those before it."""
+    """The part that is being filled, in memory, and those before it, on disk."""
 
     _OVERHEAD = 3 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE  # of a piece's header and padding, and of the end
 
     def __init__(self, out: Path, part_bytes: int):
         self.out, self.part_bytes, self.written = out, part_bytes, list[Path]()
+        self._buffer = io.BytesIO()
         self._archive: tarfile.TarFile | None = None
         self._filled, self._members = 0, 0
 
     def __enter__(self) -> _Parts:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._archive is not None:
-            self._archive.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
 
     def begin(self) -> tarfile.TarFile:
-        """A new part."""
+        """Write the part that was filled, and begin a new one."""
+        self._finish()
+        self.written.append(self.out / f"part-{len(self.written) + 1:02d}.tar")
+        self._buffer, self._filled, self._members = io.BytesIO(), 0, 0
+        self._archive = tarfile.open(fileobj=self._buffer, mode="w")  # noqa: SIM115, closed by _finish
+        return self._archive
+
+    def _finish(self) -> None:
         if self._archive is not None:
             self._archive.close()
-        self.written.append(self.out / f"part-{len(self.written) + 1:02d}.tar")
-        self._archive, self._filled, self._members = tarfile.open(self.written[-1], "w"), 0, 0  # noqa: SIM115
-        return self._archive
+            write_file(self.written[-1], self._buffer.getvalue())
 
     def add(self, data: bytes) -> list[tuple[str, str]]:
         """Write data in as many pieces as it takes: the part and the member that each of them is."""

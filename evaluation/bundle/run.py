@@ -25,7 +25,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 GRACE = 25.0  # seconds that a stopped step has to save what it has
 RESERVE = 15.0  # seconds for what is handed out at the end
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = run_step(step, work, min(remaining, step["most_seconds"]))
         if code == 0 or not step["required"]:
             done.parent.mkdir(exist_ok=True)
-            done.write_text(f"{code}\n")
+            with atomic_write(done) as file:
+                file.write(f"{code}\n".encode())
         if code == 75:
             left.append(name)
         elif code != 0:
@@ -91,6 +92,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def say(text: str) -> None:
     print(f"[bundle] {text}", flush=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """As `engine.files.atomic_write`, which is not there before it is unpacked: complete, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def unpack(manifest: dict[str, Any], here: Path, work: Path) -> list[str]:
@@ -118,14 +138,13 @@ def unpack(manifest: dict[str, Any], here: Path, work: Path) -> list[str]:
         if not whole or known.get(file["path"]) == file["sha256"]:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary, digest = target.with_name(f".{target.name}.unpacking"), hashlib.sha256()
-        with temporary.open("wb") as out:
+        digest = hashlib.sha256()
+        with atomic_write(target) as out:
             for block in _decompressed(file, opened):
                 digest.update(block)
                 out.write(block)
-        if digest.hexdigest() != file["sha256"]:
-            raise SystemExit(f"{file['path']} is damaged in {', '.join(part for part, _ in file['pieces'])}")
-        temporary.replace(target)
+            if digest.hexdigest() != file["sha256"]:
+                raise SystemExit(f"{file['path']} is damaged in {', '.join(part for part, _ in file['pieces'])}")
         if target.suffix == ".whl":  # a zip file of what belongs on Python's path
             zipfile.ZipFile(target).extractall(target.parent)
         known[file["path"]] = file["sha256"]
@@ -197,7 +216,7 @@ def hand_out(manifest: dict[str, Any], work: Path, results: Path, files: int, si
     """
     results.mkdir(parents=True, exist_ok=True)
     report = results / "report.tar.xz"
-    with tarfile.open(report, "w:xz", preset=6) as archive:
+    with atomic_write(report) as file, tarfile.open(fileobj=file, mode="w:xz", preset=6) as archive:
         for pattern in manifest["report"]:
             for path in sorted(work.glob(pattern)):
                 if path.is_file() and not path.is_symlink():
@@ -226,9 +245,8 @@ def hand_out(manifest: dict[str, Any], work: Path, results: Path, files: int, si
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def _files(path: Path) -> list[Path]:
@@ -238,14 +256,15 @@ def _files(path: Path) -> list[Path]:
 def _cut(path: Path, work: Path, queue: Path, name: str, size: int) -> list[dict[str, Any]]:
     """A tar file of ``path``, compressed, in pieces of ``size`` bytes."""
     whole = queue / f"{name}.tar.xz"
-    with tarfile.open(whole, "w:xz", preset=1) as archive:
+    with atomic_write(whole) as file, tarfile.open(fileobj=file, mode="w:xz", preset=1) as archive:
         for each in _files(path):
             archive.add(each, each.relative_to(work), recursive=False)
     pieces = []
     with whole.open("rb") as file:
         while block := file.read(size):
             piece = {"name": f"{whole.name}.{len(pieces):03d}", "sha256": hashlib.sha256(block).hexdigest()}
-            (queue / piece["name"]).write_bytes(block)
+            with atomic_write(queue / piece["name"]) as out:
+                out.write(block)
             pieces.append({**piece, "bytes": len(block), "handed_out": False})
     whole.unlink()
     return pieces
