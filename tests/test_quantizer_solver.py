@@ -277,19 +277,30 @@ def test_local_with_all_codes_is_exact_and_with_few_says_so():
     assert (few.residual[wrong] > 1e-6).all()
 
 
-def test_relaxed_is_the_published_formula():
-    z, codes = make(20, 4, 40, seed=6)
+@pytest.mark.parametrize("size", [40, 64, 70])
+def test_relaxed_is_the_published_formula(size):
+    z, codes = make(20, 4, size, seed=6)
     solution = soft_convex_solve(z, codes, 0.7, method="relaxed")
     nearest = torch.cdist(z, codes).argmin(1)
     ridge = codes.T @ codes + 0.7 * torch.eye(4, dtype=torch.float64)
     v = torch.linalg.solve(ridge, (z - codes[nearest]).T).T @ codes.T
     v[torch.arange(20), nearest] += 1
     expected = (v - simplex_threshold(v)).clamp_min(0)
-    torch.testing.assert_close(dense(solution, 40), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(dense(solution, size), expected, rtol=0, atol=1e-12)
     multipliers = (z - solution.z_q) / 0.7 @ codes.T - expected
     multipliers[torch.arange(20), nearest] += 1  # e + C y - p: equal over the codes in use at the optimum of (1)
     violation = multipliers.amax(1) - multipliers.masked_fill(expected == 0, torch.inf).amin(1)
     torch.testing.assert_close(solution.residual, violation, rtol=0, atol=1e-9)
+
+
+def test_relaxed_uses_codes_alone():
+    """Beyond the hull the threshold is zero but for rounding, as the price of padding is: 70 codes have 128 columns."""
+    z, codes = make(2000, 4, 70, seed=1)
+    z, codes = (10 * z).float(), codes.float().requires_grad_()
+    solution = soft_convex_solve(z, codes, 0.7, method="relaxed")
+    assert solution.support.max() < 70
+    solution.z_q.sum().backward()
+    assert codes.grad.isfinite().all()
 
 
 def test_where_relaxed_is_exact_it_says_so():

@@ -35,7 +35,7 @@ def solve_relaxed(book: Codebook, codebook: Tensor, z: Tensor, reg: Tensor) -> S
     for rows in book.blocks(len(z)):
         nearest = nearests[rows]
         # A shift of all codes shifts all prices of a row alike, which the projection ignores: centred codes will do.
-        block = book.prices(_dual(book, nearest, y[rows]))  # (n', width)
+        block = _prices(book, nearest, y[rows])  # (n', width)
         block[torch.arange(len(block), device=z.device), nearest] += 1  # e
         # The threshold of some entries is never above that of all: the lanes' maxima, which are few, bring it close.
         start = simplex_threshold(block.view(len(block), book.depth, book.lanes).amax(1))  # (n', 1)
@@ -112,11 +112,14 @@ def _violation(book: Codebook, weights: Tensor, nearest: Tensor, y: Tensor) -> T
     With y = (z - z_q) / reg (n, F), the multipliers e_k + c_k.y - p_k must be equal over the codes in use and no larger
     over the others; the violation is the largest over all minus the smallest over the codes in use.
     """
-    multipliers = book.prices(_dual(book, nearest, y)) - weights  # relative to c_n, so that of n is now -p_n
+    multipliers = _prices(book, nearest, y) - weights  # relative to c_n, so that of n is now -p_n
     multipliers[torch.arange(len(nearest), device=y.device), nearest] += 1  # e
     return multipliers.amax(1) - multipliers.masked_fill(weights == 0, torch.inf).amin(1)
 
 
-def _dual(book: Codebook, nearest: Tensor, y: Tensor) -> Tensor:
-    """Dual variables (n, 1 + F) that price codes relative to the nearest one: c_k.y - c_n.y."""
-    return book.to_global(nearest, torch.cat([torch.zeros_like(y[:, :1]), y], 1))
+def _prices(book: Codebook, nearest: Tensor, y: Tensor) -> Tensor:
+    """(n, width) block of c_k.y - c_n.y: the prices of all codes, relative to the nearest one."""
+    dual = book.to_global(nearest, torch.cat([torch.zeros_like(y[:, :1]), y], 1))  # (n, 1 + F)
+    block = book.prices(dual)
+    block[:, book.size :] = book.lowest  # a threshold may be below zero, and padding never is in use
+    return block
