@@ -157,9 +157,10 @@ def call(python: Path, machine: Path, returned: Path, kill: bool) -> int:
     arguments = ["--seconds", str(SECONDS), "--results", str(returned), "--megabytes", str(MEGABYTES)]
     command = ["unshare", "--user", "--net", "bash", "run.sh", *arguments]
     process = subprocess.Popen(command, cwd=machine, env=environment, start_new_session=True)
-    checkpoints = machine / "work" / "run" / "arms" / "scq" / "tokenizer" / "checkpoints"
+    run, pattern = machine / "work" / "run", "arms/*/*/checkpoints/step_*"
+    before = set(run.glob(pattern))  # of what an earlier call had trained
     while process.poll() is None:
-        if kill and checkpoints.is_dir() and any(checkpoints.iterdir()):
+        if kill and set(run.glob(pattern)) - before:
             everything = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True)
             for pid in everything.stdout.split():
                 os.kill(int(pid), signal.SIGKILL)
