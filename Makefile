@@ -34,7 +34,7 @@ $(LOWEST)/.test: pyproject.toml | $(LINKS)
 	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable ".[test]"
 	touch $@
 
-# The half hour on a GPU of configs/benchmarks/cifar10_gpu.yaml, played on a CPU; docs/benchmark.md says what that is.
+# The half hour on a GPU of configs/benchmarks/cifar10_gpu.yaml, played on a CPU; docs/gpu.md says what that is.
 PYTHON312 ?= python3.12
 rehearse: $(VENV)/.test
 	$(RUN)/python tests/rehearse.py --folder build/rehearsal --python $(PYTHON312) --source $(SOURCE) \

@@ -72,7 +72,7 @@ def step(quantizer, z):
     return swap_for_neighbours(out, quantizer, NeighbourSwap(0.3, 4, z.new_empty(b, 2, h, w))).sum() + out.loss
 
 
-# Before, the process aborts where autograd meets a fake tensor on a GPU that is not there.
+# Older ones abort the process where autograd meets a fake tensor on a GPU that is not there.
 @pytest.mark.skipif(parse(torch.__version__) < parse("2.10"), reason="needs torch 2.10 for gradients of fake tensors")
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_copied_between_host_and_gpu(name):
