@@ -210,8 +210,12 @@ def test_kmeans_places_codes_on_the_latents():
     assert torch.equal(quantizer.codebook, placed)
 
 
-def test_dead_codes_are_revived_when_a_window_ends():
-    quantizer = SoftConvexQuantizer(32, 6, window=8, kmeans_batches=0)
+REVIVING = {"scq": {"kmeans_batches": 0}, "vq": {}}
+
+
+@pytest.mark.parametrize("name", REVIVING)
+def test_dead_codes_are_revived_when_a_window_ends(name):
+    quantizer = create_quantizer(name, codebook_size=32, dim=6, window=8, revive=True, **REVIVING[name])
     with torch.no_grad():
         quantizer.codebook[16:] += 1e3  # nothing can come near these
     z = latents()
@@ -220,12 +224,33 @@ def test_dead_codes_are_revived_when_a_window_ends():
     assert (quantizer.codebook[16:].mean() > 500).item()
     quantizer(z)  # the window of eight images was full
     assert (quantizer.codebook.abs() < 10).all()
-    kept = SoftConvexQuantizer(32, 6, window=8, kmeans_batches=0, revive=False)
+    kept = create_quantizer(name, codebook_size=32, dim=6, window=8, revive=False, **REVIVING[name])
     with torch.no_grad():
         kept.codebook[16:] += 1e3
     for _ in range(3):
         kept(z)
     assert (kept.codebook[16:].mean() > 500).item()
+
+
+def test_vq_that_revives_comes_to_use_its_codebook_and_vqgans_does_not():
+    batches = [2 + latents(seed=seed) for seed in range(30)]  # far from where VQGAN's codes start
+    usage = {}
+    for revive in (False, True):
+        torch.manual_seed(0)
+        quantizer = VectorQuantizer(64, 6, revive=revive, window=16)
+        optimizer = torch.optim.SGD(quantizer.parameters(), lr=1.0)
+        for z in batches:
+            quantizer(z).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        usage[revive] = len(torch.cat([quantizer(z).indices for z in batches]).unique()) / 64
+    assert usage[True] > 0.9
+    assert usage[False] < 0.5
+
+
+def test_vqgans_quantizer_keeps_no_counts():
+    assert set(VectorQuantizer(8, 6).state_dict()) == {"codebook"}
+    assert VectorQuantizer(8, 6).usage_counts() is None
 
 
 def test_usage_and_perplexity_cover_a_window_of_images():
@@ -439,12 +464,13 @@ def test_vq_trains_as_published():
 
 WORKER = """
 import sys, torch, torch.distributed as dist
-from scq.stage1_tokenizer.quantizers import SoftConvexQuantizer
-rank, world, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+from scq.stage1_tokenizer.quantizers import create_quantizer
+rank, world, path, name = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 if world > 1:
     dist.init_process_group("gloo", init_method=f"file://{path}.store", rank=rank, world_size=world)
 torch.manual_seed(0)
-quantizer = SoftConvexQuantizer(48, 4, window=16, kmeans_batches=2)
+options = {"scq": {"kmeans_batches": 2}, "vq": {"revive": True}}[name]
+quantizer = create_quantizer(name, codebook_size=48, dim=4, window=16, **options)
 for step in range(6):
     z = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step)) * (1 + step)
     mine = z.chunk(world)[rank]
@@ -456,23 +482,24 @@ if world > 1:
 """
 
 
-def test_two_processes_have_the_running_statistics_of_one(tmp_path):
+@pytest.mark.parametrize("name", REVIVING)
+def test_two_processes_have_the_running_statistics_of_one(name, tmp_path):
     results = {}
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     for world in (1, 2):
         path = str(tmp_path / f"world{world}")
         running = [
-            subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(world), path], env=env)
+            subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(world), path, name], env=env)
             for rank in range(world)
         ]
         assert [process.wait(timeout=120) for process in running] == [0] * world
         results[world] = [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(world)]
     one, (left, right) = results[1][0], results[2]
     assert same(left["state"], right["state"])
-    for name in one["state"]:
-        torch.testing.assert_close(left["state"][name], one["state"][name], rtol=1e-5, atol=1e-5)
-    for name in ("usage", "perplexity"):
-        torch.testing.assert_close(left[name], one[name])
+    for buffer in one["state"]:
+        torch.testing.assert_close(left["state"][buffer], one["state"][buffer], rtol=1e-5, atol=1e-5)
+    for statistic in ("usage", "perplexity") if name == "scq" else ():  # VQ's are those of a process's own batch
+        torch.testing.assert_close(left[statistic], one[statistic])
 
 
 def test_the_documented_example_runs():

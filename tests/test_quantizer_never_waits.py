@@ -6,7 +6,7 @@ from packaging.version import parse
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scq.stage1_tokenizer.quantizers import create_quantizer, soft_convex
+from scq.stage1_tokenizer.quantizers import create_quantizer, reviving
 from scq.stage1_tokenizer.quantizers.kmeans import draw_rows, replace_rows
 from scq.stage1_tokenizer.robustness import NeighbourSwap, swap_for_neighbours
 from scq.stage1_tokenizer.solver import batched, codebook, soft_convex_solve
@@ -15,7 +15,8 @@ from scq.stage1_tokenizer.solver import solve as convex_solver
 fused = pytest.importorskip("scq.stage1_tokenizer.solver.fused")
 
 # vq_ema and rvq2 are not among them: the library asks at every step whether a code has expired.
-NAMES = ["scq", "vq", "simvq", "fsq", "none"]
+NAMES = ["scq", "vq", "vq revive", "simvq", "fsq", "none"]
+REVIVING = ("scq", "vq revive")
 
 
 class NoTransfers(TorchDispatchMode):
@@ -55,14 +56,15 @@ def cpu_as_gpu(monkeypatch):
 def trained(name, device, images=0):
     """A quantizer in training after its k-means start, with ``images`` in the present window."""
     with unset_fake_temporarily():  # a constructor may read
-        quantizer = create_quantizer(name, codebook_size=64, dim=6)
+        name, *revive = name.split()
+        quantizer = create_quantizer(name, codebook_size=64, dim=6, **({"revive": True} if revive else {}))
     for module in quantizer.modules():
         for kept, kind in ((module._parameters, torch.nn.Parameter), (module._buffers, torch.Tensor)):
             for key, value in kept.items():
                 if value is not None:
                     kept[key] = kind(torch.empty(value.shape, dtype=value.dtype, device=device))
-    if name == "scq":
-        quantizer._seen = soft_convex._Seen(20, 0, images)
+    if name == "scq" or revive:
+        quantizer._seen = reviving._Seen(20, 0, images)
     return quantizer
 
 
@@ -87,12 +89,12 @@ def test_nothing_is_copied_between_host_and_gpu(name):
 def test_nothing_is_read_back_forward_or_backward(name, images, cpu_as_gpu, monkeypatch):
     revived = []
     # Fake tensors take no generators; the test below is for what is left out here.
-    monkeypatch.setattr(soft_convex, "replace_rows", lambda codes, *rest: revived.append(codes) or codes)
+    monkeypatch.setattr(reviving, "replace_rows", lambda codes, *rest: revived.append(codes) or codes)
     with FakeTensorMode():
         quantizer = trained(name, "cpu", images)  # with 5000, codes are revived
         for _ in range(2):
             step(quantizer, torch.empty(4, 6, 5, 5, requires_grad=True)).backward()
-        if name == "scq":
+        if name in REVIVING:
             assert (quantizer._seen.steps, quantizer._seen.images) == (22, 8)
             assert len(revived) == (images > 0)
 

@@ -5,20 +5,16 @@ lambda that follows the scale of the latents, VQ's terms on the nearest code, an
 says why.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from scq.engine.checks import finite_number, one_of, whole_number, yes_or_no
-from scq.engine.processes import gather_rows, rank_and_world_size, same_everywhere, sum_across_processes
+from scq.engine.checks import finite_number, one_of, whole_number
+from scq.engine.processes import gather_rows, same_everywhere, sum_across_processes
 from scq.stage1_tokenizer.quantizers.interface import (
     MOST_DIM,
     Mixture,
     Quantized,
-    Quantizer,
     check_codebook_shape,
     check_indices,
     check_latents,
@@ -29,22 +25,14 @@ from scq.stage1_tokenizer.quantizers.interface import (
     unflatten_latents,
     usage_of,
 )
-from scq.stage1_tokenizer.quantizers.kmeans import kmeans, kmeans_step, replace_rows
+from scq.stage1_tokenizer.quantizers.kmeans import kmeans, kmeans_step
+from scq.stage1_tokenizer.quantizers.reviving import RevivingQuantizer
 from scq.stage1_tokenizer.solver import METHODS, ConvexSolution, soft_convex_solve
 from scq.stage1_tokenizer.solver.codebook import nearest_codes
 
 
-@dataclass
-class _Seen:
-    """What a quantizer has seen in training, where the host can look it up without waiting for a GPU."""
-
-    steps: int
-    parts: int  # of the present step; checkpoints are written between steps, so they need not know it
-    images: int  # in the window being filled, of all processes
-
-
 @register_quantizer("scq")
-class SoftConvexQuantizer(Quantizer):
+class SoftConvexQuantizer(RevivingQuantizer):
     """Every latent becomes a convex combination of codes, z_q of eq. (1) in docs/quantizer.md.
 
     ``forward`` returns the combinations z_q and, as indices, the codes of largest weight. In eval mode it is
@@ -94,7 +82,6 @@ class SoftConvexQuantizer(Quantizer):
         super().__init__()
         check_codebook_shape(codebook_size, dim)
         one_of("method", method, METHODS)
-        yes_or_no("revive", revive)
         finite_number("rho", rho, above=0)
         if rho_end is not None:
             finite_number("rho_end", rho_end, above=0)
@@ -107,29 +94,20 @@ class SoftConvexQuantizer(Quantizer):
             whole_number("projection_dim", projection_dim, 1, MOST_DIM)
         finite_number("momentum", momentum, 0, below=1)
         whole_number("neighbours", neighbours, 1)
-        whole_number("window", window, 1)
         self.codebook_size, self.dim, self.method, self.neighbours = codebook_size, dim, method, neighbours
         self.rho, self.rho_end, self.rho_steps = rho, rho_end, rho_steps
         self.dominant_dropout, self.commitment, self.codebook_weight = dominant_dropout, commitment, codebook_weight
-        self.kmeans_batches, self.revive, self.momentum, self.window = kmeans_batches, revive, momentum, window
+        self.kmeans_batches, self.momentum = kmeans_batches, momentum
         self.projection_dim = projection_dim
         inner = dim if projection_dim is None else projection_dim
         self.down = None if projection_dim is None else nn.Linear(dim, inner)
         self.up = None if projection_dim is None else nn.Linear(inner, dim)
         self.codebook = nn.Parameter(torch.randn(codebook_size, inner) / inner**0.5)
-        self.steps: Tensor  # () int64, training steps seen
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.mean_distance: Tensor  # (), running mean of min_k |z - c_k|^2; 0: none yet
         self.register_buffer("mean_distance", torch.zeros(()))
         self.kmeans_counts: Tensor  # (K,), latents behind each code in k-means
         self.register_buffer("kmeans_counts", torch.zeros(codebook_size))
-        self.counts: Tensor  # (K,), dominant codes in the window being filled
-        self.register_buffer("counts", torch.zeros(codebook_size))
-        self.last_counts: Tensor  # (K,), in the last full window
-        self.register_buffer("last_counts", torch.zeros(codebook_size))
-        self.images: Tensor  # () int64, in the window being filled
-        self.register_buffer("images", torch.zeros((), dtype=torch.int64))
-        self._seen: _Seen | None = None  # None: not read from the buffers yet
+        self._count(revive, window)
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         """See `Quantizer.forward`.
@@ -183,9 +161,6 @@ class SoftConvexQuantizer(Quantizer):
             z_q, solution.dominant.view(grid), solution.support.view(*grid, -1), solution.weights.view(*grid, -1)
         )
 
-    def usage_counts(self) -> Tensor:
-        return self.counts + self.last_counts
-
     def current_rho(self) -> float:
         """rho at the present training step."""
         if self.rho_end is None:
@@ -197,16 +172,6 @@ class SoftConvexQuantizer(Quantizer):
         if self.rho_end is None:
             return 0.0
         return min(1.0, (self._host().steps if self.training else int(self.steps)) / self.rho_steps)
-
-    def _host(self) -> _Seen:
-        """The counts of training, read from the buffers once. Only training keeps both alike: others copy buffers."""
-        if self._seen is None:
-            self._seen = _Seen(int(self.steps), 0, int(self.images))
-        return self._seen
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._seen = None
 
     def _rows(self, z: Tensor) -> Tensor:
         """Latents z (B, F, h, w) as the solver takes them: (N, F), or (N, projection_dim) normalised."""
@@ -250,15 +215,8 @@ class SoftConvexQuantizer(Quantizer):
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> None:
         """Change codes before they enter the graph: k-means over the first batches, revival when a window is full."""
+        self._turn_window(rows)
         seen = self._host()
-        # Between the parts of a step no code is replaced, because their gradients are for one codebook.
-        if seen.parts == 0 and seen.images >= self.window:
-            if self.revive:
-                self._revive(rows, seen.steps)
-            self.last_counts.copy_(self.counts)
-            self.counts.zero_()
-            self.images.zero_()
-            seen.images = 0
         if seen.steps >= self.kmeans_batches:
             return
         everywhere = gather_rows(rows)
@@ -272,31 +230,12 @@ class SoftConvexQuantizer(Quantizer):
     @torch.no_grad()
     def _record(self, rows: Tensor, hard_error: Tensor, dominant: Tensor, images: int) -> dict[str, Tensor]:
         """Advance the running statistics, the same in all processes."""
-        counts = count_codes(dominant, self.codebook_size)
-        here = torch.stack([hard_error * len(rows), *(hard_error.new_full((), n) for n in (len(rows), images))])
-        summed = sum_across_processes(torch.cat([here.double(), counts.double()]))
-        mean = (summed[0] / summed[1]).float()
+        first = self._host().steps + self._host().parts == 0
+        sums = self._advance(dominant, images, hard_error * len(rows), hard_error.new_full((), len(rows)))
+        mean = (sums[0] / sums[1]).float()
         momentum = self.momentum ** (1 / self.parts_per_step)
-        seen = self._host()
-        first = seen.steps + seen.parts == 0
         self.mean_distance.copy_(mean if first else mean.lerp(self.mean_distance, momentum))
-        self.counts += summed[3:].float()
-        self.images += summed[2].long()
-        seen.images += images * rank_and_world_size()[1]  # every process has the same number, see `gather_rows`
-        seen.parts += 1
-        if seen.parts == self.parts_per_step:
-            seen.parts = 0
-            seen.steps += 1
-            self.steps += 1
-        return usage_of(self.usage_counts())
-
-    def _revive(self, rows: Tensor, seed: int) -> None:
-        """Move codes that dominated nothing in the window onto latents drawn by squared distance to their codes."""
-        everywhere = gather_rows(rows)
-        codes = self._codes()
-        distance = (everywhere - codes[nearest_codes(everywhere, codes)]).square().sum(1)  # (n,)
-        codes = replace_rows(self.codebook.detach(), self.counts == 0, everywhere, seed, distance)
-        self.codebook.copy_(same_everywhere(codes))
+        return usage_of(self.counts + self.last_counts)
 
     @torch.no_grad()
     def _stats(self, rows: Tensor, nearest: Tensor, solution: ConvexSolution) -> dict[str, Tensor]:
