@@ -45,10 +45,16 @@ class Section(Protocol):
     def ranges(self) -> Ranges: ...
 
 
+OPTIMIZERS = ("adamw", "muon")
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW from timm's optimizer factory, with no weight decay on biases, norms and codebooks."""
+    """An optimizer from timm's factory, with no weight decay on biases, norms and codebooks."""
 
+    # adamw | muon. Muon (docs/training.md) takes matrices and convolutions, and leaves biases, norms and codebooks to
+    # AdamW. Its steps are scaled to the size of AdamW's, so learning rates mean the same.
+    name: str = "adamw"
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
@@ -61,6 +67,7 @@ class OptimizerConfig:
         betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         positive = ("learning_rate", "weight_decay", "warmup_steps", "clip_norm")
         return [
+            ("name", self.name in OPTIMIZERS, " or ".join(OPTIMIZERS)),
             *((name, 0 <= getattr(self, name) < math.inf, "at least 0, and finite") for name in positive),
             ("betas", betas, "two numbers in [0, 1)"),
             ("final_share", 0 <= self.final_share <= 1, "in [0, 1]"),

@@ -19,21 +19,30 @@ Part = TypeVar("Part")
 def create_optimizer(
     module: nn.Module, config: OptimizerConfig, exclude: tuple[str, ...] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW over ``module``, without weight decay on one-dimensional parameters or in submodules named in ``exclude``.
+    """AdamW or Muon over ``module``.
 
-    On a GPU it is torch's fused one, which updates all weights in one kernel and keeps its counters there. Every
+    Muon (Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024) replaces the momentum of a matrix, or
+    of a convolution's weights as one, by the nearest orthogonal matrix. timm's gives its steps the size of AdamW's, as
+    in arXiv 2502.16982, and leaves one-dimensional parameters to AdamW.
+
+    On a GPU, AdamW is torch's fused one, which updates all weights in one kernel and keeps its counters there. Every
     parameter group carries its base learning rate as ``initial_lr``; the loop computes each step's rate from it.
+
+    Args:
+        exclude: names of submodules that have no weight decay, as one-dimensional parameters have none, and that Muon
+            leaves to AdamW: a codebook is a set of points and no map.
     """
     skipped = [name for name, _ in module.named_parameters() if not set(exclude).isdisjoint(name.split("."))]
     setattr(module, "no_weight_decay", lambda: set(skipped))  # noqa: B010, a module takes no function as an attribute
     on_gpu = next(module.parameters()).device.type == "cuda"
+    own: dict[str, Any] = {"fallback_no_weight_decay": True} if config.name == "muon" else {"fused": on_gpu or None}
     optimizer = create_optimizer_v2(
         module,
-        opt="adamw",
+        opt=config.name,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         betas=tuple(config.betas),
-        fused=on_gpu or None,
+        **own,
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = config.learning_rate

@@ -76,14 +76,16 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of `optimizer_state`, of which the device that computed it may have been another."""
     # Whether one kernel updates all weights is the device's matter, not the checkpoint's.
-    fused = optimizer.param_groups[0].get("fused")
-    state = {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
+    here = {name: value for name, value in optimizer.param_groups[0].items() if name == "fused"}
+    state = {**state, "param_groups": [{**group, **here} for group in state["param_groups"]]}
     if is_sharded(module):
         set_optimizer_state_dict(module, _bare(optimizer), state, options=_WHOLE)
         return
     optimizer.load_state_dict(state)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():  # the fused kernel wants moments in the weights' layout in memory
+            if not isinstance(value, Tensor):  # such as which of Muon's two rules a parameter follows
+                continue
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 values[name] = torch.empty_like(parameter).copy_(value)
 

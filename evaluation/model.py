@@ -17,8 +17,8 @@ from scq.evaluation.metrics.inception import load_inception
 from scq.evaluation.reference import Reference
 from scq.sampling.hub import is_hub_name, local_folder
 from scq.sampling.pipeline import SoftConvexPipeline
-from scq.stage1_tokenizer.losses import PerceptualLoss
 from scq.stage1_tokenizer.model_folder import load_tokenizer
+from scq.stage1_tokenizer.perceptual import PerceptualLoss
 from scq.stage2_prior.model_folder import model_root, write_card
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import nn
-from torchmetrics.functional.image.lpips import _LPIPS
-from torchvision.models import VGG16_Weights, vgg16
 
 from scq.engine.config import Ranges
-from scq.engine.errors import UserError, first_line
+from scq.engine.errors import UserError
 from scq.engine.processes import rank_and_world_size, sum_across_processes
 from scq.engine.schedules import linear_ramp
-from scq.engine.weights import read_weights, sound_weights
 from scq.stage1_tokenizer.adversarial import (
     AUGMENTATIONS,
     GAMES,
@@ -26,6 +22,7 @@ from scq.stage1_tokenizer.adversarial import (
     gradient_penalty,
 )
 from scq.stage1_tokenizer.discriminator import MOST_CHANNELS, MOST_LAYERS, NORMS, PatchDiscriminator
+from scq.stage1_tokenizer.perceptual import STAGES, PerceptualLoss
 
 
 @dataclass
@@ -35,6 +32,8 @@ class LossConfig:
     l1: float = 1.0
     l2: float = 0.0
     perceptual: float = 1.0  # weight of LPIPS (VGG16); 0 switches it off
+    perceptual_stages: int = STAGES  # of VGG16's five stages, how many LPIPS compares, the first ones
+    perceptual_share: float = 1.0  # share of each batch's images that LPIPS sees: it costs more than the autoencoder
     perceptual_weights: str = ""  # file of VGG16's weights, named as in torchvision; empty: torchvision downloads them
     adversarial: float = 0.5  # weight of the adversarial loss; 0 trains without a discriminator
     adversarial_start: int = 10000  # the step at which the adversarial loss sets in
@@ -55,48 +54,14 @@ class LossConfig:
         steps = ("adversarial_start", "adversarial_ramp", "discriminator_lead")
         return [
             *((name, getattr(self, name) >= 0, "at least 0") for name in (*weights, *steps)),
+            ("perceptual_stages", 1 <= self.perceptual_stages <= STAGES, f"1 to {STAGES}"),
+            ("perceptual_share", 0 < self.perceptual_share <= 1, "above 0, and at most 1"),
             ("r1_every", self.r1_every >= 1, "at least 1"),
             ("game", self.game in GAMES, " or ".join(GAMES)),
             ("discriminator_norm", self.discriminator_norm in NORMS, " or ".join(NORMS)),
             ("discriminator_channels", 1 <= self.discriminator_channels <= MOST_CHANNELS, f"1 to {MOST_CHANNELS}"),
             ("discriminator_layers", 1 <= self.discriminator_layers <= MOST_LAYERS, f"1 to {MOST_LAYERS}"),
         ]
-
-
-class PerceptualLoss(nn.Module):
-    """LPIPS (Zhang et al., CVPR 2018) on VGG16, with torchmetrics' bundled linear heads.
-
-    Args:
-        weights: file of VGG16's convolution weights (``features.*``); empty for torchvision's download.
-
-    Raises:
-        UserError: the file is missing or does not hold these weights, or the download failed.
-    """
-
-    def __init__(self, weights: str = ""):
-        super().__init__()
-        self.network = _LPIPS(net="vgg", pnet_rand=True)
-        state = vgg16_features(weights)
-        layers = {
-            index: layer
-            for stage in self.network.net.children()
-            for index, layer in stage.named_children()
-            if isinstance(layer, nn.Conv2d)
-        }
-        try:
-            for index, layer in layers.items():
-                layer.load_state_dict({leaf: state[f"features.{index}.{leaf}"] for leaf in ("weight", "bias")})
-        except (KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"loss.perceptual_weights={weights} does not hold VGG16's features.*: {reason}") from error
-        self.requires_grad_(False).eval()
-
-    def forward(self, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        """Mean distance of two batches (B, 3, H, W) in [-1, 1], 0-dim."""
-        return self.network(images, others).mean()
-
-    def train(self, mode: bool = True) -> PerceptualLoss:
-        return super().train(False)  # a fixed metric: its dropout stays off
 
 
 class TokenizerLoss(nn.Module):
@@ -129,7 +94,9 @@ class TokenizerLoss(nn.Module):
         if unknown:
             raise UserError(f"loss.augment has {unknown[0]!r}; choose from: {', '.join(AUGMENTATIONS)}")
         self.config = config
-        self.perceptual = PerceptualLoss(config.perceptual_weights) if config.perceptual > 0 else None
+        self.perceptual = None
+        if config.perceptual > 0:
+            self.perceptual = PerceptualLoss(config.perceptual_weights, config.perceptual_stages)
         self.discriminator = self.lecam = None
         if config.adversarial > 0:
             try:
@@ -168,7 +135,8 @@ class TokenizerLoss(nn.Module):
         terms = {"l1": error.abs().mean(), "l2": error.square().mean()}
         loss = config.l1 * terms["l1"] + config.l2 * terms["l2"]
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(images, reconstruction)
+            seen = math.ceil(config.perceptual_share * len(images))  # the stream has shuffled them
+            terms["perceptual"] = self.perceptual(images[:seen], reconstruction[:seen])
             loss = loss + config.perceptual * terms["perceptual"]
         ramp = linear_ramp(step, config.adversarial_start, config.adversarial_ramp)
         if self.discriminator is not None and ramp > 0:
@@ -232,17 +200,3 @@ def adaptive_weight(
         for loss in (reconstruction_loss, adversarial_loss)
     )
     return (wanted.norm() / (found.norm() + 1e-6)).clamp(0.0, largest).detach()
-
-
-def vgg16_features(weights: str = "") -> dict[str, torch.Tensor]:
-    """VGG16's tensors under torchvision's names; arguments and errors as those of `PerceptualLoss`."""
-    if weights:
-        return read_weights(Path(weights), "VGG16's weights")
-    try:
-        state = vgg16(weights=VGG16_Weights.IMAGENET1K_V1, progress=False).state_dict()
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:  # no network, or a damaged file in its cache
-        raise UserError(
-            f"LPIPS needs VGG16's weights, and torchvision cannot download or read them ({first_line(error)}). Set "
-            "loss.perceptual_weights=FILE to torchvision's vgg16 weights, or loss.perceptual=0 to train without LPIPS"
-        ) from error
-    return sound_weights(state, "torchvision's weights of VGG16")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import write_tiny_benchmark
+from torchvision.models import vgg16
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,3 +72,13 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("downloads")))
         yield Path(tempfile.gettempdir())
+
+
+@pytest.fixture(scope="session")
+def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16's layers under torchvision's names, untrained: the real code path without a download."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    state = vgg16(weights=None).state_dict()
+    torch.save({name: tensor for name, tensor in state.items() if name.startswith("features.")}, path)
+    return path

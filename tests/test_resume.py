@@ -54,10 +54,13 @@ def finish(process: subprocess.Popen, processes: int = 1) -> None:
     assert (f"{processes} processes" in errors) == (processes > 1), "as many as were asked for"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_goes_on_bit_for_bit(processes: int, emoji: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "optimizer"), [(1, "muon"), (2, "adamw")])
+def test_a_killed_run_goes_on_bit_for_bit(
+    processes: int, optimizer: str, emoji: dict[str, Path], tmp_path: Path
+) -> None:
     """Weights, averages, discriminator and LeCam's means after kill -9 and resume equal those of a whole run."""
     steps = ["training.steps=40", "training.checkpoint_every=6", "loss.lecam=0.1", "loss.augment=[shift]"]
+    steps.append(f"optimizer.name={optimizer}")
     finish(launch(processes, command(emoji, tmp_path / "whole", *steps)), processes)
 
     killed = tmp_path / "killed"

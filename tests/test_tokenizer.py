@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.models import vgg16
 
 from scq.data.shards import ShardSet
 from scq.data.stream import iterate_once
@@ -16,7 +15,7 @@ from scq.engine.errors import DataError, UserError
 from scq.engine.run import dry_run, run
 from scq.engine.tracking import read_metrics
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float, to_uint8
-from scq.stage1_tokenizer.losses import LossConfig, PerceptualLoss
+from scq.stage1_tokenizer.losses import LossConfig
 from scq.stage1_tokenizer.model_folder import load_tokenizer
 from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage, TokenizerTask, build_tokenizer
 from scq.stage1_tokenizer.write_tokens import write_tokens
@@ -180,43 +179,6 @@ def test_tokens_of_an_unusable_image_are_those_of_the_next(
         write_tokens(tokenizer, shards, tmp_path / "tokens", max_bad=1)
 
 
-@pytest.fixture(scope="session")
-def vgg_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VGG16's layers under torchvision's names, untrained: the real code path without a download."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
-    state = vgg16(weights=None).state_dict()
-    torch.save({name: tensor for name, tensor in state.items() if name.startswith("features.")}, path)
-    return path
-
-
-def test_perceptual_loss_is_a_distance_that_teaches_nothing_to_itself(vgg_weights: Path) -> None:
-    loss = PerceptualLoss(str(vgg_weights)).train()
-    image = torch.rand(2, 3, 32, 32) * 2 - 1
-    near = (image + 0.05 * torch.randn_like(image)).requires_grad_()
-    far = torch.rand_like(image) * 2 - 1
-    assert loss(image, image).abs() < 1e-6
-    assert 0 < loss(image, near) < loss(image, far)
-    loss(image, near).backward()
-    assert near.grad.abs().sum() > 0
-    assert all(p.grad is None for p in loss.parameters())
-
-
-def test_perceptual_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"VGG16's weights .* do not exist"):
-        PerceptualLoss(str(tmp_path / "none.pth"))
-    (tmp_path / "torn.pth").write_bytes(b"no weights at all")
-    with pytest.raises(UserError, match=r"torn\.pth cannot be read"):
-        PerceptualLoss(str(tmp_path / "torn.pth"))
-    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="features"):
-        PerceptualLoss(str(tmp_path / "other.pth"))
-    torch.save({"features.0.weight": torch.zeros(1), "features.0.bias": torch.zeros(64)}, tmp_path / "shape.pth")
-    with pytest.raises(UserError, match=r"size mismatch") as shape:
-        PerceptualLoss(str(tmp_path / "shape.pth"))
-    assert "\n" not in str(shape.value)
-
-
 def test_the_discriminator_learns_and_the_generator_does_not_touch_it(emoji: dict[str, Path]) -> None:
     config = load_config(TokenizerExperiment, CONFIG_ROOT / "quickstart" / "tokenizer_vqgan.yaml")
     config.loss = LossConfig(
@@ -324,6 +286,25 @@ def test_the_best_checkpoint_is_kept_and_exported(emoji: dict[str, Path], tmp_pa
     assert load_tokenizer(tmp_path / "model").fingerprint() == seen[3]
     assert [row["rfid"] for row in read_metrics(tmp_path)] == [3.0, 1.0, 2.0, 1.5]
     assert (tmp_path / "images" / "curves.png").stat().st_size > 1000
+
+
+def test_muon_turns_maps_and_leaves_codes_and_biases_to_adamw(emoji: dict[str, Path]) -> None:
+    config = load_config(
+        TokenizerExperiment,
+        CONFIG_ROOT / "quickstart" / "tokenizer_scq.yaml",
+        ["optimizer.name=muon", "optimizer.clip_norm=0", "optimizer.weight_decay=0.1"],
+    )
+    task = TokenizerTask(config, make_accelerator(config.training), torch.zeros(1))
+    batch = next(iterate_once(emoji["train"], batch_size=8))
+    task.training_step(batch, step=0)
+    optimizer = task.optimizers["autoencoder"]
+    names = {id(parameter): name for name, parameter in task.modules["model"].named_parameters()}
+    by_adamw = {names[id(p)] for p, state in optimizer.state.items() if "exp_avg_sq" in state}
+    assert "quantizer.codebook" in by_adamw
+    assert not {name for name in by_adamw if name.endswith((".conv1.weight", ".conv2.weight"))}
+    assert {name for name in names.values() if name.endswith("bias")} <= by_adamw
+    kept = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert kept == by_adamw
 
 
 @pytest.mark.parametrize("folder", ["lsun_church", "lsun_bedroom"])

@@ -60,8 +60,8 @@ from scq.evaluation.reconstructions import evaluate_reconstructions
 from scq.evaluation.samples import evaluate_samples, sample_features
 from scq.sampling.pipeline import SoftConvexPipeline
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float
-from scq.stage1_tokenizer.losses import PerceptualLoss
 from scq.stage1_tokenizer.model_folder import load_tokenizer
+from scq.stage1_tokenizer.perceptual import PerceptualLoss
 from scq.stage1_tokenizer.stage import TokenizerExperiment, TokenizerStage, reconstruction_rows
 from scq.stage1_tokenizer.write_tokens import write_tokens
 from scq.stage2_prior.likelihood import likelihood_bound

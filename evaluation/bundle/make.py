@@ -28,7 +28,7 @@ from scq.evaluation.benchmark.plan import PLANNED, write_configs
 from scq.evaluation.benchmark.run import benchmark_images, pack_phases
 from scq.evaluation.bundle.wheels import download, lacking, read_packages
 from scq.evaluation.metrics.inception import find_weights
-from scq.stage1_tokenizer.losses import vgg16_features
+from scq.stage1_tokenizer.perceptual import vgg16_features
 
 MANIFEST = "manifest.json"
 RUN = '#!/usr/bin/env bash\nexec python3 "$(dirname "$0")/run.py" "$@"\n'

@@ -21,7 +21,7 @@ class ReconstructionMetrics:
         device: where the sums are kept and computed.
         across_processes: `compute` adds the sums of all distributed processes, and every one of them must call it.
         perceptual: maps two batches (b, 3, H, W) in [-1, 1] on ``device`` to their mean distance, such as
-            `stage1_tokenizer.losses.PerceptualLoss`. A network that a model was trained on flatters that model.
+            `stage1_tokenizer.perceptual.PerceptualLoss`. A network that a model was trained on flatters that model.
     """
 
     def __init__(
