@@ -304,7 +304,7 @@ def test_muon_turns_maps_and_leaves_codes_and_biases_to_adamw(emoji: dict[str, P
     assert not {name for name in by_adamw if name.endswith((".conv1.weight", ".conv2.weight"))}
     assert {name for name in names.values() if name.endswith("bias")} <= by_adamw
     kept = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
-    assert kept == by_adamw
+    assert kept <= by_adamw  # which also has maps of too few channels
 
 
 @pytest.mark.parametrize("folder", ["lsun_church", "lsun_bedroom"])
