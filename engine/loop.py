@@ -37,6 +37,7 @@ class Trained:
     averaged: nn.Module  # the model with averaged weights, in eval mode
     steps: int
     seconds: float  # of training, summed over all restarts
+    cpu_seconds: float  # of all threads of the main process, likewise, without scores and pictures
     best: Path | None  # the checkpoint with the lowest score; None if nothing was scored
 
 
@@ -62,6 +63,7 @@ class Loop:
             task.optimizers,
         )
         self.seconds = 0.0  # of training up to the newest checkpoint, summed over all restarts
+        self.cpu_seconds = 0.0  # likewise, see `Trained`
         self.saved = 0  # the steps that the newest checkpoint holds
         self.unscored = False  # whether that checkpoint was to be scored, but a signal came
         self.signals = Signals(hold=True, promise=_PROMISE if self.is_main else "")
@@ -109,12 +111,13 @@ class Loop:
         # Not accelerator.end_training(): it would destroy the process group, which exports and benchmarks still need.
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        return Trained(self.task.average.module.eval(), steps, self.seconds, self.checkpoints.best())
+        averaged, best = self.task.average.module.eval(), self.checkpoints.best()
+        return Trained(averaged, steps, self.seconds, self.cpu_seconds, best)
 
     def _resume(self) -> int:
         """Restore the newest checkpoint and return the number of steps that were done by then."""
         state = self.checkpoints.restore()
-        first, self.seconds = state["step"], state.get("seconds", 0.0)
+        first, self.seconds, self.cpu_seconds = state["step"], state.get("seconds", 0.0), state.get("cpu_seconds", 0.0)
         if first > self.training.steps:
             raise UserError(
                 f"{self.folder.path} has already been trained for {first} steps, but "
@@ -125,6 +128,7 @@ class Loop:
             self.stream.load_state_dict(state["stream"])
             self._refuse_other_networks(state.get("frozen", {}))
         self.seconds_before, self.saved, self.unscored = self.seconds, first, state.get("unscored", False)
+        self.cpu_seconds_before = self.cpu_seconds
         self.folder.begin(first)
         return first
 
@@ -190,7 +194,8 @@ class Loop:
 
         The line is written before the checkpoint: if the process is killed in between, the resumed run drops the line.
         """
-        values = self.meter.flush(self.training.batch_size)
+        self.cpu_seconds = self.cpu_seconds_before + self.meter.cpu_seconds()
+        values = {**self.meter.flush(self.training.batch_size), "cpu_seconds": round(self.cpu_seconds, 2)}
         speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         progress(done, self.training.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
         self.unscored = False
@@ -231,6 +236,7 @@ class Loop:
                 score=values.get(self.task.score_name),
                 frozen=self.frozen,
                 seconds=self.seconds,
+                cpu_seconds=self.cpu_seconds,
                 stream=self.stream.state_dict(),
                 unscored=self.unscored,
             )
@@ -254,6 +260,7 @@ class _Meter:
 
     def __init__(self, checkpoints: Checkpoints):
         self.checkpoints = checkpoints
+        self.cpu_started = time.process_time()
         self._reset()
 
     def _reset(self) -> None:
@@ -274,10 +281,15 @@ class _Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time in the block out of the training speed."""
-        before = time.monotonic()
+        """Leave the time in the block out of the training speed, and of its CPU seconds."""
+        before, cpu_before = time.monotonic(), time.process_time()
         yield
         self.started += time.monotonic() - before
+        self.cpu_started += time.process_time() - cpu_before
+
+    def cpu_seconds(self) -> float:
+        """CPU seconds of all threads of this process since the meter was made."""
+        return time.process_time() - self.cpu_started
 
     def flush(self, batch_size: int) -> dict[str, float]:
         # One transfer and one sum over processes for all values. A term that first appears after some steps is averaged

@@ -25,8 +25,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a clock decides, and names of places and versions.
 NOT_COMPARED = frozenset(
-    ["images_per_second", "data_wait_share", "seconds", "seconds_in_all", "seconds_of", "training_seconds"]
-    + ["machines", "revision", "adaptive_weight_seconds"]
+    ["images_per_second", "data_wait_share", "seconds", "cpu_seconds", "seconds_in_all", "seconds_of"]
+    + ["training_seconds", "machines", "revision", "adaptive_weight_seconds"]
 )
 STEPS = "training.steps=50 training.log_every=1 training.checkpoint_every=25 training.images_every=0"
 TRAININGS = ("tokenizer", "prior", "refiner_regression", "refiner_flow")

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import REPOSITORY
 
+from scq.engine.errors import UserError
+from scq.evaluation.benchmark import tokenizers
 from scq.evaluation.benchmark.results import ComparisonResults, load_results
 from scq.evaluation.benchmark.tokenizers import compare_tokenizers
 
@@ -33,3 +36,54 @@ def test_finished_arms_are_reused(emoji: dict[str, Path], tmp_path: Path, capfd:
     assert compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out) == table
     assert capfd.readouterr().err.count("done before") == 7
     assert (out / "table.md").read_text() == table
+
+
+class Thumbnails(torch.nn.Module):
+    """Stands for the FID network: an image's features are its pixels, four to a side."""
+
+    num_features, description, protocol, fingerprint = 48, "thumbnails", "none", "4" * 64
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
+
+
+def test_a_table_has_its_floor_and_what_each_arm_closes(
+    emoji: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizers, "load_inception", lambda *_: Thumbnails())
+    (tmp_path / "tokenizer.yaml").write_text(
+        f"base: {QUICKSTART}\ntraining: {{steps: 30, checkpoint_every: 10, log_every: 10, batch_size: 16}}\n"
+        "quantizer: {codebook_size: 32}\narchitecture: {channels: [8, 16, 32]}\nloss: {adversarial: 0.0}\n"
+    )
+    config = tmp_path / "comparison.yaml"
+    config.write_text(
+        "{tokenizer: tokenizer.yaml, images: 64, rfid: true, curve_images: 32, weight_bits: [4],"
+        "arms: {none: [quantizer.name=none], hard: [quantizer.name=vq], soft: []}}"
+    )
+    out = tmp_path / "out"
+    table = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[: table.index("")]]
+    head, first = rows[0], rows[2]
+    results = load_results(ComparisonResults, out / "results.json")
+    assert first[0] == "64 training images"
+    assert first[head.index("rFID")] == f"{results.floor.rfid:.1f}"
+    closed = {row[0]: row[head.index("closed, MSE")] for row in rows[2:]}
+    assert (closed["64 training images"], closed["hard"], closed["none"]) == ("-", "0%", "100%")
+    ways = results.arms["soft"][0].reconstructions.ways
+    none, hard = (results.arms[name][0].reconstructions.ways["z_q"].mse for name in ("none", "hard"))
+    assert closed["soft"] == f"{(hard - ways['z_q'].mse) / (hard - none):.0%}", "z_q comes last"
+    assert ways["z_q_4_bits"].bits_per_image > 0
+    learned = results.arms["hard"][0].tokenizer.learned
+    assert learned["step"] == [10, 20, 30]
+    assert sorted(learned["cpu_seconds"]) == learned["cpu_seconds"]
+    assert 0 < learned["cpu_seconds"][0] < learned["cpu_seconds"][-1] <= results.arms["hard"][0].tokenizer.cpu_seconds
+    assert all(rfid > 0 for rfid in learned["rfid"])
+    assert (out / "learning.png").is_file()
+    assert (out / "reconstructions.png").is_file()
+
+
+def test_learning_curves_need_a_network(emoji: dict[str, Path], tmp_path: Path) -> None:
+    config = tmp_path / "comparison.yaml"
+    config.write_text(f"{{tokenizer: {QUICKSTART}, curve_images: 32, arms: {{soft: []}}}}")
+    with pytest.raises(UserError, match="set rfid, too"):
+        compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), tmp_path / "out")

@@ -155,15 +155,18 @@ def tokenizer_phases(
     train: Phase[Shards] | Shards,
     yardstick: Yardstick,
     weight_bits: Sequence[int] = (),
+    scored: Phase[RealImages] | None = None,
 ) -> ArmPhases:
     """An arm without a prior: a tokenizer, and its reconstructions of held-out images.
 
     Args:
         weight_bits: see `evaluation.reconstructions.evaluate_reconstructions`.
+        scored: held-out images on which every checkpoint's rFID is measured; None for no learning curve.
     """
-    tokenizer = Phase(
-        f"{work.title} tokenizer", work.train_tokenizer, {"shards": train, "recipe": recipe}, TokenizerResult
-    )
+    learned: dict[str, Any] = {"shards": train, "recipe": recipe}
+    if scored is not None:
+        learned |= {"scored": scored, "network": yardstick.network}
+    tokenizer = Phase(f"{work.title} tokenizer", work.train_tokenizer, learned, TokenizerResult)
     measured = {"tokenizer": tokenizer, **yardstick.inputs(), "weight_bits": list(weight_bits)}
     reconstructions = Phase(f"{work.title} reconstructions", work.reconstruct, measured, ReconstructionsResult)
     return ArmPhases(tokenizer, reconstructions)

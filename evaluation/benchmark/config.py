@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -105,6 +105,14 @@ def load_benchmark(path: Path, overrides: list[str] | None = None) -> BenchmarkC
     return config
 
 
+# Settings that came after results which are kept, each with the value that trains as it was done before: with that
+# value they do not count, and the kept phases stay what they are.
+_LATER_SETTINGS: dict[str, dict[str, Any]] = {
+    "optimizer": {"name": "adamw"},
+    "loss": {"perceptual_stages": 5, "perceptual_share": 1.0},
+}
+
+
 @dataclass(frozen=True)
 class Recipe(Generic[Experiment]):
     """A training's config as the input of a phase: it stands for all that decides the weights.
@@ -121,9 +129,17 @@ class Recipe(Generic[Experiment]):
         return Recipe(replace(self.config, training=replace(training, seed=training.seed + seed)))
 
     @property
-    def identity(self) -> Experiment:
+    def identity(self) -> dict[str, Any]:
         """The config without what only says where on this disk something lies, who reads it, or which checkpoint is the
         best: a benchmark takes the last one."""
+        settings = asdict(self._of_the_training())
+        for section, later in _LATER_SETTINGS.items():
+            for name, before in later.items():
+                if settings.get(section, {}).get(name, not before) == before:
+                    del settings[section][name]
+        return settings
+
+    def _of_the_training(self) -> Experiment:
         config = self.config
         nowhere: dict[str, Any] = {"train": "", "validation": ""}
         if isinstance(config, PriorExperiment):

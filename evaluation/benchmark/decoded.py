@@ -5,11 +5,12 @@ Soft latents never stand in the row of hard ones: theirs says what they cost wit
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from scq.engine.measurements import CodebookSummary, Reconstruction, SampleScores
-from scq.evaluation.benchmark.results import CODES, ArmResult
+from scq.evaluation.benchmark.results import CODES, ArmResult, Floor
 from scq.evaluation.benchmark.tables import markdown_table, spread
 from scq.evaluation.reconstructions import rounded_bits
 
@@ -91,24 +92,62 @@ _OF_TRAINING = [
     Column("dominant weight", lambda run: run.reconstructions.dominant_weight, ".2f"),
     Column("soft / hard latent error", lambda run: run.tokenizer.soft_over_hard, ".2f"),
     Column("images/s", lambda run: run.tokenizer.images_per_second, ".0f"),
+    Column("CPU minutes", lambda run: run.tokenizer.cpu_seconds and run.tokenizer.cpu_seconds / 60, ".1f"),
 ]
 
 
-def reconstruction_table(arms: dict[str, list[ArmResult]]) -> list[str]:
+def reconstruction_table(arms: dict[str, list[ArmResult]], floor: Floor | None = None) -> list[str]:
     """Every arm's reconstructions, see `ways_of_decoding`, as a Markdown table: of several seeds the mean and range.
 
-    Columns of numbers that nobody measured are left out.
+    Where there are arms of VQGAN's quantizer and of none, columns say which share of the distance between them an arm
+    closes: much of an error is the networks', and no quantizer's. Columns of numbers that nobody measured are left out.
+
+    Args:
+        floor: becomes the first row.
     """
     ways = {name: ways_of_decoding(runs) for name, runs in arms.items()}
-    columns = _filled(_OF_RECONSTRUCTIONS, [each for found in ways.values() for way in found.values() for each in way])
+    columns = _filled(
+        [*_OF_RECONSTRUCTIONS, *_closed(arms)],
+        [each for found in ways.values() for way in found.values() for each in way],
+    )
+    first = []
+    if floor is not None:
+        known = {"rFID": format(floor.rfid, ".1f")}
+        first = [[f"{floor.images:,} training images", "-", "-", *(known.get(each.head, "-") for each in columns)]]
     return markdown_table(
         ["arm", "decoded from", "bits per image", *(column.head for column in columns)],
-        [
+        first
+        + [
             [with_seeds(name, decoded), way, rate(decoded), *_cells(columns, decoded)]
             for name, found in ways.items()
             for way, decoded in found.items()
         ],
     )
+
+
+def _closed(arms: dict[str, list[ArmResult]]) -> list[Column]:
+    """Columns of the share of the way from VQGAN's quantizer to none, in MSE and in rFID; none without these arms."""
+    ends = {}
+    for runs in arms.values():
+        ends.setdefault(runs[0].tokenizer.quantizer, [run.reconstructions.ways["z_q"] for run in runs])
+    if not {"vq", "none"} <= ends.keys():
+        return []
+    columns = []
+    for head, name in (("MSE", "mse"), ("rFID", "rfid")):
+        hard, free = (
+            [value for each in ends[end] if (value := getattr(each, name)) is not None] for end in ("vq", "none")
+        )
+        if hard and free and (whole := statistics.fmean(hard) - statistics.fmean(free)) > 0:
+            columns.append(Column(f"closed, {head}", _share_closed(name, statistics.fmean(hard), whole), ".0%"))
+    return columns
+
+
+def _share_closed(name: str, hard: float, whole: float) -> Callable[[Decoded], float | None]:
+    def share(decoded: Decoded) -> float | None:
+        value = getattr(decoded.reconstruction, name)
+        return None if value is None else (hard - value) / whole
+
+    return share
 
 
 def training_table(arms: dict[str, list[ArmResult]]) -> list[str]:

@@ -12,7 +12,8 @@ from scq.data import pack as packing
 from scq.data.shards import ShardSet
 from scq.engine.errors import UserError
 from scq.engine.progress import progress_bar
-from scq.evaluation.benchmark.results import RealImages, Shards
+from scq.evaluation.benchmark.results import Floor, RealImages, Shards
+from scq.evaluation.metrics.distances import fid
 from scq.evaluation.metrics.features import FeatureSet
 from scq.evaluation.metrics.networks import FeatureNetwork
 from scq.evaluation.reference import Reference
@@ -72,6 +73,11 @@ class Images:
         found = RealImages(shards.split, images, network.fingerprint)
         self.features(found, network)
         return found
+
+    def floor(self, shards: Shards, real: RealImages, network: FeatureNetwork) -> Floor:
+        """FID of as many images of ``shards`` as there are ``real`` ones, against these."""
+        drawn = self.describe(shards, real.images.count, network)
+        return Floor(real.images.count, fid(self.features(real, network), self.features(drawn, network)).value)
 
     def folder(self, shards: Shards) -> str:
         """Where these shards lie.

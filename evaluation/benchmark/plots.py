@@ -7,7 +7,7 @@ reported, on a machine that has neither the networks nor the logs of the arms th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +71,17 @@ def draw_samples(out: Path, arms: Runs) -> Image.Image:
     return picture
 
 
-def draw_reconstructions(out: Path, arms: Runs) -> Image.Image:
-    """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to."""
+def draw_reconstructions(out: Path, arms: Runs, titles: Mapping[str, str] | None = None) -> Image.Image:
+    """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to.
+
+    Args:
+        titles: of the arms, where ``arms`` has them by their folders.
+    """
     rows: list[tuple[str, torch.Tensor]] = []
-    for arm, runs in arms.items():
+    for folder, runs in arms.items():
+        arm = (titles or {}).get(folder, folder)
         ways = 2 if "dominant" in runs[0].reconstructions.ways else 1
-        original, soft, *dominant = load_images(out / PICTURES / arm / "reconstructions.png").chunk(1 + ways)
+        original, soft, *dominant = load_images(out / PICTURES / folder / "reconstructions.png").chunk(1 + ways)
         if not rows:
             rows.append(("held-out originals", original))
         if not dominant or torch.equal(soft, dominant[0]):
@@ -114,6 +119,22 @@ def draw_curves(arms: Runs, path: Path) -> None:
     axes[0].set_yscale("log")
     axes[-1].legend(shown.values(), shown.keys(), **_BESIDE)
     _save(figure, path)
+
+
+def draw_learning(arms: Runs, path: Path) -> None:
+    """rFID of held-out images over CPU seconds of training, a line for each arm; no picture where nobody measured."""
+    figure, axis = plt.subplots(figsize=(8.5, 4.2))
+    colours = _colours(arms)
+    for arm, (run, *_) in arms.items():
+        learned = run.tokenizer.learned
+        if learned:
+            axis.plot(learned["cpu_seconds"], learned["rfid"], "o-", color=colours[arm], label=arm)
+    if axis.lines:
+        axis.set(xlabel="CPU seconds of training", ylabel="rFID", xscale="log")
+        axis.legend(**_BESIDE)
+        axis.grid(alpha=0.3)
+        _save(figure, path)
+    plt.close(figure)
 
 
 def draw_rates(arms: Runs, path: Path) -> None:

@@ -68,6 +68,9 @@ class TokenizerResult:
         soft_over_hard: squared error of soft latents as a share of that of the nearest codes, in the last logging
             window; None for a hard quantizer.
         seconds: of training, over all interruptions.
+        cpu_seconds: of all threads, likewise; None where an older version trained.
+        learned: ``rfid`` of held-out images at some steps, decoded from codes where there are codes, and the
+            ``cpu_seconds`` of training up to there; None where nobody measured.
     """
 
     quantizer: str
@@ -81,6 +84,8 @@ class TokenizerResult:
     seconds: float
     curve: Curve
     soft_over_hard: float | None = None
+    cpu_seconds: float | None = None
+    learned: Curve | None = None
 
 
 @dataclass(frozen=True)
@@ -238,10 +243,19 @@ class BenchmarkResults:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """The FID that no decoder is asked to beat: that of so many training images against the held-out ones."""
+
+    images: int
+    rfid: float
+
+
+@dataclass(frozen=True)
 class ComparisonResults:
     """What `scq benchmark tokenizers` finds: by an arm's title, one result for each seed."""
 
     arms: dict[str, list[ArmResult]]
+    floor: Floor | None = None
 
 
 def save_results(results: BenchmarkResults | ComparisonResults, path: Path) -> None:

@@ -109,10 +109,21 @@ class ArmWork:
     def __init__(self, title: str, folder: Path, pictures: Path, images: Images, device: str):
         self.title, self.folder, self.pictures, self.images, self.device = title, folder, pictures, images, device
 
-    def train_tokenizer(self, shards: Shards, recipe: Recipe[TokenizerExperiment]) -> TokenizerResult:
-        """Train a tokenizer, or go on with it."""
+    def train_tokenizer(
+        self,
+        shards: Shards,
+        recipe: Recipe[TokenizerExperiment],
+        scored: RealImages | None = None,
+        network: FeatureNetwork | None = None,
+    ) -> TokenizerResult:
+        """Train a tokenizer, or go on with it.
+
+        Args:
+            scored, network: for the rFID of every checkpoint; None for no learning curve.
+        """
         config = replace(recipe.config, out=str(self.folder / "tokenizer"), data=self._data(recipe.config.data, shards))
-        trained = run(TokenizerStage(config))
+        score = None if scored is None or network is None else self._rfid(scored, network)
+        trained = run(TokenizerStage(config, score))
         tokenizer, log = load_tokenizer(config.out), read_metrics(Path(config.out))
         soft = log[-1].get("soft_error")
         return TokenizerResult(
@@ -127,6 +138,8 @@ class ArmWork:
             seconds=trained.seconds,
             curve=curve(log, ["l2", "perplexity"] if tokenizer.quantizer.has_codes else ["l2"]),
             soft_over_hard=None if soft is None else soft / log[-1]["hard_error"],
+            cpu_seconds=trained.cpu_seconds,
+            learned=None if score is None else curve(log, ["cpu_seconds", "rfid"]),
         )
 
     @torch.no_grad()
@@ -323,6 +336,17 @@ class ArmWork:
 
     def _data(self, data: DataConfig, shards: Shards) -> DataConfig:
         return replace(data, train=self.images.folder(shards), validation=self.images.shown)
+
+    def _rfid(self, real: RealImages, network: FeatureNetwork) -> Callable[[ImageTokenizer], float]:
+        """rFID of a tokenizer under training, decoded from codes where it has codes."""
+        reference, features = self.images.open(real), self.images.features(real, network)
+
+        def measure(tokenizer: ImageTokenizer) -> float:
+            way = "dominant" if tokenizer.quantizer.has_codes else "z_q"
+            found = evaluate_reconstructions(tokenizer, reference, network, features, only=[way])
+            return float(found.ways[way].rfid or 0.0)
+
+        return measure
 
     def _tokenizer(self, trained: TokenizerResult) -> ImageTokenizer:
         tokenizer = load_tokenizer(self.folder / "tokenizer")
