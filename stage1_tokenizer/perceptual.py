@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +17,8 @@ from torchvision.models import VGG16_Weights, vgg16
 from scq.engine.errors import UserError, first_line
 from scq.engine.weights import read_weights, sound_weights
 
-STAGES = 5  # of VGG16, each ends where its maps are halved
+WIDTHS = (64, 128, 256, 512, 512)  # channels of VGG16's stages, each of which ends where its maps are halved
+STAGES = len(WIDTHS)
 _TOGETHER = 16  # images through the network at once on a CPU: their maps stay in its caches, for 1.5 times the speed
 _LEAST = 1e-8  # added to a squared norm, as in the published LPIPS
 
@@ -61,20 +62,34 @@ class PerceptualLoss(nn.Module):
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Mean distance () of two batches (B, 3, H, W) in [-1, 1]. Gradients reach ``others`` only."""
-        together = _TOGETHER if others.device.type == "cpu" else len(others)
-        pairs = zip(images.split(together), others.split(together), strict=True)
-        return torch.cat([self._distances(*pair) for pair in pairs]).mean()
+        parts = zip(self._parts(images), self._parts(others), strict=True)
+        return torch.cat([self._distances(self._maps_beside(real), self._maps(found)) for real, found in parts]).mean()
 
-    def _distances(self, images: Tensor, others: Tensor) -> Tensor:
-        """(b,) distances."""
-        with torch.no_grad():
-            wanted = list(self._maps(images))
-        sums = others.new_zeros(len(others), dtype=torch.float32)
-        for head, real, found in zip(self.heads, wanted, self._maps(others), strict=True):
-            rows = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (real, found))  # (b h w, C), nothing is copied
-            distances: Any = _WeightedDistance.apply(*rows, head.to(found.device))  # (b h w,)
-            sums = sums + distances.view(len(others), -1).mean(1)
-        return sums
+    def compare(self, images: Tensor, others: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """What `forward` does, and the maps (B, C, h, w) of either batch, a tensor for each stage."""
+        real, found = self._whole(self._maps_beside, images), self._whole(self._maps, others)
+        return self._distances(real, found).mean(), real, found
+
+    def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        return images.split(_TOGETHER if images.device.type == "cpu" else max(1, len(images)))
+
+    def _whole(self, maps: Callable[[Tensor], Iterable[Tensor]], images: Tensor) -> list[Tensor]:
+        parts = [list(maps(part)) for part in self._parts(images)]
+        return parts[0] if len(parts) == 1 else [torch.cat(each) for each in zip(*parts, strict=True)]
+
+    def _distances(self, wanted: Iterable[Tensor], found: Iterable[Tensor]) -> Tensor:
+        """(b,) distances of the images that these maps are of."""
+        each: list[Tensor] = []
+        for head, x, y in zip(self.heads, wanted, found, strict=True):
+            rows = (maps.permute(0, 2, 3, 1).flatten(0, 2) for maps in (x, y))  # (b h w, C), nothing is copied
+            distances: Any = _WeightedDistance.apply(*rows, head)  # (b h w,)
+            each.append(distances.view(len(y), -1).mean(1))
+        return torch.stack(each).sum(0)
+
+    @torch.no_grad()
+    def _maps_beside(self, images: Tensor) -> list[Tensor]:
+        """`_maps` of what the others are compared with, through which no gradient goes."""
+        return list(self._maps(images))
 
     def _maps(self, images: Tensor) -> Iterator[Tensor]:
         """(b, C, h, w) of each stage in turn, after its last ReLU."""
@@ -82,9 +97,10 @@ class PerceptualLoss(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         with torch.autocast(kind, enabled=False):
             x = self.scaling(images.float()).to(dtype).contiguous(memory_format=torch.channels_last)
-            for stage in self._stages_in(dtype, images.device):
+        for stage in self._stages_in(dtype, images.device):
+            with torch.autocast(kind, enabled=False):
                 x = stage(x)
-                yield x
+            yield x
 
     def _stages_in(self, dtype: torch.dtype, device: torch.device) -> nn.ModuleList:
         """The network in a type; autocast alone would cast frozen weights at every call."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from scq.engine.randomness import image_uniform
 from scq.engine.references import shown
 from scq.engine.stage import PROBED_IMAGES, Probe, Stage, Task, Terms
 from scq.stage1_tokenizer.autoencoder import ArchitectureConfig, ImageTokenizer, QuantizerConfig, to_float, to_uint8
-from scq.stage1_tokenizer.losses import LossConfig, TokenizerLoss
+from scq.stage1_tokenizer.losses import LossConfig, Shown, TokenizerLoss
 from scq.stage1_tokenizer.model_folder import save_network
 from scq.stage1_tokenizer.robustness import NeighbourSwap, RobustnessConfig, swapped_share
 
@@ -109,7 +109,7 @@ class TokenizerTask(Task):
         discriminator = self.losses.discriminator
         self.optimizers = {"autoencoder": create_optimizer(tokenizer, config.optimizer, exclude=("quantizer",))}
         if discriminator is not None:
-            self.optimizers["discriminator"] = create_optimizer(discriminator, config.optimizer)
+            self.optimizers["discriminator"] = create_optimizer(discriminator, _of_discriminator(config))
         self.tokenizer = accelerator.prepare(_compiled(tokenizer) if config.training.compile else tokenizer)
         if discriminator is not None and config.training.compile and config.loss.r1 == 0:
             discriminator.compile()  # but torch compiles no gradient of a gradient, which R1 needs
@@ -118,26 +118,26 @@ class TokenizerTask(Task):
             self.optimizers[name] = accelerator.prepare(optimizer)
 
     def training_step(self, batch: Batch, step: int) -> Terms:
-        parts, reconstructions = self._parts(batch), []
+        parts, shown = self._parts(batch), []
         share, neighbours = swapped_share(step, self.config.robustness), self.config.robustness.neighbours
 
         def loss_of_autoencoder(part: _Part) -> tuple[Tensor, Terms]:
             swap = NeighbourSwap(share, neighbours, part.swap) if share > 0 else None
             reconstruction, quantized = self.tokenizer(part.images, part.quantizer, swap)
-            reconstructions.append(reconstruction.detach())
             last_layer = self.modules["model"].last_layer
-            loss, terms = self.losses.generator(part.images, reconstruction, last_layer, step, part.augmentation)
+            loss, terms, seen = self.losses.generator(part.images, reconstruction, last_layer, step, part.augmentation)
+            shown.append(seen)
             loss = loss + quantized.loss
             return loss, {"loss": loss, **terms, "quantizer": quantized.loss, **quantized.stats}
 
-        def loss_of_discriminator(pair: tuple[_Part, Tensor]) -> tuple[Tensor, Terms]:
-            part, reconstruction = pair
-            return self.losses.discriminate(self.discriminator, part.images, reconstruction, step, part.augmentation)
+        def loss_of_discriminator(pair: tuple[_Part, Shown]) -> tuple[Tensor, Terms]:
+            part, seen = pair
+            return self.losses.discriminate(self.discriminator, seen, step, part.augmentation)
 
         self.tokenizer.train()
         terms = self.optimize("autoencoder", self.tokenizer, parts, loss_of_autoencoder)
         if self.losses.trains_discriminator(step):
-            pairs = list(zip(parts, reconstructions, strict=True))
+            pairs = list(zip(parts, shown, strict=True))
             found = self.optimize("discriminator", self.discriminator, pairs, loss_of_discriminator)
             terms = {**terms, **found, "gradient_norm": terms["gradient_norm"]}  # the autoencoder's is logged
         return terms
@@ -175,6 +175,13 @@ def reconstruction_rows(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
     if tokenizer.quantizer.has_codes:
         rows.append(to_uint8(tokenizer.decode_indices(encoding.indices)))
     return torch.cat(rows)
+
+
+def _of_discriminator(config: TokenizerExperiment) -> OptimizerConfig:
+    """AdamW whatever trains the autoencoder: Muon's steps are large where a discriminator should be in no hurry."""
+    optimizer, loss = config.optimizer, config.loss
+    betas, rate = loss.discriminator_betas or optimizer.betas, loss.discriminator_rate * optimizer.learning_rate
+    return replace(optimizer, name="adamw", betas=betas, learning_rate=rate)
 
 
 def _compiled(tokenizer: ImageTokenizer) -> nn.Module:

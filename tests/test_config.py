@@ -164,6 +164,8 @@ def test_a_saved_config_loads_to_the_same(tmp_path: Path) -> None:
         ("loss.adversarial=inf", "loss.adversarial is inf; it must be finite"),
         ("loss.perceptual=-1", "loss.perceptual is -1.0; it must be at least 0"),
         ("loss.perceptual_share=0", "loss.perceptual_share is 0.0; it must be above 0, and at most 1"),
+        ("loss.discriminator=pixels", "loss.discriminator is 'pixels'; it must be patch or features"),
+        ("loss.discriminator_betas=[0.5]", r"loss.discriminator_betas is \[0.5\]; it must be empty, or two numbers"),
         ("loss.perceptual_stages=6", "loss.perceptual_stages is 6; it must be 1 to 5"),
         ("loss.game=chess", "loss.game is 'chess'; it must be hinge or non-saturating"),
         ("loss.discriminator_norm=none", "loss.discriminator_norm is 'none'; it must be group or spectral"),

@@ -66,10 +66,76 @@ def test_a_share_of_a_batch_is_its_first_images(vgg_weights: Path) -> None:
     images, others = pictures(5)
     settings = {"l1": 0.0, "perceptual": 1.0, "perceptual_weights": str(vgg_weights), "adversarial": 0.0}
     loss = TokenizerLoss(LossConfig(**settings, perceptual_share=0.5))
-    found, _ = loss.generator(images, others, torch.nn.Parameter(torch.zeros(1)), 0, torch.zeros(5, 7))
+    found, _, _ = loss.generator(images, others, torch.nn.Parameter(torch.zeros(1)), 0, torch.zeros(5, 7))
     torch.testing.assert_close(found, loss.perceptual(images[:3], others[:3]))
     (slope,) = torch.autograd.grad(found, others)
     assert [bool(each.abs().sum() > 0) for each in slope] == [True, True, True, False, False]
+
+
+FEATURES = {"l1": 0.0, "perceptual": 1.0, "perceptual_stages": 3, "adversarial": 1.0, "discriminator": "features"}
+FEATURES |= {"adversarial_start": 2, "adversarial_ramp": 0, "discriminator_lead": 1, "adaptive_max": 0.0}
+
+
+def test_a_discriminator_of_features_learns_to_tell_and_teaches_the_generator(vgg_weights: Path) -> None:
+    images, _ = pictures(5)
+    others = images.mean((2, 3), keepdim=True).expand_as(images).clone().requires_grad_()  # each a single colour
+    loss = TokenizerLoss(LossConfig(**FEATURES, perceptual_weights=str(vgg_weights), perceptual_share=0.6))
+    optimizer = torch.optim.Adam(loss.discriminator.parameters(), lr=1e-2)
+    last, noise = torch.nn.Parameter(torch.zeros(1)), torch.zeros(5, 7)
+    total, terms, shown = loss.generator(images, others, last, 0, noise)
+    assert "adversarial" not in terms, "it is not asked before its time"
+    assert [tuple(maps.shape) for maps in shown.fake] == [(3, 128, 16, 16), (3, 256, 8, 8)], "from the second stage on"
+    assert not any(maps.requires_grad for maps in shown.fake)
+    (without,) = torch.autograd.grad(total, others)
+    for _ in range(60):
+        loss.discriminate(loss.discriminator, shown, 1, noise)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    real, fake = loss.discriminator(shown.real), loss.discriminator(shown.fake)
+    assert real.shape == (3, 16 * 16 + 8 * 8)
+    assert (real > fake).float().mean() > 0.9
+    total, terms, _ = loss.generator(images, others, last, 2, noise)
+    (taught,) = torch.autograd.grad(total, others)
+    assert terms["adversarial"].isfinite()
+    assert not torch.allclose(taught[:3], without[:3])
+    assert not taught[3:].any(), "of images that LPIPS does not see"
+    assert all(parameter.grad is None for parameter in loss.discriminator.parameters())
+
+
+def test_maps_are_compared_as_images_are(vgg_weights: Path) -> None:
+    images, others = pictures(19)
+    loss = PerceptualLoss(str(vgg_weights), 3)
+    distance, real, found = loss.compare(images, others)
+    torch.testing.assert_close(distance, loss(images, others))
+    assert [tuple(maps.shape) for maps in found] == [(19, 64, 32, 32), (19, 128, 16, 16), (19, 256, 8, 8)]
+    assert found[-1].requires_grad
+    assert not real[-1].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"perceptual": 0.0}, "set loss.perceptual, too"),
+        ({"perceptual_stages": 1}, "raise loss.perceptual_stages"),
+        ({"perceptual_start": 2}, "begins at step 1, before loss.perceptual_start"),
+        ({"r1": 1.0}, "set loss.r1=0"),
+        ({"augment": ["colour"]}, r"set loss.augment=\[\]"),
+    ],
+)
+def test_what_does_not_fit_a_discriminator_of_features_is_named(changes: dict, expected: str) -> None:
+    with pytest.raises(UserError, match=f"discriminator=features does not fit: .*{expected}"):
+        TokenizerLoss(LossConfig(**{**FEATURES, **changes}))
+
+
+def test_lpips_sets_in_at_its_step(vgg_weights: Path) -> None:
+    images, others = pictures()
+    settings = {"perceptual_weights": str(vgg_weights), "adversarial": 0.0, "perceptual_start": 3}
+    loss = TokenizerLoss(LossConfig(**settings))
+    terms = [
+        loss.generator(images, others, torch.nn.Parameter(torch.zeros(1)), step, torch.zeros(2, 7))[1]
+        for step in (2, 3)
+    ]
+    assert ["perceptual" in each for each in terms] == [False, True]
 
 
 def test_perceptual_loss_is_a_distance_that_teaches_nothing_to_itself(vgg_weights: Path) -> None:

@@ -192,7 +192,7 @@ def test_the_discriminator_learns_and_the_generator_does_not_touch_it(emoji: dic
     images = to_float(batch.images)
     reconstruction, _ = task.tokenizer(images)
     last_layer, noise = task.modules["model"].last_layer, torch.rand(16, 7)
-    loss, _ = task.losses.generator(images, reconstruction, last_layer, step=0, noise=noise)
+    loss, _, _ = task.losses.generator(images, reconstruction, last_layer, step=0, noise=noise)
     loss.backward()
     assert all(p.grad is None for p in task.modules["discriminator"].parameters())
     terms = task.training_step(batch, step=0)

@@ -109,7 +109,14 @@ def load_benchmark(path: Path, overrides: list[str] | None = None) -> BenchmarkC
 # value they do not count, and the kept phases stay what they are.
 _LATER_SETTINGS: dict[str, dict[str, Any]] = {
     "optimizer": {"name": "adamw"},
-    "loss": {"perceptual_stages": 5, "perceptual_share": 1.0},
+    "loss": {
+        "perceptual_start": 0,
+        "perceptual_stages": 5,
+        "perceptual_share": 1.0,
+        "discriminator": "patch",
+        "discriminator_rate": 1.0,
+        "discriminator_betas": [],
+    },
 }
 
 

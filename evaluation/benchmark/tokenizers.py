@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,8 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
     images = Images({"train": train, "test": held_out}, out / "features")
     described = {"shards": images.packed("test"), "count": config.images, "network": network}
     real = Phase("held-out images", images.describe, described, RealImages)
-    yardstick, shards, common = Yardstick(real, network, lpips), images.packed("train"), [real]
+    yardstick, shards = Yardstick(real, network, lpips), images.packed("train")
+    common: list[Phase[Any]] = [real]
     floor = scored = None
     if network is not None:
         compared = {"shards": shards, "real": real, "network": network}
