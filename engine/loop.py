@@ -195,7 +195,7 @@ class Loop:
         The line is written before the checkpoint: if the process is killed in between, the resumed run drops the line.
         """
         self.cpu_seconds = self.cpu_seconds_before + self.meter.cpu_seconds()
-        values = {**self.meter.flush(self.training.batch_size), "cpu_seconds": round(self.cpu_seconds, 2)}
+        values = {**self.meter.flush(self.training.batch_size), "cpu_seconds": self.cpu_seconds}
         speed = f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s"
         progress(done, self.training.steps, f"{speed}  data wait {values['data_wait_share']:.0%}")
         self.unscored = False
