@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
 from scq.engine.errors import UserError
 from scq.engine.processes import join_processes, rank_and_world_size
 from scq.engine.progress import say
+from scq.evaluation.metrics.features import FeatureSet
 from scq.evaluation.metrics.inception import load_inception
+from scq.evaluation.metrics.networks import FeatureNetwork
 from scq.evaluation.reconstructions import evaluate_reconstructions
 from scq.evaluation.reference import Reference
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer
@@ -45,7 +47,18 @@ def rfid_scorer(held_out: str, score: ScoreConfig) -> Callable[[ImageTokenizer],
     real = reference.features(network)
 
     def measure(tokenizer: ImageTokenizer) -> float:
-        ways = evaluate_reconstructions(tokenizer, reference, network, real).ways
-        return statistics.fmean(each.rfid for each in ways.values() if each.rfid is not None)
+        return mean_rfid(tokenizer, reference, network, real)
 
     return measure
+
+
+def mean_rfid(
+    tokenizer: ImageTokenizer,
+    reference: Reference,
+    network: FeatureNetwork,
+    real: FeatureSet,
+    only: Collection[str] | None = None,
+) -> float:
+    """The mean of the rFIDs of several ways of decoding; arguments as those of `evaluate_reconstructions`."""
+    ways = evaluate_reconstructions(tokenizer, reference, network, real, only=only).ways
+    return statistics.fmean(each.rfid for each in ways.values() if each.rfid is not None)

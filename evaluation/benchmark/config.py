@@ -141,9 +141,9 @@ class Recipe(Generic[Experiment]):
         best: a benchmark takes the last one."""
         settings = asdict(self._of_the_training())
         for section, later in _LATER_SETTINGS.items():
-            for name, before in later.items():
-                if settings.get(section, {}).get(name, not before) == before:
-                    del settings[section][name]
+            here = settings.get(section, {})
+            for name in [name for name, before in later.items() if name in here and here[name] == before]:
+                del here[name]
         return settings
 
     def _of_the_training(self) -> Experiment:

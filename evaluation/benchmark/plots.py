@@ -123,18 +123,17 @@ def draw_curves(arms: Runs, path: Path) -> None:
 
 def draw_learning(arms: Runs, path: Path) -> None:
     """rFID of held-out images over CPU seconds of training, a line for each arm; no picture where nobody measured."""
+    curves = {arm: learned for arm, (run, *_) in arms.items() if (learned := run.tokenizer.learned)}
+    if not curves:
+        return
     figure, axis = plt.subplots(figsize=(8.5, 4.2))
     colours = _colours(arms)
-    for arm, (run, *_) in arms.items():
-        learned = run.tokenizer.learned
-        if learned:
-            axis.plot(learned["cpu_seconds"], learned["rfid"], "o-", color=colours[arm], label=arm)
-    if axis.lines:
-        axis.set(xlabel="CPU seconds of training", ylabel="rFID", xscale="log")
-        axis.legend(**_BESIDE)
-        axis.grid(alpha=0.3)
-        _save(figure, path)
-    plt.close(figure)
+    for arm, learned in curves.items():
+        axis.plot(learned["cpu_seconds"], learned["rfid"], "o-", color=colours[arm], label=arm)
+    axis.set(xlabel="CPU seconds of training", ylabel="rFID", xscale="log")
+    axis.legend(**_BESIDE)
+    axis.grid(alpha=0.3)
+    _save(figure, path)
 
 
 def draw_rates(arms: Runs, path: Path) -> None:

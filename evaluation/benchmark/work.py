@@ -58,6 +58,7 @@ from scq.evaluation.metrics.networks import FeatureNetwork, weights_fingerprint
 from scq.evaluation.neighbours import nearest_images
 from scq.evaluation.reconstructions import evaluate_reconstructions
 from scq.evaluation.samples import evaluate_samples, sample_features
+from scq.evaluation.score import mean_rfid
 from scq.sampling.pipeline import SoftConvexPipeline
 from scq.stage1_tokenizer.autoencoder import ImageTokenizer, to_float
 from scq.stage1_tokenizer.model_folder import load_tokenizer
@@ -343,8 +344,7 @@ class ArmWork:
 
         def measure(tokenizer: ImageTokenizer) -> float:
             way = "dominant" if tokenizer.quantizer.has_codes else "z_q"
-            found = evaluate_reconstructions(tokenizer, reference, network, features, only=[way])
-            return float(found.ways[way].rfid or 0.0)
+            return mean_rfid(tokenizer, reference, network, features, only=[way])
 
         return measure
 
