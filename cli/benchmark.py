@@ -60,12 +60,15 @@ def add_benchmark(commands: Any) -> None:
         "tokenizers",
         _benchmark_tokenizers,
         "train tokenizers that differ in one thing and compare their reconstructions",
-        "Finished arms are reused, an interrupted one goes on.",
+        "Finished arms are reused, an interrupted one goes on. Processes that are given different arms share a folder.",
     )
     tokenizers.add_argument("--config", type=config_file, required=True, help="YAML file of arms")
     tokenizers.add_argument("--train", required=True, metavar="SHARDS", help="shards to train on")
     tokenizers.add_argument("--held-out", required=True, metavar="SHARDS", help="shards to reconstruct")
     tokenizers.add_argument("--out", type=Path, required=True, help="folder for runs, results and table")
+    tokenizers.add_argument(
+        "--only", action="append", default=[], metavar="ARM", help="work on this arm alone; repeat for several"
+    )
     tokenizers.add_argument("overrides", nargs="*", metavar="key=value", help="of the comparison, as images=1000")
 
     quality = command(
@@ -200,7 +203,11 @@ def _benchmark_sampling(options: argparse.Namespace) -> None:
 def _benchmark_tokenizers(options: argparse.Namespace) -> None:
     from scq.evaluation.benchmark.tokenizers import compare_tokenizers
 
-    print(compare_tokenizers(options.config, options.train, options.held_out, options.out, options.overrides))
+    print(
+        compare_tokenizers(
+            options.config, options.train, options.held_out, options.out, options.overrides, options.only
+        )
+    )
 
 
 def _benchmark_step(options: argparse.Namespace) -> None:

@@ -38,6 +38,36 @@ def test_finished_arms_are_reused(emoji: dict[str, Path], tmp_path: Path, capfd:
     assert (out / "table.md").read_text() == table
 
 
+def test_processes_share_the_arms(emoji: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.yaml").write_text(
+        f"base: {QUICKSTART}\ntraining: {{steps: 2, checkpoint_every: 2, log_every: 1, batch_size: 8}}\n"
+        "quantizer: {codebook_size: 32}\narchitecture: {channels: [8, 16, 32]}\n"
+    )
+    config = tmp_path / "comparison.yaml"
+    config.write_text(
+        "{tokenizer: tokenizer.yaml, images: 16, shared: [quantizer.codebook_size=16, training.seed=5],"
+        "arms: {soft: [], hard: [quantizer.name=vq, training.seed=9]}, seeds: {soft: 2}}"
+    )
+    out = tmp_path / "out"
+
+    def compare(*only: str) -> tuple[str, dict[str, list[int]]]:
+        table = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out, only=only)
+        arms = load_results(ComparisonResults, out / "results.json").arms
+        return table, {title: [run.tokenizer.seed for run in runs] for title, runs in arms.items()}
+
+    table, found = compare("hard")
+    assert found == {"hard": [9]}
+    assert "soft" not in table
+    table, found = compare("soft")
+    assert found == {"soft": [5, 6], "hard": [9]}, "an arm's own overrides come after those of all"
+    assert table.index("| soft, 2 seeds |") < table.index("| hard |"), "as the config has them"
+    results = load_results(ComparisonResults, out / "results.json")
+    usage = results.arms["soft"][0].reconstructions.codebook
+    assert usage.fixed_bits_per_image == 4 * usage.tokens / usage.images, "of 16 codes, as all arms have"
+    with pytest.raises(UserError, match="no arm 'vq', only soft, hard"):
+        compare("vq")
+
+
 class Thumbnails(torch.nn.Module):
     """Stands for the FID network: an image's features are its pixels, four to a side."""
 

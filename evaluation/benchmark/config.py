@@ -182,13 +182,24 @@ def load_recipes(config: BenchmarkConfig, beside: Path, arm: ArmConfig, seed: in
         return Recipe(load_config(schema, beside / file, overrides)).shifted(seed)
 
     kinds = arm.refiners_of(seed)
-    tokenizer = load(TokenizerExperiment, arm.tokenizer or config.tokenizer, arm.overrides)
-    loss = tokenizer.config.loss
-    if not loss.perceptual_weights:  # it is the same network
-        known = replace(loss, perceptual_weights=config.measure.lpips_weights)
-        tokenizer = Recipe(replace(tokenizer.config, loss=known))
     return Recipes(
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer_recipe(
+            beside / (arm.tokenizer or config.tokenizer), arm.overrides, config.measure.lpips_weights, seed
+        ),
         prior=load(PriorExperiment, config.prior) if arm.prior else None,
         refiners={kind: load(RefinerExperiment, config.refiner, [f"architecture.kind={kind}"]) for kind in kinds},
     )
+
+
+def load_tokenizer_recipe(
+    file: Path, overrides: list[str], lpips_weights: str, seed: int
+) -> Recipe[TokenizerExperiment]:
+    """A tokenizer's training, its seed shifted; VGG16's weights are those of the measure where its loss names none.
+
+    Raises:
+        UserError: the config is missing or unfit.
+    """
+    config = load_config(TokenizerExperiment, file, overrides)
+    if not config.loss.perceptual_weights:  # it is the same network
+        config = replace(config, loss=replace(config.loss, perceptual_weights=lpips_weights))
+    return Recipe(config).shifted(seed)

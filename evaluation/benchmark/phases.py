@@ -129,25 +129,44 @@ class Job:
         Raises:
             UserError: the file of an earlier run is damaged, or holds a result of another shape.
         """
-        path = self._file(phase)
         title = f"[{self.phases.index(phase) + 1}/{len(self.phases)}] {phase.name}"
-        inputs = {name: identity(value, self.results) for name, value in phase.inputs.items()}
-        saved = _read_kept(path)
-        if saved is not None and saved.inputs == inputs:
-            say(f"{title}: done before ({saved.seconds:.0f} s)")
-            result = from_plain(phase.result, saved.result, f"{path} ({_ADVICE})")
-            seconds, machine = saved.seconds, saved.machine
+        if self.reuse(phase):
+            say(f"{title}: done before ({self.seconds[phase.name]:.0f} s)")
         else:
             say(title)
+            inputs = self._identities(phase)
             result, seconds, machine = self._work(phase)
-            write_json(path, dataclasses.asdict(_Kept(inputs, to_plain(result), seconds, machine)))
-        self.results[phase.name], self.seconds[phase.name], self.machines[phase.name] = result, seconds, machine
-        return result
+            write_json(self._file(phase), dataclasses.asdict(_Kept(inputs, to_plain(result), seconds, machine)))
+            self._finished(phase, result, seconds, machine)
+        return self.found(phase)
+
+    def reuse(self, phase: Phase[Any]) -> bool:
+        """Whether the phase is done: in this job, or in an earlier run with the same inputs, whose result is taken.
+
+        Raises:
+            UserError: as for `run`.
+        """
+        if phase.name in self.results:
+            return True
+        path = self._file(phase)
+        saved = _read_kept(path)
+        if saved is None or saved.inputs != self._identities(phase):
+            return False
+        self._finished(
+            phase, from_plain(phase.result, saved.result, f"{path} ({_ADVICE})"), saved.seconds, saved.machine
+        )
+        return True
 
     def supply(self, phase: Phase[Result], result: Result) -> None:
         """Remember the result of a phase whose work was done without it, for a job that goes on elsewhere."""
-        inputs = {name: identity(value, self.results) for name, value in phase.inputs.items()}
-        write_json(self._file(phase), dataclasses.asdict(_Kept(inputs, to_plain(result), 0.0, this_machine())))
+        kept = _Kept(self._identities(phase), to_plain(result), 0.0, this_machine())
+        write_json(self._file(phase), dataclasses.asdict(kept))
+
+    def _identities(self, phase: Phase[Any]) -> dict[str, Any]:
+        return {name: identity(value, self.results) for name, value in phase.inputs.items()}
+
+    def _finished(self, phase: Phase[Any], result: Any, seconds: float, machine: str) -> None:
+        self.results[phase.name], self.seconds[phase.name], self.machines[phase.name] = result, seconds, machine
 
     def _file(self, phase: Phase[Any]) -> Path:
         return self.folder / f"{phase.name.replace(' ', '_')}.json"

@@ -7,7 +7,7 @@ reported, on a machine that has neither the networks nor the logs of the arms th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,12 @@ def draw_samples(out: Path, arms: Runs) -> Image.Image:
     return picture
 
 
-def draw_reconstructions(out: Path, arms: Runs, titles: Mapping[str, str] | None = None) -> Image.Image:
-    """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to.
-
-    Args:
-        titles: of the arms, where ``arms`` has them by their folders.
-    """
+def draw_reconstructions(out: Path, arms: Runs) -> Image.Image:
+    """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to."""
     rows: list[tuple[str, torch.Tensor]] = []
-    for folder, runs in arms.items():
-        arm = (titles or {}).get(folder, folder)
+    for arm, runs in arms.items():
         ways = 2 if "dominant" in runs[0].reconstructions.ways else 1
-        original, soft, *dominant = load_images(out / PICTURES / folder / "reconstructions.png").chunk(1 + ways)
+        original, soft, *dominant = load_images(out / PICTURES / arm / "reconstructions.png").chunk(1 + ways)
         if not rows:
             rows.append(("held-out originals", original))
         if not dominant or torch.equal(soft, dominant[0]):

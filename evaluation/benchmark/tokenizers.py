@@ -13,7 +13,7 @@ from scq.engine.config import load_config
 from scq.engine.errors import UserError
 from scq.engine.files import write_file
 from scq.evaluation.benchmark.arm import ArmPhases, Yardstick, tokenizer_phases
-from scq.evaluation.benchmark.config import Recipe
+from scq.evaluation.benchmark.config import load_tokenizer_recipe
 from scq.evaluation.benchmark.decoded import reconstruction_table, training_table
 from scq.evaluation.benchmark.images import Images
 from scq.evaluation.benchmark.phases import Job, Phase
@@ -22,7 +22,6 @@ from scq.evaluation.benchmark.results import ArmResult, ComparisonResults, Floor
 from scq.evaluation.benchmark.work import ArmWork, Lpips
 from scq.evaluation.metrics.inception import load_inception
 from scq.evaluation.pictures import save_picture
-from scq.stage1_tokenizer.stage import TokenizerExperiment
 
 
 @dataclass
@@ -30,6 +29,7 @@ class ComparisonConfig:
     """``arms`` maps a title to overrides of the ``tokenizer`` config, which lies beside this one."""
 
     tokenizer: str = ""
+    shared: list[str] = field(default_factory=list)  # overrides of every arm, before its own
     images: int = 2000  # held-out images to reconstruct
     # FID of reconstructions, and of training images, which no decoder is asked to beat; the network takes about 15
     # images a second on two cores.
@@ -38,31 +38,85 @@ class ComparisonConfig:
     # Soft latents of the first seed with weights of so many bits, and their rate.
     weight_bits: list[int] = field(default_factory=list)
     inception_weights: str = ""  # file of FID Inception weights; empty: the first one found
-    lpips_weights: str = ""  # VGG16's weights for LPIPS; empty leaves LPIPS out
+    lpips_weights: str = ""  # VGG16's weights for LPIPS, and for a loss that names none; empty leaves LPIPS out
     seeds: dict[str, int] = field(default_factory=dict)  # how many seeds an arm is trained with, if not one
     arms: dict[str, list[str]] = field(default_factory=dict)
 
 
-def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, overrides: Sequence[str] = ()) -> str:
+def compare_tokenizers(
+    config_path: Path, train: str, held_out: str, out: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()
+) -> str:
     """Train every arm, or go on with it, and write results.json, table.md and pictures to ``out``.
+
+    All of these are written anew after each arm and each seed. One seed of every arm comes before the second of any.
 
     Args:
         train, held_out: shards.
         overrides: of the comparison's config, ``key=value``.
+        only: titles of the arms to work on, so that several processes or machines can share the work; empty for all.
+            The others are shown as far as they are finished.
 
     Returns:
         the table.
 
     Raises:
-        UserError, DataError: a config, the shards or an earlier run in ``out`` does not fit.
+        UserError, DataError: a config, the shards, ``only`` or an earlier run in ``out`` does not fit.
     """
     config = load_config(ComparisonConfig, config_path, list(overrides))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.curve_images and not config.rfid:
         raise UserError("curve_images asks for the rFID of checkpoints: set rfid, too")
+    if strange := [title for title in (*config.seeds, *only) if title not in config.arms]:
+        raise UserError(f"{config_path} has no arm {strange[0]!r}, only {', '.join(config.arms)}")
+    if strange := [title for title in config.arms if Path(title).name != title]:
+        raise UserError(f"{config_path}: an arm's title names its folder, which {strange[0]!r} cannot")
+    images = Images({"train": train, "test": held_out}, out / "features")
+    return _list_phases(config, config_path.parent, out, images).run(out, only)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Every phase: those that all arms need, the floor among them, and each arm's with each seed, in order."""
+
+    titles: list[str]
+    common: list[Phase[Any]]
+    floor: Phase[Floor] | None
+    arms: list[tuple[str, ArmPhases]]
+
+    def run(self, out: Path, only: Sequence[str]) -> str:
+        job = Job([*self.common, *(phase for _, arm in self.arms for phase in arm.listed())], out / "phases")
+        for phase in self.common:
+            job.run(phase)
+        table = ""
+        for title, arm in self.arms:
+            if only and title not in only:
+                continue
+            for phase in arm.listed():
+                job.run(phase)
+            table = self._write(job, out)
+        return table
+
+    def _write(self, job: Job, out: Path) -> str:
+        arms: dict[str, list[ArmResult]] = {title: [] for title in self.titles}
+        unfinished: set[str] = set()
+        for title, arm in self.arms:  # another process may have finished more
+            if title not in unfinished and all(job.reuse(phase) for phase in arm.listed()):
+                arms[title].append(arm.result(job))
+            else:
+                unfinished.add(title)
+        floor = None if self.floor is None else job.found(self.floor)
+        results = ComparisonResults({title: runs for title, runs in arms.items() if runs}, floor)
+        save_results(results, out / "results.json")
+        table = "\n".join(render(results)) + "\n"
+        write_file(out / "table.md", table)
+        save_picture(draw_reconstructions(out, results.arms), out / "reconstructions.png")
+        draw_learning(results.arms, out / "learning.png")
+        return table
+
+
+def _list_phases(config: ComparisonConfig, beside: Path, out: Path, images: Images) -> _Comparison:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_inception(config.inception_weights or None, device) if config.rfid else None
     lpips = Lpips(config.lpips_weights, device) if config.lpips_weights else None
-    images = Images({"train": train, "test": held_out}, out / "features")
     described = {"shards": images.packed("test"), "count": config.images, "network": network}
     real = Phase("held-out images", images.describe, described, RealImages)
     yardstick, shards = Yardstick(real, network, lpips), images.packed("train")
@@ -76,35 +130,19 @@ def compare_tokenizers(config_path: Path, train: str, held_out: str, out: Path, 
         described = {**described, "count": config.curve_images}
         scored = Phase("held-out images of the curves", images.describe, described, RealImages)
         common.append(scored)
-    listed: list[tuple[str, ArmPhases]] = []
-    for number, (title, changes) in enumerate(config.arms.items()):
-        experiment = load_config(TokenizerExperiment, config_path.parent / config.tokenizer, changes)
-        for seed in range(config.seeds.get(title, 1)):
-            name = f"{number:02d}_{seed}"
-            work = ArmWork(f"{name} {title}", out / name, out / PICTURES / name, images, device)
-            bits = config.weight_bits if seed == 0 else []
-            recipe = Recipe(experiment).shifted(seed)
-            listed.append((title, tokenizer_phases(work, recipe, shards, yardstick, bits, scored)))
-    job = Job([*common, *(phase for _, arm in listed for phase in arm.listed())], out / "phases")
-    for phase in common:
-        job.run(phase)
-    arms: dict[str, list[ArmResult]] = {title: [] for title in config.arms}
-    for title, arm in listed:
-        for phase in arm.listed():
-            job.run(phase)
-        arms[title].append(arm.result(job))
-    results = ComparisonResults(arms, None if floor is None else job.found(floor))
-    save_results(results, out / "results.json")
-    table = "\n".join(render(results)) + "\n"
-    write_file(out / "table.md", table)
-    firsts = {f"{number:02d}_0": arms[title] for number, title in enumerate(config.arms)}
-    titles = dict(zip(firsts, config.arms, strict=True))
-    save_picture(draw_reconstructions(out, firsts, titles), out / "reconstructions.png")
-    draw_learning(arms, out / "learning.png")
-    return table
+    arms: list[tuple[str, ArmPhases]] = []
+    for seed in range(max([1, *config.seeds.values()])):
+        for title, changes in config.arms.items():
+            if seed < config.seeds.get(title, 1):
+                name = f"{title}_seed{seed}" if seed else title
+                work = ArmWork(name, out / "arms" / name, out / PICTURES / name, images, device)
+                changed = [*config.shared, *changes]
+                recipe = load_tokenizer_recipe(beside / config.tokenizer, changed, config.lpips_weights, seed)
+                bits = config.weight_bits if seed == 0 else []
+                arms.append((title, tokenizer_phases(work, recipe, shards, yardstick, bits, scored)))
+    return _Comparison(list(config.arms), common, floor, arms)
 
 
 def render(results: ComparisonResults) -> list[str]:
     """The results as Markdown tables; of several seeds the mean, and the range in brackets."""
-    arms = {title: runs for title, runs in results.arms.items() if runs}
-    return [*reconstruction_table(arms, results.floor), "", *training_table(arms)]
+    return [*reconstruction_table(results.arms, results.floor), "", *training_table(results.arms)]
