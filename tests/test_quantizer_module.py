@@ -135,6 +135,22 @@ def test_dominant_dropout_hardens_exactly_the_named_images():
         quantizer(z, image_noise=torch.zeros(3))
 
 
+def test_the_convex_gradient_of_a_dominant_code_is_that_of_the_mixture():
+    noise, gradients = torch.tensor([0.1, 0.9, 0.49, 0.5]), {}
+    weights = torch.randn(latents().shape, generator=torch.Generator().manual_seed(2))
+    for share in (0.5, 0.0):
+        torch.manual_seed(0)
+        quantizer = SoftConvexQuantizer(32, 6, dominant_dropout=share, dominant_gradient="convex")
+        z = latents().requires_grad_()
+        out = quantizer(z, image_noise=noise)
+        (out.z_q * weights).sum().backward()
+        codes = quantizer.lookup(out.indices)
+        hard = torch.isclose(out.z_q, codes, atol=1e-6).flatten(1).all(1)
+        assert hard.tolist() == [noise_ < share for noise_ in noise.tolist()]
+        gradients[share] = z.grad, quantizer.codebook.grad
+    torch.testing.assert_close(gradients[0.5], gradients[0.0])
+
+
 def test_image_noise_defaults_to_the_global_generator():
     outs = []
     for _ in range(2):

@@ -34,7 +34,8 @@ class ComparisonConfig:
     # FID of reconstructions, and of training images, which no decoder is asked to beat; the network takes about 15
     # images a second on two cores.
     rfid: bool = False
-    curve_images: int = 0  # held-out images on which every checkpoint's rFID is measured, for learning curves; 0: none
+    # Held-out images on which every checkpoint's rFID is measured, of the first seed, for learning curves; 0: none.
+    curve_images: int = 0
     # Soft latents of the first seed with weights of so many bits, and their rate.
     weight_bits: list[int] = field(default_factory=list)
     inception_weights: str = ""  # file of FID Inception weights; empty: the first one found
@@ -138,8 +139,8 @@ def _list_phases(config: ComparisonConfig, beside: Path, out: Path, images: Imag
                 work = ArmWork(name, out / "arms" / name, out / PICTURES / name, images, device)
                 changed = [*config.shared, *changes]
                 recipe = load_tokenizer_recipe(beside / config.tokenizer, changed, config.lpips_weights, seed)
-                bits = config.weight_bits if seed == 0 else []
-                arms.append((title, tokenizer_phases(work, recipe, shards, yardstick, bits, scored)))
+                first = (config.weight_bits, scored) if seed == 0 else ([], None)
+                arms.append((title, tokenizer_phases(work, recipe, shards, yardstick, *first)))
     return _Comparison(list(config.arms), common, floor, arms)
 
 

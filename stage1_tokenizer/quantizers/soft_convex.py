@@ -49,6 +49,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
         rho_end: float | None = None,
         rho_steps: int = 0,
         dominant_dropout: float = 0.5,
+        dominant_gradient: str = "straight-through",
         commitment: float = 0.25,
         codebook_weight: float = 1.0,
         kmeans_batches: int = 8,
@@ -70,6 +71,9 @@ class SoftConvexQuantizer(RevivingQuantizer):
                 `Quantizer.parts_per_step`.
             dominant_dropout: share of images, in [0, 1], that training decodes from their dominant codes alone. The
                 decoder needs to learn that, because a prior can emit nothing else.
+            dominant_gradient: what encoder and codebook learn from those images. "straight-through": the latent gets
+                the gradient of its code, and the codebook none, as in VQ. "convex": both get the gradient that they
+                would have through z_q.
             commitment: weight of |z - sg(nearest code)|^2, >= 0.
             codebook_weight: weight of |sg(z) - nearest code|^2, >= 0.
             kmeans_batches: how many training steps, from the first, set the codes by k-means; 0: random codes.
@@ -87,6 +91,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
             finite_number("rho_end", rho_end, above=0)
         whole_number("rho_steps", rho_steps, 0 if rho_end is None else 1)
         finite_number("dominant_dropout", dominant_dropout, 0, 1)
+        one_of("dominant_gradient", dominant_gradient, ("straight-through", "convex"))
         finite_number("commitment", commitment, 0)
         finite_number("codebook_weight", codebook_weight, 0)
         whole_number("kmeans_batches", kmeans_batches, 0)
@@ -96,7 +101,8 @@ class SoftConvexQuantizer(RevivingQuantizer):
         whole_number("neighbours", neighbours, 1)
         self.codebook_size, self.dim, self.method, self.neighbours = codebook_size, dim, method, neighbours
         self.rho, self.rho_end, self.rho_steps = rho, rho_end, rho_steps
-        self.dominant_dropout, self.commitment, self.codebook_weight = dominant_dropout, commitment, codebook_weight
+        self.dominant_dropout, self.dominant_gradient = dominant_dropout, dominant_gradient
+        self.commitment, self.codebook_weight = commitment, codebook_weight
         self.kmeans_batches, self.momentum = kmeans_batches, momentum
         self.projection_dim = projection_dim
         inner = dim if projection_dim is None else projection_dim
@@ -207,9 +213,10 @@ class SoftConvexQuantizer(RevivingQuantizer):
             image_noise = torch.rand(shape[0], device=rows.device)
         hard = (image_noise.to(rows.device) < self.dominant_dropout).view(-1, 1)  # (B, 1)
         hard = hard.expand(-1, shape[2] * shape[3]).reshape(-1, 1)  # (N, 1)
-        # The straight-through gradient goes to z, not through z_q: decoding a dominant code alone is VQ. dz_q/dz would
-        # lose the directions that the support does not span, and dz_q/dc_k would move codes that were not decoded.
-        dominant = rows + (codes[solution.dominant] - rows).detach()
+        # Straight through, a latent is also asked to move where no mixture of its support can follow; dz_q/dz leaves
+        # these directions out, and keeps more of the latents' dimensions in use.
+        followed = z_q if self.dominant_gradient == "convex" else rows
+        dominant = followed + (codes[solution.dominant] - followed).detach()
         return torch.where(hard, dominant, z_q)
 
     @torch.no_grad()
