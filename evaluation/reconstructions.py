@@ -91,6 +91,8 @@ def evaluate_reconstructions(
             way = ways.setdefault(name, _Way(ReconstructionMetrics(tokenizer.device, shared, perceptual)))
             images = to_uint8(in_equal_chunks(tokenizer.decode, z_q)).cpu()
             way.pixels.update(batch.images, images)
+            if bits is None and (each := tokenizer.quantizer.bits_per_latent) is not None:
+                bits = torch.full((len(z_q),), each * z_q[0, 0].numel())
             if bits is not None:
                 way.bits.append(bits)
             if network is not None:

@@ -39,7 +39,7 @@ def same(first, second):
 ARMS = ["scq", "vq", "vq_ema", "simvq", "fsq", "rvq2"]
 
 
-@pytest.mark.parametrize("name", [*ARMS, "none"])
+@pytest.mark.parametrize("name", [*ARMS, "rvq", "none"])
 def test_shapes_and_gradients(name):
     quantizer = create_quantizer(name, codebook_size=64, dim=6)
     z = latents().requires_grad_()
@@ -51,7 +51,7 @@ def test_shapes_and_gradients(name):
     (out.z_q.square().mean() + out.loss).backward()
     assert torch.isfinite(z.grad).all()
     assert z.grad.abs().sum() > 0
-    assert quantizer.has_codes == (name != "none")
+    assert quantizer.has_codes == (name not in ("rvq", "none"))
     if quantizer.has_codes:
         assert 0 <= out.indices.min() <= out.indices.max() < 64
         assert quantizer.lookup(out.indices).shape == z.shape
@@ -149,6 +149,24 @@ def test_the_convex_gradient_of_a_dominant_code_is_that_of_the_mixture():
         assert hard.tolist() == [noise_ < share for noise_ in noise.tolist()]
         gradients[share] = z.grad, quantizer.codebook.grad
     torch.testing.assert_close(gradients[0.5], gradients[0.0])
+
+
+def test_more_levels_of_residuals_come_nearer_at_more_bits():
+    errors = []
+    for levels in (1, 2, 4):
+        torch.manual_seed(0)
+        quantizer = create_quantizer("rvq", codebook_size=16, dim=6, levels=levels)
+        for step in range(8):
+            quantizer(latents(batch=16, seed=step))
+        quantizer.eval()
+        z = latents(seed=99)
+        out = quantizer(z)
+        assert torch.equal(quantizer(z).z_q, out.z_q)
+        errors.append((z - out.z_q).square().mean().item())
+        assert quantizer.bits_per_latent == 4 * levels
+        with pytest.raises(ValueError, match="no single codes"):
+            quantizer.lookup(out.indices)
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_image_noise_defaults_to_the_global_generator():
@@ -329,7 +347,7 @@ def test_options_out_of_range_are_named(options, message):
         SoftConvexQuantizer(**({"codebook_size": 8, "dim": 4} | options))
 
 
-@pytest.mark.parametrize("name", [*ARMS, "none"])
+@pytest.mark.parametrize("name", [*ARMS, "rvq", "none"])
 def test_a_non_finite_latent_is_named_before_anything_changes(name):
     quantizer = create_quantizer(name, codebook_size=64, dim=6)
     quantizer(latents())
@@ -356,7 +374,7 @@ def test_training_goes_on_where_every_latent_is_a_code():
     assert out.indices.max() < 100
 
 
-@pytest.mark.parametrize("name", [*ARMS, "none"])
+@pytest.mark.parametrize("name", [*ARMS, "rvq", "none"])
 def test_latents_whose_squares_overflow_are_named_before_anything_changes(name):
     quantizer = create_quantizer(name, codebook_size=64, dim=6)
     before = state(quantizer)
@@ -397,7 +415,7 @@ def test_half_precision_outside_is_float32_inside(name):
     assert torch.equal(inside.indices, outside.indices)
 
 
-@pytest.mark.parametrize("name", [*ARMS, "none"])
+@pytest.mark.parametrize("name", [*ARMS, "rvq", "none"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_inside_a_cast_model_it_computes_in_float32(name, dtype):
     """As a layer of somebody's autoencoder that is cast: z_q in the model's type, from codes that nobody rounded."""

@@ -88,7 +88,8 @@ def test_a_table_has_its_floor_and_what_each_arm_closes(
     config = tmp_path / "comparison.yaml"
     config.write_text(
         "{tokenizer: tokenizer.yaml, images: 64, rfid: true, curve_images: 32, weight_bits: [4],"
-        "arms: {none: [quantizer.name=none], hard: [quantizer.name=vq], soft: []}}"
+        "arms: {none: [quantizer.name=none], hard: [quantizer.name=vq], soft: [],"
+        "deep: [quantizer.name=rvq, quantizer.options.levels=3]}}"
     )
     out = tmp_path / "out"
     table = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out).splitlines()
@@ -97,6 +98,8 @@ def test_a_table_has_its_floor_and_what_each_arm_closes(
     results = load_results(ComparisonResults, out / "results.json")
     assert first[0] == "64 training images"
     assert first[head.index("rFID")] == f"{results.floor.rfid:.1f}"
+    bits = {row[0]: row[head.index("bits per image")] for row in rows[2:]}
+    assert (bits["none"], float(bits["deep"])) == ("continuous", 3 * float(bits["hard"]))
     closed = {row[0]: row[head.index("closed, MSE")] for row in rows[2:]}
     assert (closed["64 training images"], closed["hard"], closed["none"]) == ("-", "0%", "100%")
     ways = results.arms["soft"][0].reconstructions.ways

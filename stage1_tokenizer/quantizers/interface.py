@@ -42,12 +42,14 @@ class Quantizer(KeepsFloat32):
         codebook_size: K, the number of codes; indices are in [0, K).
         dim: F, the channels of a latent.
         has_codes: False where there is nothing to look up, and for a prior nothing to learn.
+        bits_per_latent: of a quantizer without such codes, what a latent costs; None if it is continuous.
         parts_per_step: training forwards that make one optimizer step; above 1 where gradients are accumulated.
     """
 
     codebook_size: int
     dim: int
     has_codes: bool = True
+    bits_per_latent: float | None = None
     parts_per_step: int = 1
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:

@@ -5,7 +5,7 @@ The training rules are the library's. The float32 arithmetic, the checks and the
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from math import prod
+from math import log2, prod
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +223,62 @@ class ResidualVectorQuantizer(LibraryQuantizer):
     def _codes(self, indices: Tensor) -> Tensor:
         pairs = torch.stack([indices // self.sizes[1], indices % self.sizes[1]], dim=-1)  # (N, 2)
         return self.layer.get_output_from_indices(pairs.unsqueeze(0))[0]
+
+
+@register_quantizer("rvq")
+class DeepResidualVectorQuantizer(Quantizer):
+    """Residual quantization with ``levels`` codebooks, each for what those before it leave (Lee et al., 2203.01941).
+
+    What reconstructions cost at rates beyond one code for each latent. It has no single codes: their combinations are
+    too many for a prior over indices.
+
+    Args:
+        codebook_size: of every level.
+        levels: how many, from 1 to 64.
+        commitment, decay, expiry: as for ``vq_ema``.
+    """
+
+    has_codes = False
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        levels: int = 4,
+        commitment: float = 0.25,
+        decay: float = 0.99,
+        expiry: float = 1.0,
+    ):
+        super().__init__()
+        check_codebook_shape(codebook_size, dim)
+        whole_number("levels", levels, 1, 64)
+        _check_averages(commitment, decay, expiry)
+        self.codebook_size, self.dim = codebook_size, dim
+        self.bits_per_latent = levels * log2(codebook_size)
+        self.layer = ResidualVQ(
+            dim=dim,
+            num_quantizers=levels,
+            codebook_size=codebook_size,
+            decay=decay,
+            kmeans_init=True,
+            threshold_ema_dead_code=expiry,
+            commitment_weight=commitment,
+            rotation_trick=False,
+        )
+
+    def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
+        check_latents(z, self.dim)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = flatten_latents(z)  # (N, F)
+            z_q, levels, losses = self.layer(rows.unsqueeze(0))  # levels (1, N, levels)
+            # A straight-through output is a sum of codes only up to rounding, so not in eval mode.
+            z_q = (z_q if self.training else self.layer.get_output_from_indices(levels))[0]  # (N, F)
+            stats = {"hard_error": (rows - z_q).detach().square().sum(1).mean()}
+        indices = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.int64, device=z.device)
+        return Quantized(returned(unflatten_latents(z_q, z), z), indices, losses.float().sum(), stats)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        raise ValueError("quantizer 'rvq' has no single codes to look up; 'rvq2' has")
 
 
 def _check_averages(commitment: float, decay: float, expiry: float) -> None:
