@@ -201,13 +201,14 @@ def _benchmark_sampling(options: argparse.Namespace) -> None:
 
 
 def _benchmark_tokenizers(options: argparse.Namespace) -> None:
+    from scq.evaluation.benchmark.report import summary_table
     from scq.evaluation.benchmark.tokenizers import compare_tokenizers
 
-    print(
-        compare_tokenizers(
-            options.config, options.train, options.held_out, options.out, options.overrides, options.only
-        )
+    found = compare_tokenizers(
+        options.config, options.train, options.held_out, options.out, options.overrides, options.only
     )
+    print("\n".join(summary_table(found)))
+    print(options.out / "report.md")
 
 
 def _benchmark_step(options: argparse.Namespace) -> None:

@@ -9,21 +9,33 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from scq.evaluation.benchmark.report import render, summary_table
-from scq.evaluation.benchmark.results import BenchmarkResults, load_results
+from scq.evaluation.benchmark.report import render, render_comparison, summary_table
+from scq.evaluation.benchmark.results import BenchmarkResults, ComparisonResults, load_results
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 RESULTS = Path(__file__).with_name("results")
+COMPARISONS = "tokenizers_"  # how the folders of comparisons of tokenizers begin; the others are benchmarks' of quality
 _BLOCK = re.compile(r"<!-- results (\S+) -->\n(.*?)<!-- /results \1 -->", re.S)
 
+Results = BenchmarkResults | ComparisonResults
 
-def kept_runs(folder: Path = RESULTS) -> dict[str, BenchmarkResults]:
+
+def kept_runs(folder: Path = RESULTS) -> dict[str, Results]:
     """The results of every kept run, by its folder's name."""
     files = [path for path in sorted(folder.glob("*/*.json")) if path.name in ("metrics.json", "results.json")]
-    return {path.parent.name: load_results(BenchmarkResults, path) for path in files}
+    return {
+        name: load_results(ComparisonResults if name.startswith(COMPARISONS) else BenchmarkResults, path)
+        for path in files
+        if (name := path.parent.name)
+    }
 
 
-def fill_blocks(text: str, runs: dict[str, BenchmarkResults]) -> str:
+def report(results: Results) -> str:
+    """The text of a run's report.md."""
+    return render_comparison(results) if isinstance(results, ComparisonResults) else render(results)
+
+
+def fill_blocks(text: str, runs: dict[str, Results]) -> str:
     """The page ``text`` with every block's table as the runs have it.
 
     Raises:
@@ -44,4 +56,4 @@ def fill_blocks(text: str, runs: dict[str, BenchmarkResults]) -> str:
 if __name__ == "__main__":
     README.write_text(fill_blocks(README.read_text(), kept_runs()))
     for name, results in kept_runs().items():
-        (RESULTS / name / "report.md").write_text(render(results))
+        (RESULTS / name / "report.md").write_text(report(results))

@@ -10,7 +10,7 @@ import pytest
 from helpers import REPOSITORY
 
 from scq.cli.main import build_parser
-from scq.evaluation.benchmark.report import render, summary_table
+from scq.evaluation.benchmark.report import summary_table
 
 README = (REPOSITORY / "README.md").read_text()
 RESULTS = REPOSITORY / "docs" / "results"
@@ -62,7 +62,7 @@ def test_the_results_are_those_of_the_kept_run(name: str) -> None:
     hint = "run: python docs/build_results.py"
     assert table.group(1).splitlines() == summary_table(results), hint
     report = (RESULTS / name / "report.md").read_text()
-    assert report == render(results), hint
+    assert report == module.report(results), hint
     for picture in re.findall(r"\]\(([^)]+\.png)\)", report):
         assert (RESULTS / name / picture).is_file(), picture
 

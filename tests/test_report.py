@@ -13,7 +13,6 @@ from scq.engine.measurements import from_plain, to_plain
 from scq.evaluation.benchmark import report
 from scq.evaluation.benchmark.results import BenchmarkResults, ComparisonResults, load_results, save_results
 from scq.evaluation.benchmark.tables import Seeds, comparison, verdict, widest_range
-from scq.evaluation.benchmark.tokenizers import render as render_tokenizers
 
 QUICKSTART = REPOSITORY / "docs" / "results" / "quickstart" / "metrics.json"
 
@@ -158,7 +157,12 @@ def test_a_comparison_of_tokenizers_has_the_same_rows(results: dict[str, Any]) -
         name: [{"tokenizer": run["tokenizer"], "reconstructions": run["reconstructions"]} for run in runs]
         for name, runs in results["arms"].items()
     }
-    lines = render_tokenizers(from_plain(ComparisonResults, {"arms": arms}))
+    shared = {name: results[name] for name in ("revision", "reference", "network", "seconds", "machines")}
+    compared = from_plain(ComparisonResults, {"title": "Tokenizers", "arms": arms} | shared)
+    lines = report.render_comparison(compared).splitlines()
+    assert lines[0] == "# Tokenizers"
+    short = table(report.summary_table(compared), "arm | decoded from")
+    assert list(short[0]) == ["arm", "decoded from", "bits per image", "MSE", "rFID", "codes used"], "no LPIPS there"
     found = [row["decoded from"] for row in table(lines, "arm | decoded from")]
     assert found == ["dominant codes", "z_q, weights of 2 bits", "z_q, weights of 4 bits", "z_q", "codes", "latents"]
     training = {row["arm"]: row for row in table(lines, "arm | dominant is nearest")}

@@ -21,21 +21,24 @@ def test_finished_arms_are_reused(emoji: dict[str, Path], tmp_path: Path, capfd:
     )
     config = tmp_path / "comparison.yaml"
     config.write_text(
-        "{tokenizer: tokenizer.yaml, images: 16, arms: {soft: [], hard: [quantizer.name=vq]}, seeds: {hard: 2}}"
+        "{title: Two quantizers, tokenizer: tokenizer.yaml, images: 16, arms: {soft: [], hard: [quantizer.name=vq]},"
+        "seeds: {hard: 2}}"
     )
     out = tmp_path / "out"
-    table = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out)
-    assert "| soft | dominant codes |" in table
-    assert "| hard, 2 seeds | codes |" in table
-    results = load_results(ComparisonResults, out / "results.json")
+    results = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out)
+    report = (out / "report.md").read_text()
+    assert report.startswith("# Two quantizers\n\nReference: 16 emoji images")
+    assert "| soft | dominant codes |" in report
+    assert "| hard, 2 seeds | codes |" in report
+    assert load_results(ComparisonResults, out / "results.json") == results
     soft, hard = results.arms["soft"][0], results.arms["hard"]
     assert [run.tokenizer.seed for run in hard] == [soft.tokenizer.seed, soft.tokenizer.seed + 1]
     assert soft.reconstructions.ways["z_q"].count == 16
     assert soft.reconstructions.ways["z_q"].rfid is None, "no network was asked for"
     capfd.readouterr()
-    assert compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out) == table
+    assert compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out) == results
     assert capfd.readouterr().err.count("done before") == 7
-    assert (out / "table.md").read_text() == table
+    assert (out / "report.md").read_text() == report
 
 
 def test_processes_share_the_arms(emoji: dict[str, Path], tmp_path: Path) -> None:
@@ -50,19 +53,17 @@ def test_processes_share_the_arms(emoji: dict[str, Path], tmp_path: Path) -> Non
     )
     out = tmp_path / "out"
 
-    def compare(*only: str) -> tuple[str, dict[str, list[int]]]:
-        table = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out, only=only)
+    def compare(*only: str) -> dict[str, list[int]]:
+        compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out, only=only)
         arms = load_results(ComparisonResults, out / "results.json").arms
-        return table, {title: [run.tokenizer.seed for run in runs] for title, runs in arms.items()}
+        return {title: [run.tokenizer.seed for run in runs] for title, runs in arms.items()}
 
-    table, found = compare("hard")
-    assert found == {"hard": [9]}
-    assert "soft" not in table
-    table, found = compare("soft")
-    assert found == {"soft": [5, 6], "hard": [9]}, "an arm's own overrides come after those of all"
-    assert table.index("| soft, 2 seeds |") < table.index("| hard |"), "as the config has them"
-    results = load_results(ComparisonResults, out / "results.json")
-    usage = results.arms["soft"][0].reconstructions.codebook
+    assert compare("hard") == {"soft": [], "hard": [9]}
+    assert "soft" not in (out / "report.md").read_text()
+    assert compare("soft") == {"soft": [5, 6], "hard": [9]}, "an arm's own overrides come after those of all"
+    report = (out / "report.md").read_text()
+    assert report.index("| soft, 2 seeds |") < report.index("| hard |"), "as the config has them"
+    usage = load_results(ComparisonResults, out / "results.json").arms["soft"][0].reconstructions.codebook
     assert usage.fixed_bits_per_image == 4 * usage.tokens / usage.images, "of 16 codes, as all arms have"
     with pytest.raises(UserError, match="no arm 'vq', only soft, hard"):
         compare("vq")
@@ -92,10 +93,11 @@ def test_a_table_has_its_floor_and_what_each_arm_closes(
         "deep: [quantizer.name=rvq, quantizer.options.levels=3]}}"
     )
     out = tmp_path / "out"
-    table = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out).splitlines()
+    results = compare_tokenizers(config, str(emoji["train"]), str(emoji["test"]), out)
+    report = (out / "report.md").read_text().splitlines()
+    table = report[next(number for number, line in enumerate(report) if line.startswith("| arm")) :]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[: table.index("")]]
     head, first = rows[0], rows[2]
-    results = load_results(ComparisonResults, out / "results.json")
     assert first[0] == "64 training images"
     assert first[head.index("rFID")] == f"{results.floor.rfid:.1f}"
     bits = {row[0]: row[head.index("bits per image")] for row in rows[2:]}
@@ -111,8 +113,9 @@ def test_a_table_has_its_floor_and_what_each_arm_closes(
     assert sorted(learned["cpu_seconds"]) == learned["cpu_seconds"]
     assert 0 < learned["cpu_seconds"][0] < learned["cpu_seconds"][-1] <= results.arms["hard"][0].tokenizer.cpu_seconds
     assert all(rfid > 0 for rfid in learned["rfid"])
-    assert (out / "learning.png").is_file()
-    assert (out / "reconstructions.png").is_file()
+    for picture in ("learning", "reconstructions"):
+        assert f"({picture}.png)" in "\n".join(report)
+        assert (out / f"{picture}.png").is_file()
 
 
 def test_learning_curves_need_a_network(emoji: dict[str, Path], tmp_path: Path) -> None:

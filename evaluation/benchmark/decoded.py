@@ -6,7 +6,7 @@ Soft latents never stand in the row of hard ones: theirs says what they cost wit
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from scq.engine.measurements import CodebookSummary, Reconstruction, SampleScores
@@ -97,7 +97,9 @@ _OF_TRAINING = [
 ]
 
 
-def reconstruction_table(arms: dict[str, list[ArmResult]], floor: Floor | None = None) -> list[str]:
+def reconstruction_table(
+    arms: dict[str, list[ArmResult]], floor: Floor | None = None, only: Collection[str] | None = None
+) -> list[str]:
     """Every arm's reconstructions, see `ways_of_decoding`, as a Markdown table: of several seeds the mean and range.
 
     Where there are arms of VQGAN's quantizer and of none, columns say which share of the distance between them an arm
@@ -105,10 +107,11 @@ def reconstruction_table(arms: dict[str, list[ArmResult]], floor: Floor | None =
 
     Args:
         floor: becomes the first row.
+        only: heads of the columns that are shown; None for all.
     """
     ways = {name: ways_of_decoding(runs) for name, runs in arms.items()}
     columns = _filled(
-        [*_OF_RECONSTRUCTIONS, *_closed(arms)],
+        [each for each in (*_OF_RECONSTRUCTIONS, *_closed(arms)) if only is None or each.head in only],
         [each for found in ways.values() for way in found.values() for each in way],
     )
     first = []

@@ -16,13 +16,14 @@ from scq.evaluation.benchmark.decoded import (
 from scq.evaluation.benchmark.plots import (
     Runs,
     draw_curves,
+    draw_learning,
     draw_neighbours,
     draw_rates,
     draw_reconstructions,
     draw_samples,
     draw_sweep,
 )
-from scq.evaluation.benchmark.results import CODES, ArmResult, BenchmarkResults
+from scq.evaluation.benchmark.results import CODES, ArmResult, BenchmarkResults, ComparisonResults
 from scq.evaluation.benchmark.tables import Seeds, comparison, markdown_table, spread, widest_range
 from scq.evaluation.pictures import save_picture
 
@@ -52,7 +53,6 @@ def write_report(results: BenchmarkResults, out: Path) -> None:
 def render(results: BenchmarkResults) -> str:
     """The text of report.md."""
     arms, reference, machines = _measured_arms(results), results.reference, results.machines
-    seeds = max(len(runs) for runs in arms.values())
     against = results.sample_reference or reference
     lines = [
         f"# {results.title}",
@@ -65,7 +65,7 @@ def render(results: BenchmarkResults) -> str:
             if against != reference
             else ""
         )
-        + (" Of several seeds: the mean, and the range in brackets." if seeds > 1 else ""),
+        + (" Of several seeds: the mean, and the range in brackets." if _most_seeds(arms) > 1 else ""),
         "",
         "## Samples",
         "![samples](samples.png)",
@@ -108,16 +108,57 @@ def render(results: BenchmarkResults) -> str:
     return "\n".join(
         [
             *lines,
-            "## Seconds",
-            *markdown_table(
-                ["phase", "seconds", "on"],
-                [[name, f"{seconds:.0f}", machines[name]] for name, seconds in results.seconds.items()],
-            ),
-            "",
-            f"In all {results.seconds_in_all:.0f} s, code at {results.revision}.",
-            "",
+            *_seconds(results),
         ]
     )
+
+
+def write_comparison(results: ComparisonResults, out: Path) -> None:
+    """Write the report.md of a comparison of tokenizers, and its pictures, to ``out``, as `write_report` does."""
+    arms = _measured_arms(results)
+    save_picture(draw_reconstructions(out, arms), out / "reconstructions.png")
+    draw_learning(arms, out / "learning.png")
+    write_file(out / "report.md", render_comparison(results))
+
+
+def render_comparison(results: ComparisonResults) -> str:
+    """The text of the report.md of a comparison of tokenizers, which have no samples."""
+    arms, reference, network = _measured_arms(results), results.reference, results.network
+    lines = [
+        f"# {results.title}",
+        "",
+        f"Reference: {reference.count:,} {reference.dataset} images of the split '{reference.split}', "
+        f"{reference.crop} pixels, which no model was trained on."
+        + ("" if network is None else f" Features: {network.weights}; protocol: {network.protocol}.")
+        + (" Of several seeds: the mean, and the range in brackets." if _most_seeds(arms) > 1 else ""),
+        "",
+        "## Reconstructions of held-out images",
+        "![reconstructions](reconstructions.png)",
+        "",
+        *reconstruction_table(arms, results.floor),
+        "",
+    ]
+    if any(runs[0].tokenizer.learned for runs in arms.values()):
+        lines += ["## Learning", "![rFID over CPU seconds of training](learning.png)", ""]
+    lines += ["## Training", *training_table(arms), *_of_several_machines(results.machines), ""]
+    return "\n".join([*lines, *_seconds(results)])
+
+
+def _seconds(results: BenchmarkResults | ComparisonResults) -> list[str]:
+    return [
+        "## Seconds",
+        *markdown_table(
+            ["phase", "seconds", "on"],
+            [[name, f"{seconds:.0f}", results.machines[name]] for name, seconds in results.seconds.items()],
+        ),
+        "",
+        f"In all {sum(results.seconds.values()):.0f} s, code at {results.revision}.",
+        "",
+    ]
+
+
+def _most_seeds(arms: Runs) -> int:
+    return max(len(runs) for runs in arms.values())
 
 
 def _of_several_machines(machines: dict[str, str]) -> list[str]:
@@ -126,8 +167,10 @@ def _of_several_machines(machines: dict[str, str]) -> list[str]:
     return ["", several] if len(on) > 1 else []
 
 
-def summary_table(results: BenchmarkResults) -> list[str]:
+def summary_table(results: BenchmarkResults | ComparisonResults) -> list[str]:
     """The few numbers that a README shows, one row for each arm and thing that is decoded."""
+    if isinstance(results, ComparisonResults):
+        return reconstruction_table(_measured_arms(results), results.floor, only=("MSE", "LPIPS", "rFID", "codes used"))
     rows = []
     for name, runs in _measured_arms(results).items():
         for way, decoded in ways_of_decoding(runs).items():
@@ -147,7 +190,7 @@ def summary_table(results: BenchmarkResults) -> list[str]:
     return markdown_table(["arm", "decoded from", "bits per image", "MSE", "rFID", "KID x 1000", "FID"], rows)
 
 
-def _measured_arms(results: BenchmarkResults) -> Runs:
+def _measured_arms(results: BenchmarkResults | ComparisonResults) -> Runs:
     """The arms of which at least one seed is there."""
     return {name: runs for name, runs in results.arms.items() if runs}
 

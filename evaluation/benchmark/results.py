@@ -252,9 +252,23 @@ class Floor:
 
 @dataclass(frozen=True)
 class ComparisonResults:
-    """What `scq benchmark tokenizers` finds: by an arm's title, one result for each seed."""
+    """What `scq benchmark tokenizers` has found so far.
 
+    Attributes:
+        revision: git revision of the code.
+        reference: the held-out images that are reconstructed.
+        network: of the FID; None where nobody asked for it.
+        arms: by title, one result for each seed.
+        seconds, machines: of each phase, by name: how long it took, and on what.
+    """
+
+    title: str
+    revision: str
+    reference: RealSet
     arms: dict[str, list[ArmResult]]
+    seconds: dict[str, float]
+    machines: dict[str, str]
+    network: NetworkUsed | None = None
     floor: Floor | None = None
 
 

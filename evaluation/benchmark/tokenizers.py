@@ -9,25 +9,26 @@ from typing import Any
 
 import torch
 
-from scq.engine.config import load_config
+from scq.engine.config import git_revision, load_config
 from scq.engine.errors import UserError
-from scq.engine.files import write_file
 from scq.evaluation.benchmark.arm import ArmPhases, Yardstick, tokenizer_phases
 from scq.evaluation.benchmark.config import load_tokenizer_recipe
-from scq.evaluation.benchmark.decoded import reconstruction_table, training_table
 from scq.evaluation.benchmark.images import Images
 from scq.evaluation.benchmark.phases import Job, Phase
-from scq.evaluation.benchmark.plots import PICTURES, draw_learning, draw_reconstructions
+from scq.evaluation.benchmark.plots import PICTURES
+from scq.evaluation.benchmark.report import write_comparison
 from scq.evaluation.benchmark.results import ArmResult, ComparisonResults, Floor, RealImages, save_results
 from scq.evaluation.benchmark.work import ArmWork, Lpips
 from scq.evaluation.metrics.inception import load_inception
-from scq.evaluation.pictures import save_picture
+from scq.evaluation.metrics.networks import FeatureNetwork
+from scq.evaluation.samples import describe
 
 
 @dataclass
 class ComparisonConfig:
     """``arms`` maps a title to overrides of the ``tokenizer`` config, which lies beside this one."""
 
+    title: str = ""
     tokenizer: str = ""
     shared: list[str] = field(default_factory=list)  # overrides of every arm, before its own
     images: int = 2000  # held-out images to reconstruct
@@ -46,8 +47,8 @@ class ComparisonConfig:
 
 def compare_tokenizers(
     config_path: Path, train: str, held_out: str, out: Path, overrides: Sequence[str] = (), only: Sequence[str] = ()
-) -> str:
-    """Train every arm, or go on with it, and write results.json, table.md and pictures to ``out``.
+) -> ComparisonResults:
+    """Train every arm, or go on with it, and write results.json, report.md and pictures to ``out``.
 
     All of these are written anew after each arm and each seed. One seed of every arm comes before the second of any.
 
@@ -58,7 +59,7 @@ def compare_tokenizers(
             The others are shown as far as they are finished.
 
     Returns:
-        the table.
+        what was found, of all arms as far as they are finished.
 
     Raises:
         UserError, DataError: a config, the shards, ``only`` or an earlier run in ``out`` does not fit.
@@ -78,40 +79,49 @@ def compare_tokenizers(
 class _Comparison:
     """Every phase: those that all arms need, the floor among them, and each arm's with each seed, in order."""
 
-    titles: list[str]
-    common: list[Phase[Any]]
+    config: ComparisonConfig
+    network: FeatureNetwork | None
+    real: Phase[RealImages]
     floor: Phase[Floor] | None
+    curves: Phase[RealImages] | None
     arms: list[tuple[str, ArmPhases]]
 
-    def run(self, out: Path, only: Sequence[str]) -> str:
-        job = Job([*self.common, *(phase for _, arm in self.arms for phase in arm.listed())], out / "phases")
-        for phase in self.common:
+    def common(self) -> list[Phase[Any]]:
+        return [phase for phase in (self.real, self.floor, self.curves) if phase is not None]
+
+    def run(self, out: Path, only: Sequence[str]) -> ComparisonResults:
+        job = Job([*self.common(), *(phase for _, arm in self.arms for phase in arm.listed())], out / "phases")
+        for phase in self.common():
             job.run(phase)
-        table = ""
         for title, arm in self.arms:
             if only and title not in only:
                 continue
             for phase in arm.listed():
                 job.run(phase)
-            table = self._write(job, out)
-        return table
+            self._write(job, out)
+        return self._write(job, out)
 
-    def _write(self, job: Job, out: Path) -> str:
-        arms: dict[str, list[ArmResult]] = {title: [] for title in self.titles}
+    def _write(self, job: Job, out: Path) -> ComparisonResults:
+        arms: dict[str, list[ArmResult]] = {title: [] for title in self.config.arms}
         unfinished: set[str] = set()
         for title, arm in self.arms:  # another process may have finished more
             if title not in unfinished and all(job.reuse(phase) for phase in arm.listed()):
                 arms[title].append(arm.result(job))
             else:
                 unfinished.add(title)
-        floor = None if self.floor is None else job.found(self.floor)
-        results = ComparisonResults({title: runs for title, runs in arms.items() if runs}, floor)
+        results = ComparisonResults(
+            title=self.config.title or "Tokenizers compared",
+            revision=git_revision(),
+            reference=job.found(self.real).images,
+            network=None if self.network is None else describe(self.network),
+            arms=arms,
+            floor=None if self.floor is None else job.found(self.floor),
+            seconds=dict(job.seconds),
+            machines=dict(job.machines),
+        )
         save_results(results, out / "results.json")
-        table = "\n".join(render(results)) + "\n"
-        write_file(out / "table.md", table)
-        save_picture(draw_reconstructions(out, results.arms), out / "reconstructions.png")
-        draw_learning(results.arms, out / "learning.png")
-        return table
+        write_comparison(results, out)
+        return results
 
 
 def _list_phases(config: ComparisonConfig, beside: Path, out: Path, images: Images) -> _Comparison:
@@ -121,16 +131,13 @@ def _list_phases(config: ComparisonConfig, beside: Path, out: Path, images: Imag
     described = {"shards": images.packed("test"), "count": config.images, "network": network}
     real = Phase("held-out images", images.describe, described, RealImages)
     yardstick, shards = Yardstick(real, network, lpips), images.packed("train")
-    common: list[Phase[Any]] = [real]
-    floor = scored = None
+    floor = curves = None
     if network is not None:
         compared = {"shards": shards, "real": real, "network": network}
         floor = Phase("training images", images.floor, compared, Floor)
-        common.append(floor)
     if config.curve_images:
         described = {**described, "count": config.curve_images}
-        scored = Phase("held-out images of the curves", images.describe, described, RealImages)
-        common.append(scored)
+        curves = Phase("held-out images of the curves", images.describe, described, RealImages)
     arms: list[tuple[str, ArmPhases]] = []
     for seed in range(max([1, *config.seeds.values()])):
         for title, changes in config.arms.items():
@@ -139,11 +146,6 @@ def _list_phases(config: ComparisonConfig, beside: Path, out: Path, images: Imag
                 work = ArmWork(name, out / "arms" / name, out / PICTURES / name, images, device)
                 changed = [*config.shared, *changes]
                 recipe = load_tokenizer_recipe(beside / config.tokenizer, changed, config.lpips_weights, seed)
-                first = (config.weight_bits, scored) if seed == 0 else ([], None)
+                first = (config.weight_bits, curves) if seed == 0 else ([], None)
                 arms.append((title, tokenizer_phases(work, recipe, shards, yardstick, *first)))
-    return _Comparison(list(config.arms), common, floor, arms)
-
-
-def render(results: ComparisonResults) -> list[str]:
-    """The results as Markdown tables; of several seeds the mean, and the range in brackets."""
-    return [*reconstruction_table(results.arms, results.floor), "", *training_table(results.arms)]
+    return _Comparison(config, network, real, floor, curves, arms)
