@@ -1,7 +1,8 @@
-"""Write README's results and the kept runs' reports from their numbers:  python docs/build_results.py
+"""Write the pages' tables of results and the kept runs' reports from their numbers:  python docs/build_results.py
 
-Every folder of docs/results that holds results.json (or metrics.json, as the quickstart's does) has a block in
-README.md, between ``<!-- results NAME -->`` and ``<!-- /results NAME -->``, and its own report.md.
+Every folder of docs/results that holds results.json (or metrics.json, as the quickstart's does) has its own report.md
+and a block in a page, between ``<!-- results NAME -->`` and ``<!-- /results NAME -->``: benchmarks of quality in
+README.md, comparisons of tokenizers in docs/training.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from scq.evaluation.benchmark.report import render, render_comparison, summary_t
 from scq.evaluation.benchmark.results import BenchmarkResults, ComparisonResults, load_results
 
 README = Path(__file__).resolve().parents[1] / "README.md"
+TRAINING = Path(__file__).with_name("training.md")
 RESULTS = Path(__file__).with_name("results")
 COMPARISONS = "tokenizers_"  # how the folders of comparisons of tokenizers begin; the others are benchmarks' of quality
 _BLOCK = re.compile(r"<!-- results (\S+) -->\n(.*?)<!-- /results \1 -->", re.S)
@@ -30,6 +32,14 @@ def kept_runs(folder: Path = RESULTS) -> dict[str, Results]:
     }
 
 
+def pages() -> dict[Path, dict[str, Results]]:
+    """The pages with blocks, and the runs that each of them shows."""
+    shown: dict[Path, dict[str, Results]] = {README: {}, TRAINING: {}}
+    for name, results in kept_runs().items():
+        shown[TRAINING if isinstance(results, ComparisonResults) else README][name] = results
+    return shown
+
+
 def report(results: Results) -> str:
     """The text of a run's report.md."""
     return render_comparison(results) if isinstance(results, ComparisonResults) else render(results)
@@ -43,7 +53,7 @@ def fill_blocks(text: str, runs: dict[str, Results]) -> str:
     """
     blocks = [name for name, _ in _BLOCK.findall(text)]
     if sorted(blocks) != sorted(runs):
-        raise SystemExit(f"README.md has results blocks for {sorted(blocks)}, docs/results has runs {sorted(runs)}")
+        raise SystemExit(f"the page has results blocks for {sorted(blocks)}, docs/results has runs {sorted(runs)}")
 
     def filled(block: re.Match[str]) -> str:
         name = block[1]
@@ -54,6 +64,7 @@ def fill_blocks(text: str, runs: dict[str, Results]) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(fill_blocks(README.read_text(), kept_runs()))
+    for page, runs in pages().items():
+        page.write_text(fill_blocks(page.read_text(), runs))
     for name, results in kept_runs().items():
         (RESULTS / name / "report.md").write_text(report(results))

@@ -56,9 +56,9 @@ def test_links_lead_somewhere(document: str) -> None:
 @pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
 def test_the_results_are_those_of_the_kept_run(name: str) -> None:
     module = _script("build_results")
-    results = module.kept_runs()[name]
-    table = re.search(rf"<!-- results {name} -->\n(.*?)\n<!-- /results {name} -->", README, re.S)
-    assert table is not None, f"README.md shows nothing of docs/results/{name}"
+    page, results = next((page, runs[name]) for page, runs in module.pages().items() if name in runs)
+    table = re.search(rf"<!-- results {name} -->\n(.*?)\n<!-- /results {name} -->", page.read_text(), re.S)
+    assert table is not None, f"{page.name} shows nothing of docs/results/{name}"
     hint = "run: python docs/build_results.py"
     assert table.group(1).splitlines() == summary_table(results), hint
     report = (RESULTS / name / "report.md").read_text()
@@ -67,10 +67,11 @@ def test_the_results_are_those_of_the_kept_run(name: str) -> None:
         assert (RESULTS / name / picture).is_file(), picture
 
 
-def test_the_readmes_blocks_are_filled_from_the_kept_runs() -> None:
+def test_the_pages_blocks_are_filled_from_the_kept_runs() -> None:
     module = _script("build_results")
-    runs = module.kept_runs()
-    assert module.fill_blocks(README, runs) == README
+    for page, runs in module.pages().items():
+        assert module.fill_blocks(page.read_text(), runs) == page.read_text()
+    runs = module.pages()[module.README]
     emptied = re.sub(r"(<!-- results (\S+) -->\n).*?(<!-- /results \2 -->)", r"\1\3", README, flags=re.S)
     assert emptied != README
     assert module.fill_blocks(emptied, runs) == README
