@@ -65,7 +65,7 @@ def add_benchmark(commands: Any) -> None:
     tokenizers.add_argument("--config", type=config_file, required=True, help="YAML file of arms")
     tokenizers.add_argument("--train", required=True, metavar="SHARDS", help="shards to train on")
     tokenizers.add_argument("--held-out", required=True, metavar="SHARDS", help="shards to reconstruct")
-    tokenizers.add_argument("--out", type=Path, required=True, help="folder for runs, results and table")
+    tokenizers.add_argument("--out", type=Path, required=True, help="folder for runs, results and report")
     tokenizers.add_argument(
         "--only", action="append", default=[], metavar="ARM", help="work on this arm alone; repeat for several"
     )

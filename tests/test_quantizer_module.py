@@ -325,7 +325,7 @@ def test_projection_quantizes_normalised_latents():
 
 
 def test_unknown_names_and_options_are_listed():
-    with pytest.raises(ValueError, match="there are: fsq, none, rvq2, scq, simvq, vq, vq_ema"):
+    with pytest.raises(ValueError, match="there are: fsq, none, rvq, rvq2, scq, simvq, vq, vq_ema"):
         create_quantizer("fancy", codebook_size=4, dim=2)
     with pytest.raises(ValueError, match="has no option 'colour'; it has: commitment"):
         create_quantizer("vq", codebook_size=4, dim=2, colour=1)

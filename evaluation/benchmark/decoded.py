@@ -46,8 +46,8 @@ def ways_of_decoding(runs: list[ArmResult]) -> dict[str, list[Decoded]]:
 def _ways_of_one(run: ArmResult) -> dict[str, Decoded]:
     found = run.reconstructions
     if found.codebook is None:  # no quantizer, or one that only reconstructs
-        plain = found.ways["z_q"]
-        return {"latents" if plain.bits_per_image is None else "codes": Decoded(plain.bits_per_image, plain)}
+        only = found.ways["z_q"]
+        return {"latents" if only.bits_per_image is None else "codes": Decoded(only.bits_per_image, only)}
     rate = found.codebook.fixed_bits_per_image
     plain = run.samples.get(CODES)
     codes = Decoded(rate, found.ways["dominant"], found.codebook, None if plain is None else plain.scores)

@@ -65,6 +65,8 @@ def compare_tokenizers(
         UserError, DataError: a config, the shards, ``only`` or an earlier run in ``out`` does not fit.
     """
     config = load_config(ComparisonConfig, config_path, list(overrides))
+    if not config.arms:
+        raise UserError(f"{config_path} names no arms")
     if config.curve_images and not config.rfid:
         raise UserError("curve_images asks for the rFID of checkpoints: set rfid, too")
     if strange := [title for title in (*config.seeds, *only) if title not in config.arms]:
@@ -93,12 +95,14 @@ class _Comparison:
         job = Job([*self.common(), *(phase for _, arm in self.arms for phase in arm.listed())], out / "phases")
         for phase in self.common():
             job.run(phase)
-        for title, arm in self.arms:
-            if only and title not in only:
-                continue
-            for phase in arm.listed():
-                job.run(phase)
-            self._write(job, out)
+        chosen = [arm for title, arm in self.arms if not only or title in only]
+        for arm in chosen[:-1]:
+            self._finish(job, arm, out)
+        return self._finish(job, chosen[-1], out)
+
+    def _finish(self, job: Job, arm: ArmPhases, out: Path) -> ComparisonResults:
+        for phase in arm.listed():
+            job.run(phase)
         return self._write(job, out)
 
     def _write(self, job: Job, out: Path) -> ComparisonResults:

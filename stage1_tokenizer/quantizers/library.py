@@ -204,16 +204,7 @@ class ResidualVectorQuantizer(LibraryQuantizer):
         sizes = _factors("sizes", sizes) if sizes is not None else _nearly_square(codebook_size)
         if len(sizes) != 2 or prod(sizes) != codebook_size:
             raise ValueError(f"sizes must be two integers whose product is codebook_size={codebook_size}, not {sizes}")
-        layer = ResidualVQ(
-            dim=dim,
-            codebook_size=tuple(sizes),
-            decay=decay,
-            kmeans_init=True,
-            threshold_ema_dead_code=expiry,
-            commitment_weight=commitment,
-            rotation_trick=False,
-        )
-        super().__init__(codebook_size, dim, layer)
+        super().__init__(codebook_size, dim, _residual_layer(dim, sizes, commitment, decay, expiry))
         self.sizes = sizes
 
     def _quantize(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,16 +246,7 @@ class DeepResidualVectorQuantizer(Quantizer):
         _check_averages(commitment, decay, expiry)
         self.codebook_size, self.dim = codebook_size, dim
         self.bits_per_latent = levels * log2(codebook_size)
-        self.layer = ResidualVQ(
-            dim=dim,
-            num_quantizers=levels,
-            codebook_size=codebook_size,
-            decay=decay,
-            kmeans_init=True,
-            threshold_ema_dead_code=expiry,
-            commitment_weight=commitment,
-            rotation_trick=False,
-        )
+        self.layer = _residual_layer(dim, [codebook_size] * levels, commitment, decay, expiry)
 
     def forward(self, z: Tensor, image_noise: Tensor | None = None) -> Quantized:
         check_latents(z, self.dim)
@@ -279,6 +261,19 @@ class DeepResidualVectorQuantizer(Quantizer):
 
     def lookup(self, indices: Tensor) -> Tensor:
         raise ValueError("quantizer 'rvq' has no single codes to look up; 'rvq2' has")
+
+
+def _residual_layer(dim: int, sizes: list[int], commitment: float, decay: float, expiry: float) -> ResidualVQ:
+    """A codebook of each size, every one for what those before it leave."""
+    return ResidualVQ(
+        dim=dim,
+        codebook_size=tuple(sizes),
+        decay=decay,
+        kmeans_init=True,
+        threshold_ema_dead_code=expiry,
+        commitment_weight=commitment,
+        rotation_trick=False,
+    )
 
 
 def _check_averages(commitment: float, decay: float, expiry: float) -> None:

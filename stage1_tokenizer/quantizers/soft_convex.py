@@ -213,8 +213,8 @@ class SoftConvexQuantizer(RevivingQuantizer):
             image_noise = torch.rand(shape[0], device=rows.device)
         hard = (image_noise.to(rows.device) < self.dominant_dropout).view(-1, 1)  # (B, 1)
         hard = hard.expand(-1, shape[2] * shape[3]).reshape(-1, 1)  # (N, 1)
-        # Straight through, a latent is also asked to move where no mixture of its support can follow; dz_q/dz leaves
-        # these directions out, and keeps more of the latents' dimensions in use.
+        # Straight through, a latent is also asked to move where no mixture of its support can follow. dz_q/dz leaves
+        # these directions out.
         followed = z_q if self.dominant_gradient == "convex" else rows
         dominant = followed + (codes[solution.dominant] - followed).detach()
         return torch.where(hard, dominant, z_q)
