@@ -125,7 +125,8 @@ def draw_learning(arms: Runs, path: Path) -> None:
     colours = _colours(arms)
     for arm, learned in curves.items():
         axis.plot(learned["cpu_seconds"], learned["rfid"], "o-", color=colours[arm], label=arm)
-    axis.set(xlabel="CPU seconds of training", ylabel="rFID", xscale="log")
+    axis.set(xlabel="CPU seconds of training", ylabel="rFID")
+    axis.set_xlim(left=0)
     axis.legend(**_BESIDE)
     axis.grid(alpha=0.3)
     _save(figure, path)
