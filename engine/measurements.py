@@ -101,6 +101,20 @@ class CodebookSummary:
 
 
 @dataclass(frozen=True)
+class MixtureSummary:
+    """How the K codes of a soft quantizer shared the weight of all mixtures of a set of images.
+
+    Attributes:
+        used_share: share of the codes that have any weight in any mixture, in (0, 1].
+        perplexity: 2 ** entropy of the mean weights, in [1, K]: what arXiv 2310.03004 calls perplexity. A single code
+            in each mixture makes it that of the codes.
+    """
+
+    used_share: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
 class FrechetInfinity:
     """FID without the bias of finitely many generated images; that of finitely many real ones remains.
 

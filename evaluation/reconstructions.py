@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from scq.data.stream import Batch
-from scq.engine.measurements import Reconstruction
+from scq.engine.measurements import MixtureSummary, Reconstruction
 from scq.engine.processes import sum_across_processes
-from scq.evaluation.metrics.codebook import CodebookUsage, CodeCounter
+from scq.evaluation.metrics.codebook import CodebookUsage, CodeCounter, MixtureCounter
 from scq.evaluation.metrics.distances import fid, kid
 from scq.evaluation.metrics.features import FeatureSet, extract_features
 from scq.evaluation.metrics.mixture_rate import round_mixture
@@ -33,12 +33,17 @@ class Reconstructions(NamedTuple):
         ways: by what was decoded. First comes ``z_q``, then ``dominant`` where the quantizer has codes, then the
             refiners' names, then ``z_q_4_bits`` and such for rounded weights.
         codebook: usage of the codes; None where the quantizer has none.
-        soft: whether the quantizer mixed codes anywhere.
+        mixed: how the codes shared the weight of all mixtures; None where the quantizer mixed none anywhere.
     """
 
     ways: dict[str, Reconstruction]
     codebook: CodebookUsage | None
-    soft: bool
+    mixed: MixtureSummary | None
+
+    @property
+    def soft(self) -> bool:
+        """Whether the quantizer mixed codes anywhere."""
+        return self.mixed is not None
 
 
 @torch.no_grad()
@@ -74,6 +79,7 @@ def evaluate_reconstructions(
     count = image_counter(progress, reference.count, reference.processes)
     shared, soft = reference.processes > 1, False
     codes = CodeCounter(tokenizer.quantizer.codebook_size) if tokenizer.quantizer.has_codes else None
+    mixed = MixtureCounter(tokenizer.quantizer.codebook_size)
     for batch in reference.batches():
         # In chunks of one size, so that no image's last bit depends on how many are measured together.
         encoding = tokenizer.quantizer.mix(
@@ -82,6 +88,7 @@ def evaluate_reconstructions(
         soft |= encoding.support.shape[-1] > 1
         if codes is not None:
             codes.update(encoding.indices)
+            mixed.update(encoding.support, encoding.weights)
         done: list[tuple[Tensor, FeatureSet]] = []
         for name, z_q, bits in _decodable(
             tokenizer, encoding, batch.positions, refiners or {}, refiner_steps, weight_bits
@@ -106,7 +113,9 @@ def evaluate_reconstructions(
         count(len(batch.images))
     found = {name: way.compute(reference, real) for name, way in ways.items()}
     usage = None if codes is None else codes.usage
-    return Reconstructions(found, usage.gather() if usage is not None and shared else usage, soft)
+    return Reconstructions(
+        found, usage.gather() if usage is not None and shared else usage, mixed.summary(shared) if soft else None
+    )
 
 
 def _decodable(

@@ -11,7 +11,7 @@ from metric_samples import PixelMoments, emoji_images, feature_set, gaussians
 from torchmetrics.image import FrechetInceptionDistance, KernelInceptionDistance, PeakSignalNoiseRatio
 
 from scq.engine.errors import UserError
-from scq.evaluation.metrics.codebook import codebook_usage
+from scq.evaluation.metrics.codebook import MixtureCounter, codebook_usage
 from scq.evaluation.metrics.distances import fid, kid, nearest_neighbors, precision_recall
 from scq.evaluation.metrics.features import FeatureSet, extract_features
 from scq.evaluation.metrics.pixels import ReconstructionMetrics
@@ -242,6 +242,15 @@ def test_one_code_has_perplexity_one_and_parts_add_up():
     other = codebook_usage([torch.full((3, 4, 4), 2)], codebook_size=8)
     assert (usage + other).perplexity == pytest.approx(2)
     assert (usage + other).images == 6
+
+
+def test_mixtures_share_their_weight_among_codes() -> None:
+    counter = MixtureCounter(8)
+    counter.update(torch.tensor([[[0, 1]], [[0, 0]]]), torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]]))
+    counter.update(torch.tensor([[[3, 0]]]), torch.tensor([[[1.0, 0.0]]]))
+    found = counter.summary()
+    assert found.used_share == 3 / 8, "padding has no weight"
+    assert found.perplexity == pytest.approx(2 ** -sum(p * math.log2(p) for p in (1.5 / 3, 0.5 / 3, 1 / 3)))
 
 
 def test_codes_outside_the_codebook_are_refused():

@@ -108,6 +108,11 @@ def test_a_table_has_its_floor_and_what_each_arm_closes(
     none, hard = (results.arms[name][0].reconstructions.ways["z_q"].mse for name in ("none", "hard"))
     assert closed["soft"] == f"{(hard - ways['z_q'].mse) / (hard - none):.0%}", "z_q comes last"
     assert ways["z_q_4_bits"].bits_per_image > 0
+    usage = {row[1]: row[head.index("perplexity")] for row in rows[2:] if row[0] == "soft"}
+    mixed = results.arms["soft"][0].reconstructions.mixed
+    assert usage["z_q"] == f"{mixed.perplexity:.0f}", "of the mean weights"
+    assert 1 < mixed.perplexity <= 32
+    assert results.arms["hard"][0].reconstructions.mixed is None
     learned = results.arms["hard"][0].tokenizer.learned
     assert learned["step"] == [10, 20, 30]
     assert sorted(learned["cpu_seconds"]) == learned["cpu_seconds"]

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from scq.engine.measurements import CodebookSummary, Reconstruction, SampleScores
+from scq.engine.measurements import CodebookSummary, MixtureSummary, Reconstruction, SampleScores
 from scq.evaluation.benchmark.results import CODES, ArmResult, Floor
 from scq.evaluation.benchmark.tables import markdown_table, spread
 from scq.evaluation.reconstructions import rounded_bits
@@ -21,6 +21,7 @@ class Decoded(NamedTuple):
     Attributes:
         bits: per image; None where the latents are continuous.
         codebook: its usage, beside the codes alone.
+        mixed: how the codes share the weight of mixtures, beside the mixtures.
         samples: of a prior, which draws codes: nothing decoded from z_q has them.
     """
 
@@ -28,6 +29,7 @@ class Decoded(NamedTuple):
     reconstruction: Reconstruction
     codebook: CodebookSummary | None = None
     samples: SampleScores | None = None
+    mixed: MixtureSummary | None = None
 
 
 def ways_of_decoding(runs: list[ArmResult]) -> dict[str, list[Decoded]]:
@@ -60,7 +62,7 @@ def _ways_of_one(run: ArmResult) -> dict[str, Decoded]:
         for width, each in sorted(rounded.items()):
             title = f"z_q, weights of {width} bit{'s' if width > 1 else ''}"
             ways[title] = Decoded(each.bits_per_image, each)
-        ways["z_q"] = Decoded(None, found.ways["z_q"])
+        ways["z_q"] = Decoded(None, found.ways["z_q"], mixed=found.mixed)
     return ways
 
 
@@ -84,8 +86,8 @@ _OF_RECONSTRUCTIONS = [
     Column("SSIM", lambda each: each.reconstruction.ssim, ".3f"),
     Column("LPIPS", lambda each: each.reconstruction.lpips, ".3f"),
     Column("rFID", lambda each: each.reconstruction.rfid, ".1f"),
-    Column("codes used", lambda each: each.codebook and each.codebook.used_share, ".1%"),
-    Column("perplexity", lambda each: each.codebook and each.codebook.perplexity, ".0f"),
+    Column("codes used", lambda each: (used := each.codebook or each.mixed) and used.used_share, ".1%"),
+    Column("perplexity", lambda each: (used := each.codebook or each.mixed) and used.perplexity, ".0f"),
     Column("entropy, bits per image", lambda each: each.codebook and each.codebook.bits_per_image, ".0f"),
 ]
 _OF_TRAINING = [

@@ -12,6 +12,7 @@ from typing import TypeVar
 from scq.engine.files import write_json
 from scq.engine.measurements import (
     CodebookSummary,
+    MixtureSummary,
     NetworkUsed,
     RealSet,
     Reconstruction,
@@ -96,6 +97,7 @@ class ReconstructionsResult:
         soft: whether the decoder is given more than codes.
         ways: by what was decoded, see `evaluation.reconstructions.Reconstructions`.
         codebook: its usage over these images; None where the quantizer has no codes.
+        mixed: how the codes shared the weight of all mixtures; None where nothing is soft or an older version measured.
         dominant_is_nearest: share of latents whose dominant code is the nearest, of 256 images; None where unknown.
         dominant_weight: mean weight of the dominant code, likewise.
     """
@@ -103,6 +105,7 @@ class ReconstructionsResult:
     soft: bool
     ways: dict[str, Reconstruction]
     codebook: CodebookSummary | None = None
+    mixed: MixtureSummary | None = None
     dominant_is_nearest: float | None = None
     dominant_weight: float | None = None
 

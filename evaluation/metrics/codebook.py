@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scq.engine.errors import UserError
-from scq.engine.measurements import CodebookSummary
+from scq.engine.measurements import CodebookSummary, MixtureSummary
 from scq.engine.processes import sum_across_processes
 
 
@@ -97,6 +97,24 @@ class CodeCounter:
                 f"code indices from {int(codes.min())} to {int(codes.max())} do not fit a codebook of {size}"
             )
         self.usage += CodebookUsage(codes.bincount(minlength=size), len(indices))
+
+
+class MixtureCounter:
+    """Accumulates the weight that each code has in all mixtures of a set of images."""
+
+    def __init__(self, codebook_size: int):
+        self.weight = torch.zeros(codebook_size, dtype=torch.float64)  # (K,)
+
+    def update(self, support: Tensor, weights: Tensor) -> None:
+        """Add mixtures: codes and their weights, each (any..., S), as `Mixture` has them."""
+        self.weight.index_add_(0, support.flatten().cpu(), weights.flatten().cpu().double())
+
+    def summary(self, shared: bool = False) -> MixtureSummary:
+        """The numbers for a table; with ``shared``, of all processes, every one of which must call it."""
+        weight = sum_across_processes(self.weight) if shared else self.weight
+        p = weight / weight.sum()
+        entropy = -torch.special.xlogy(p, p).sum()  # nats
+        return MixtureSummary(used_share=float((weight > 0).double().mean()), perplexity=float(entropy.exp()))
 
 
 def codebook_usage(indices: Iterable[Tensor], codebook_size: int) -> CodebookUsage:
