@@ -135,20 +135,22 @@ def test_dominant_dropout_hardens_exactly_the_named_images():
         quantizer(z, image_noise=torch.zeros(3))
 
 
-def test_the_convex_gradient_of_a_dominant_code_is_that_of_the_mixture():
-    noise, gradients = torch.tensor([0.1, 0.9, 0.49, 0.5]), {}
-    weights = torch.randn(latents().shape, generator=torch.Generator().manual_seed(2))
-    for share in (0.5, 0.0):
-        torch.manual_seed(0)
-        quantizer = SoftConvexQuantizer(32, 6, dominant_dropout=share, dominant_gradient="convex")
-        z = latents().requires_grad_()
-        out = quantizer(z, image_noise=noise)
-        (out.z_q * weights).sum().backward()
-        codes = quantizer.lookup(out.indices)
-        hard = torch.isclose(out.z_q, codes, atol=1e-6).flatten(1).all(1)
-        assert hard.tolist() == [noise_ < share for noise_ in noise.tolist()]
-        gradients[share] = z.grad, quantizer.codebook.grad
-    torch.testing.assert_close(gradients[0.5], gradients[0.0])
+def test_a_latent_may_be_known_by_its_nearest_code():
+    torch.manual_seed(0)
+    dominant = SoftConvexQuantizer(32, 6, dominant_dropout=1.0, rho=0.01)
+    nearest = SoftConvexQuantizer(32, 6, dominant_dropout=1.0, rho=0.01, token="nearest")
+    nearest.load_state_dict(dominant.state_dict())
+    z = latents()
+    solution = dominant.eval().solve(z)
+    assert 0 < (solution.dominant != solution.nearest).float().mean() < 0.5, "a small lambda leans on farther codes"
+    plain, out = dominant(z), nearest.eval()(z)
+    assert torch.equal(out.z_q, plain.z_q)
+    assert torch.equal(out.indices.flatten(), solution.nearest)
+    assert torch.equal(nearest.mix(z).indices, out.indices)
+    trained = nearest.train()(z)
+    torch.testing.assert_close(trained.z_q, nearest.lookup(trained.indices), msg="they are what training decodes")
+    distance = torch.cdist(z.permute(0, 2, 3, 1).flatten(0, 2), nearest.codebook.detach())
+    assert torch.equal(trained.indices.flatten(), distance.argmin(1))
 
 
 def test_more_levels_of_residuals_come_nearer_at_more_bits():

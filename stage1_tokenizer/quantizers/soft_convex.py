@@ -35,8 +35,8 @@ from scq.stage1_tokenizer.solver.codebook import nearest_codes
 class SoftConvexQuantizer(RevivingQuantizer):
     """Every latent becomes a convex combination of codes, z_q of eq. (1) in docs/quantizer.md.
 
-    ``forward`` returns the combinations z_q and, as indices, the codes of largest weight. In eval mode it is
-    deterministic, changes no buffer and always returns the soft z_q.
+    ``forward`` returns the combinations z_q and, as indices, one code of each: that of largest weight, or the nearest
+    one (``token``). In eval mode it is deterministic, changes no buffer and always returns the soft z_q.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
         rho_end: float | None = None,
         rho_steps: int = 0,
         dominant_dropout: float = 0.5,
-        dominant_gradient: str = "straight-through",
+        token: str = "dominant",
         commitment: float = 0.25,
         codebook_weight: float = 1.0,
         kmeans_batches: int = 8,
@@ -71,13 +71,13 @@ class SoftConvexQuantizer(RevivingQuantizer):
                 `Quantizer.parts_per_step`.
             dominant_dropout: share of images, in [0, 1], that training decodes from their dominant codes alone. The
                 decoder needs to learn that, because a prior can emit nothing else.
-            dominant_gradient: what encoder and codebook learn from those images. "straight-through": the latent gets
-                the gradient of its code, and the codebook none, as in VQ. "convex": both get the gradient that they
-                would have through z_q.
+            token: "dominant" or "nearest": the code that stands for a latent where a single one has to, in ``indices``
+                and in images that training decodes from codes alone. They differ where the mixture leans on codes that
+                are farther away than the nearest, which a weak commitment allows.
             commitment: weight of |z - sg(nearest code)|^2, >= 0.
             codebook_weight: weight of |sg(z) - nearest code|^2, >= 0.
             kmeans_batches: how many training steps, from the first, set the codes by k-means; 0: random codes.
-            revive: replace codes that dominated no latent over a whole window by latents far from their codes.
+            revive: replace codes that stood for no latent over a whole window by latents far from their codes.
             projection_dim: if given, latents are projected to this many channels, latents and codes are l2-normalised,
                 and z_q is projected back.
             momentum: of the running mean of the nearest distance from step to step, in [0, 1).
@@ -91,7 +91,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
             finite_number("rho_end", rho_end, above=0)
         whole_number("rho_steps", rho_steps, 0 if rho_end is None else 1)
         finite_number("dominant_dropout", dominant_dropout, 0, 1)
-        one_of("dominant_gradient", dominant_gradient, ("straight-through", "convex"))
+        one_of("token", token, ("dominant", "nearest"))
         finite_number("commitment", commitment, 0)
         finite_number("codebook_weight", codebook_weight, 0)
         whole_number("kmeans_batches", kmeans_batches, 0)
@@ -101,7 +101,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
         whole_number("neighbours", neighbours, 1)
         self.codebook_size, self.dim, self.method, self.neighbours = codebook_size, dim, method, neighbours
         self.rho, self.rho_end, self.rho_steps = rho, rho_end, rho_steps
-        self.dominant_dropout, self.dominant_gradient = dominant_dropout, dominant_gradient
+        self.dominant_dropout, self.token = dominant_dropout, token
         self.commitment, self.codebook_weight = commitment, codebook_weight
         self.kmeans_batches, self.momentum = kmeans_batches, momentum
         self.projection_dim = projection_dim
@@ -139,11 +139,12 @@ class SoftConvexQuantizer(RevivingQuantizer):
             loss = loss + self.commitment * nnf.mse_loss(rows, nearest.detach())
             stats = self._stats(rows.detach(), nearest.detach(), solution)
             z_q = solution.z_q
+            tokens = self._tokens(solution)  # (N,)
             if self.training:
-                z_q = self._harden(rows, codes, solution, z.shape, image_noise)
-                stats |= self._record(rows.detach(), stats["hard_error"], solution.dominant, z.shape[0])
+                z_q = self._harden(rows, codes, z_q, tokens, z.shape, image_noise)
+                stats |= self._record(rows.detach(), stats["hard_error"], tokens, z.shape[0])
             z_q = unflatten_latents(z_q if self.up is None else self.up(z_q), z)
-        return Quantized(returned(z_q, z), solution.dominant.view(z.shape[0], *z.shape[2:]), loss, stats)
+        return Quantized(returned(z_q, z), tokens.view(z.shape[0], *z.shape[2:]), loss, stats)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Codes (B, F, h, w) float32 of indices (B, h, w); ValueError where they are out of range."""
@@ -164,7 +165,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
         solution, grid = self.solve(z), (z.shape[0], *z.shape[2:])
         z_q = unflatten_latents(solution.z_q if self.up is None else self.up(solution.z_q), z)
         return Mixture(
-            z_q, solution.dominant.view(grid), solution.support.view(*grid, -1), solution.weights.view(*grid, -1)
+            z_q, self._tokens(solution).view(grid), solution.support.view(*grid, -1), solution.weights.view(*grid, -1)
         )
 
     def current_rho(self) -> float:
@@ -172,6 +173,10 @@ class SoftConvexQuantizer(RevivingQuantizer):
         if self.rho_end is None:
             return self.rho
         return self.rho * (self.rho_end / self.rho) ** self._progress()
+
+    def _tokens(self, solution: ConvexSolution) -> Tensor:
+        """(N,) the code that stands for each latent."""
+        return solution.nearest if self.token == "nearest" else solution.dominant
 
     def _progress(self) -> float:
         """Share of the annealing of rho that is done."""
@@ -200,10 +205,15 @@ class SoftConvexQuantizer(RevivingQuantizer):
         return (self.current_rho() * mean).clamp_min(torch.finfo(torch.float32).tiny * 1e6)
 
     def _harden(
-        self, rows: Tensor, codes: Tensor, solution: ConvexSolution, shape: torch.Size, image_noise: Tensor | None
+        self,
+        rows: Tensor,
+        codes: Tensor,
+        z_q: Tensor,
+        tokens: Tensor,
+        shape: torch.Size,
+        image_noise: Tensor | None,
     ) -> Tensor:
-        """z_q (N, F) as training decodes it: some images from their dominant codes alone."""
-        z_q = solution.z_q
+        """z_q (N, F) as training decodes it: some images from codes alone, those that ``tokens`` (N,) name."""
         progress = self._progress()
         if progress > 0:
             z_q = (1 - progress) * z_q + progress * (z_q.detach() + rows - rows.detach())
@@ -213,11 +223,8 @@ class SoftConvexQuantizer(RevivingQuantizer):
             image_noise = torch.rand(shape[0], device=rows.device)
         hard = (image_noise.to(rows.device) < self.dominant_dropout).view(-1, 1)  # (B, 1)
         hard = hard.expand(-1, shape[2] * shape[3]).reshape(-1, 1)  # (N, 1)
-        # Straight through, a latent is also asked to move where no mixture of its support can follow. dz_q/dz leaves
-        # these directions out.
-        followed = z_q if self.dominant_gradient == "convex" else rows
-        dominant = followed + (codes[solution.dominant] - followed).detach()
-        return torch.where(hard, dominant, z_q)
+        straight_through = rows + (codes[tokens] - rows).detach()
+        return torch.where(hard, straight_through, z_q)
 
     @torch.no_grad()
     def _prepare(self, rows: Tensor) -> None:
@@ -235,10 +242,10 @@ class SoftConvexQuantizer(RevivingQuantizer):
         self.kmeans_counts.copy_(same_everywhere(counts))
 
     @torch.no_grad()
-    def _record(self, rows: Tensor, hard_error: Tensor, dominant: Tensor, images: int) -> dict[str, Tensor]:
+    def _record(self, rows: Tensor, hard_error: Tensor, tokens: Tensor, images: int) -> dict[str, Tensor]:
         """Advance the running statistics, the same in all processes."""
         first = self._host().steps + self._host().parts == 0
-        sums = self._advance(dominant, images, hard_error * len(rows), hard_error.new_full((), len(rows)))
+        sums = self._advance(tokens, images, hard_error * len(rows), hard_error.new_full((), len(rows)))
         mean = (sums[0] / sums[1]).float()
         momentum = self.momentum ** (1 / self.parts_per_step)
         self.mean_distance.copy_(mean if first else mean.lerp(self.mean_distance, momentum))
@@ -247,7 +254,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
     @torch.no_grad()
     def _stats(self, rows: Tensor, nearest: Tensor, solution: ConvexSolution) -> dict[str, Tensor]:
         """Statistics of this batch. In training `_record` replaces usage and perplexity by those of the window."""
-        return usage_of(count_codes(solution.dominant, self.codebook_size)) | {
+        return usage_of(count_codes(self._tokens(solution), self.codebook_size)) | {
             "support_size": (solution.weights > 0).sum(1).float().mean(),
             "dominant_weight": solution.weights.amax(1).mean(),
             "dominant_is_nearest": (solution.dominant == solution.nearest).float().mean(),
