@@ -1,8 +1,7 @@
 """Write the pages' tables of results and the kept runs' reports from their numbers:  python docs/build_results.py
 
 Every folder of docs/results that holds results.json (or metrics.json, as the quickstart's does) has its own report.md
-and a block in a page, between ``<!-- results NAME -->`` and ``<!-- /results NAME -->``: benchmarks of quality in
-README.md, comparisons of tokenizers in docs/training.md.
+and a block in a page, README.md or one of docs/, between ``<!-- results NAME -->`` and ``<!-- /results NAME -->``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from scq.evaluation.benchmark.report import render, render_comparison, summary_t
 from scq.evaluation.benchmark.results import BenchmarkResults, ComparisonResults, load_results
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-TRAINING = Path(__file__).with_name("training.md")
+PAGES = [README, *sorted(Path(__file__).parent.glob("*.md"))]
 RESULTS = Path(__file__).with_name("results")
 COMPARISONS = "tokenizers_"  # how the folders of comparisons of tokenizers begin; the others are benchmarks' of quality
 _BLOCK = re.compile(r"<!-- results (\S+) -->\n(.*?)<!-- /results \1 -->", re.S)
@@ -33,10 +32,17 @@ def kept_runs(folder: Path = RESULTS) -> dict[str, Results]:
 
 
 def pages() -> dict[Path, dict[str, Results]]:
-    """The pages with blocks, and the runs that each of them shows."""
-    shown: dict[Path, dict[str, Results]] = {README: {}, TRAINING: {}}
-    for name, results in kept_runs().items():
-        shown[TRAINING if isinstance(results, ComparisonResults) else README][name] = results
+    """The pages with blocks, and the runs that each of them shows.
+
+    Raises:
+        SystemExit: no page has a block for a run.
+    """
+    runs, shown = kept_runs(), {}
+    for page in PAGES:
+        if names := {name for name, _ in _BLOCK.findall(page.read_text())}:
+            shown[page] = {name: run for name, run in runs.items() if name in names}
+    if homeless := sorted(runs.keys() - {name for found in shown.values() for name in found}):
+        raise SystemExit(f"no page has a block for docs/results/{homeless[0]}: write one where it belongs")
     return shown
 
 

@@ -135,7 +135,7 @@ def test_soft_latents_have_rows_of_their_own_and_say_what_they_cost(results: dic
         ("vqgan", "codes", "144", "0.02200"),
         ("none", "latents", "continuous", "0.02200"),
     ]
-    for row in rows:  # a codebook's usage is nothing that mixed or refined latents have
+    for row in rows:  # an older version measured, which did not count what mixtures use
         assert (row["perplexity"] == "-") == (row["decoded from"] not in ("dominant codes", "codes")), row
 
 
@@ -162,7 +162,8 @@ def test_a_comparison_of_tokenizers_has_the_same_rows(results: dict[str, Any]) -
     lines = report.render_comparison(compared).splitlines()
     assert lines[0] == "# Tokenizers"
     short = table(report.summary_table(compared), "arm | decoded from")
-    assert list(short[0]) == ["arm", "decoded from", "bits per image", "MSE", "rFID", "codes used"], "no LPIPS there"
+    shown = ["arm", "decoded from", "bits per image", "MSE", "rFID", "codes used", "perplexity"]
+    assert list(short[0]) == [*shown, "MSE of vq / MSE"], "no LPIPS there, and no arm without a quantizer"
     found = [row["decoded from"] for row in table(lines, "arm | decoded from")]
     assert found == ["dominant codes", "z_q, weights of 2 bits", "z_q, weights of 4 bits", "z_q", "codes", "latents"]
     training = {row["arm"]: row for row in table(lines, "arm | dominant is nearest")}

@@ -108,6 +108,8 @@ def test_a_table_has_its_floor_and_what_each_arm_closes(
     none, hard = (results.arms[name][0].reconstructions.ways["z_q"].mse for name in ("none", "hard"))
     assert closed["soft"] == f"{(hard - ways['z_q'].mse) / (hard - none):.0%}", "z_q comes last"
     assert ways["z_q_4_bits"].bits_per_image > 0
+    times = {row[0]: row[head.index("MSE of vq / MSE")] for row in rows[2:]}
+    assert (times["64 training images"], times["hard"], times["none"]) == ("-", "1.00", f"{hard / none:.2f}")
     usage = {row[1]: row[head.index("perplexity")] for row in rows[2:] if row[0] == "soft"}
     mixed = results.arms["soft"][0].reconstructions.mixed
     assert usage["z_q"] == f"{mixed.perplexity:.0f}", "of the mean weights"

@@ -104,8 +104,10 @@ def reconstruction_table(
 ) -> list[str]:
     """Every arm's reconstructions, see `ways_of_decoding`, as a Markdown table: of several seeds the mean and range.
 
-    Where there are arms of VQGAN's quantizer and of none, columns say which share of the distance between them an arm
-    closes: much of an error is the networks', and no quantizer's. Columns of numbers that nobody measured are left out.
+    Where there is an arm of VQGAN's quantizer, a column says how many times an arm's squared error goes into VQ's; that
+    of no quantizer is the bound of all others. Where there is such an arm, too, columns say which share of the distance
+    between both an arm closes: much of an error is the networks', and no quantizer's. Columns of numbers that nobody
+    measured are left out.
 
     Args:
         floor: becomes the first row.
@@ -113,7 +115,7 @@ def reconstruction_table(
     """
     ways = {name: ways_of_decoding(runs) for name, runs in arms.items()}
     columns = _filled(
-        [each for each in (*_OF_RECONSTRUCTIONS, *_closed(arms)) if only is None or each.head in only],
+        [each for each in (*_OF_RECONSTRUCTIONS, *_beside_vq(arms)) if only is None or each.head in only],
         [each for found in ways.values() for way in found.values() for each in way],
     )
     first = []
@@ -131,17 +133,19 @@ def reconstruction_table(
     )
 
 
-def _closed(arms: dict[str, list[ArmResult]]) -> list[Column]:
-    """Columns of the share of the way from VQGAN's quantizer to none, in MSE and in rFID; none without these arms."""
+def _beside_vq(arms: dict[str, list[ArmResult]]) -> list[Column]:
+    """Columns that compare with the arm of VQGAN's quantizer; none without it."""
     ends = {}
     for runs in arms.values():
         ends.setdefault(runs[0].tokenizer.quantizer, [run.reconstructions.ways["z_q"] for run in runs])
-    if not {"vq", "none"} <= ends.keys():
+    if "vq" not in ends:
         return []
-    columns = []
+    mse = statistics.fmean(each.mse for each in ends["vq"])
+    columns = [Column("MSE of vq / MSE", lambda each: each.reconstruction.mse and mse / each.reconstruction.mse, ".2f")]
     for head, name in (("MSE", "mse"), ("rFID", "rfid")):
         hard, free = (
-            [value for each in ends[end] if (value := getattr(each, name)) is not None] for end in ("vq", "none")
+            [value for each in ends.get(end, []) if (value := getattr(each, name)) is not None]
+            for end in ("vq", "none")
         )
         if hard and free and (whole := statistics.fmean(hard) - statistics.fmean(free)) > 0:
             columns.append(Column(f"closed, {head}", _share_closed(name, statistics.fmean(hard), whole), ".0%"))

@@ -167,10 +167,14 @@ def _of_several_machines(machines: dict[str, str]) -> list[str]:
     return ["", several] if len(on) > 1 else []
 
 
+# What the table of a page shows of a comparison of tokenizers.
+_OF_A_COMPARISON = ("MSE", "LPIPS", "rFID", "codes used", "perplexity", "MSE of vq / MSE", "closed, rFID")
+
+
 def summary_table(results: BenchmarkResults | ComparisonResults) -> list[str]:
     """The few numbers that a README shows, one row for each arm and thing that is decoded."""
     if isinstance(results, ComparisonResults):
-        return reconstruction_table(_measured_arms(results), results.floor, only=("MSE", "LPIPS", "rFID", "codes used"))
+        return reconstruction_table(_measured_arms(results), results.floor, only=_OF_A_COMPARISON)
     rows = []
     for name, runs in _measured_arms(results).items():
         for way, decoded in ways_of_decoding(runs).items():
