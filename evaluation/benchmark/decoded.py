@@ -53,7 +53,7 @@ def _ways_of_one(run: ArmResult) -> dict[str, Decoded]:
     rate = found.codebook.fixed_bits_per_image
     plain = run.samples.get(CODES)
     codes = Decoded(rate, found.ways["dominant"], found.codebook, None if plain is None else plain.scores)
-    ways = {"dominant codes" if found.soft else "codes": codes}
+    ways = {found.codes: codes}
     for kind, way in run.samples.items():
         if way.reconstruction is not None:
             ways[f"codes, {kind} refiner"] = Decoded(rate, way.reconstruction, samples=way.scores)

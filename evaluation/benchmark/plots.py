@@ -72,17 +72,18 @@ def draw_samples(out: Path, arms: Runs) -> Image.Image:
 
 
 def draw_reconstructions(out: Path, arms: Runs) -> Image.Image:
-    """Held-out originals, then for each arm what z_q and what the dominant codes alone decode to."""
+    """Held-out originals, then for each arm what z_q and what its codes alone decode to."""
     rows: list[tuple[str, torch.Tensor]] = []
     for arm, runs in arms.items():
-        ways = 2 if "dominant" in runs[0].reconstructions.ways else 1
-        original, soft, *dominant = load_images(out / PICTURES / arm / "reconstructions.png").chunk(1 + ways)
+        found = runs[0].reconstructions
+        ways = 2 if "dominant" in found.ways else 1
+        original, soft, *codes = load_images(out / PICTURES / arm / "reconstructions.png").chunk(1 + ways)
         if not rows:
             rows.append(("held-out originals", original))
-        if not dominant or torch.equal(soft, dominant[0]):
+        if not codes or torch.equal(soft, codes[0]):
             rows.append((f"{arm}: reconstructed", soft))
         else:
-            rows += [(f"{arm}: from z_q", soft), (f"{arm}: from dominant codes", dominant[0])]
+            rows += [(f"{arm}: from z_q", soft), (f"{arm}: from {found.codes}", codes[0])]
     return stacked_rows(rows)
 
 

