@@ -113,9 +113,10 @@ def evaluate_reconstructions(
         count(len(batch.images))
     found = {name: way.compute(reference, real) for name, way in ways.items()}
     usage = None if codes is None else codes.usage
-    return Reconstructions(
-        found, usage.gather() if usage is not None and shared else usage, mixed.summary(shared) if soft else None
-    )
+    if shared:
+        usage = usage if usage is None else usage.gather()
+        soft = bool(sum_across_processes(torch.tensor([float(soft)])) > 0)  # of some process's images, perhaps
+    return Reconstructions(found, usage, mixed.summary(shared) if soft else None)
 
 
 def _decodable(
