@@ -125,9 +125,9 @@ def _has_fast_bf16() -> bool:
     # oneDNN, which multiplies for torch, may have been told to leave newer instructions alone.
     allowed = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
     known = cpu_capabilities()
-    if "AMD" in known.get("cpu_name", ""):
-        return known.get("avx512_bf16", False) and any(isa in allowed for isa in ("ALL", "DEFAULT", "BF16", "AMX"))
-    return known.get("amx_bf16", False) and any(isa in allowed for isa in ("ALL", "DEFAULT", "AMX"))
+    amd = "AMD" in known.get("cpu_name", "")
+    needed, at_least = ("avx512_bf16", ("BF16", "AMX")) if amd else ("amx_bf16", ("AMX",))
+    return known.get(needed, False) and any(isa in allowed for isa in ("ALL", "DEFAULT", *at_least))
 
 
 def _refuse_other_engines() -> None:

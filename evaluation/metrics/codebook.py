@@ -42,13 +42,12 @@ class CodebookUsage:
     @property
     def used_share(self) -> float:
         """Share of the codebook that occurs at least once, in (0, 1]."""
-        return float((self.counts > 0).double().mean())
+        return _used_share(self.counts)
 
     @property
     def bits_per_token(self) -> float:
         """Empirical entropy of single codes, in bits: at most log2(K), reached by uniform use."""
-        p = self.counts[self.counts > 0].double() / self.tokens
-        return float(-(p * p.log2()).sum())
+        return _entropy(self.counts)
 
     @property
     def perplexity(self) -> float:
@@ -112,9 +111,7 @@ class MixtureCounter:
     def summary(self, shared: bool = False) -> MixtureSummary:
         """The numbers for a table; with ``shared``, of all processes, every one of which must call it."""
         weight = sum_across_processes(self.weight) if shared else self.weight
-        p = weight / weight.sum()
-        entropy = -torch.special.xlogy(p, p).sum()  # nats
-        return MixtureSummary(used_share=float((weight > 0).double().mean()), perplexity=float(entropy.exp()))
+        return MixtureSummary(used_share=_used_share(weight), perplexity=2 ** _entropy(weight))
 
 
 def codebook_usage(indices: Iterable[Tensor], codebook_size: int) -> CodebookUsage:
@@ -133,3 +130,14 @@ def codebook_usage(indices: Iterable[Tensor], codebook_size: int) -> CodebookUsa
     if not counter.usage.tokens:
         raise UserError("there are no code indices to measure")
     return counter.usage
+
+
+def _used_share(weight: Tensor) -> float:
+    return float((weight > 0).double().mean())
+
+
+def _entropy(weight: Tensor) -> float:
+    """Bits, of the distribution over codes that is proportional to weight (K,)."""
+    p = weight[weight > 0].double()
+    p = p / p.sum()
+    return float(-(p * p.log2()).sum())

@@ -18,9 +18,7 @@ class Quantized(NamedTuple):
     """What a quantizer makes of latents z (B, F, h, w)."""
 
     z_q: Tensor  # (B, F, h, w) of z's type, what the decoder sees; float32 under autocast
-    indices: (
-        Tensor  # (B, h, w) int64, the code that stands for each latent, see `Quantizer.token`: what the prior learns
-    )
+    indices: Tensor  # (B, h, w) int64, the code that stands for each latent (`Quantizer.token`): what the prior learns
     loss: Tensor  # () codebook and commitment terms, already weighted
     stats: dict[str, Tensor]  # name -> 0-dim tensor, detached
 

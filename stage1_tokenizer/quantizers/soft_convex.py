@@ -141,7 +141,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
             z_q = solution.z_q
             tokens = self._tokens(solution)  # (N,)
             if self.training:
-                z_q = self._harden(rows, codes, z_q, tokens, z.shape, image_noise)
+                z_q = self._harden(rows, codes, solution, z.shape, image_noise)
                 stats |= self._record(rows.detach(), stats["hard_error"], tokens, z.shape[0])
             z_q = unflatten_latents(z_q if self.up is None else self.up(z_q), z)
         return Quantized(returned(z_q, z), tokens.view(z.shape[0], *z.shape[2:]), loss, stats)
@@ -205,15 +205,10 @@ class SoftConvexQuantizer(RevivingQuantizer):
         return (self.current_rho() * mean).clamp_min(torch.finfo(torch.float32).tiny * 1e6)
 
     def _harden(
-        self,
-        rows: Tensor,
-        codes: Tensor,
-        z_q: Tensor,
-        tokens: Tensor,
-        shape: torch.Size,
-        image_noise: Tensor | None,
+        self, rows: Tensor, codes: Tensor, solution: ConvexSolution, shape: torch.Size, image_noise: Tensor | None
     ) -> Tensor:
-        """z_q (N, F) as training decodes it: some images from codes alone, those that ``tokens`` (N,) name."""
+        """z_q (N, F) as training decodes it: some images from codes alone."""
+        z_q = solution.z_q
         progress = self._progress()
         if progress > 0:
             z_q = (1 - progress) * z_q + progress * (z_q.detach() + rows - rows.detach())
@@ -223,7 +218,7 @@ class SoftConvexQuantizer(RevivingQuantizer):
             image_noise = torch.rand(shape[0], device=rows.device)
         hard = (image_noise.to(rows.device) < self.dominant_dropout).view(-1, 1)  # (B, 1)
         hard = hard.expand(-1, shape[2] * shape[3]).reshape(-1, 1)  # (N, 1)
-        straight_through = rows + (codes[tokens] - rows).detach()
+        straight_through = rows + (codes[self._tokens(solution)] - rows).detach()
         return torch.where(hard, straight_through, z_q)
 
     @torch.no_grad()
